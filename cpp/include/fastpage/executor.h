@@ -1,0 +1,75 @@
+// Runs a Program on the CPU, and the ModelRunner made of a Program and a Sampler.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "fastpage/model_runner.h"
+#include "fastpage/ops.h"
+#include "fastpage/program.h"
+#include "fastpage/sampler.h"
+
+namespace fastpage {
+
+struct ExecutorConfig {
+  DType weight_dtype =
+      DType::kBFloat16;  // of linear weights and embedding tables: fp32, bf16 or fp16
+  DType kv_cache_dtype = DType::kBFloat16;
+  int32_t num_kv_blocks = 0;
+  int32_t block_size = 16;
+  int32_t max_num_tokens = 2048;  // rows of a step
+  int32_t max_num_logits =
+      256;  // rows of logits computed at once; steps that want more are run in slices
+};
+
+class CpuExecutor {
+ public:
+  CpuExecutor(Program program, const ExecutorConfig& config, std::shared_ptr<ThreadPool> pool);
+  ~CpuExecutor();
+
+  // Packs (linear, embed) or copies (norms, biases, tables: to fp32) one weight by its buffer name.
+  // Throws InvalidArgument for an unknown name, a wrong shape or a second loading.
+  void load_weight(const std::string& name, const TensorView& weight);
+  // Allocates cache and workspace. Throws InvalidArgument listing weights not loaded,
+  // ResourceExhausted if memory is short.
+  void finish_loading();
+
+  // Runs the step. `sink` is called with consecutive slices of at most max_num_logits rows of the
+  // logits, fp32 [rows][vocab_size], which it may overwrite; first_row counts from the batch's
+  // first logits row.
+  using LogitsSink = std::function<void(int32_t first_row, Matrix<float> logits)>;
+  void forward(const InputBatch& batch, const LogitsSink& sink);
+
+  const Program& program() const;
+  const ExecutorConfig& config() const;
+  ops::KvCacheView kv_cache(int32_t layer) const;
+  size_t weight_bytes() const;  // read by one step of one row: every linear weight once (packed)
+  size_t kv_cache_bytes() const;
+  static size_t kv_block_bytes(const KvCacheSpec& spec, DType dtype,
+                               int32_t block_size);  // all layers, k and v
+  ThreadPool& pool() const;
+  // Seconds per op kind since the start, if profiling is on (FASTPAGE_PROFILE=1 or set_profiling).
+  void set_profiling(bool on);
+  std::map<std::string, double> profile() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+class ProgramRunner : public ModelRunner {
+ public:
+  explicit ProgramRunner(std::shared_ptr<CpuExecutor> executor);
+  ~ProgramRunner() override;
+  void execute(const InputBatch& batch) override;
+  const ModelRunnerOutput& wait(int64_t step_id) override;
+
+ private:
+  std::shared_ptr<CpuExecutor> executor_;
+  Sampler sampler_;
+  ModelRunnerOutput output_;
+};
+
+}  // namespace fastpage

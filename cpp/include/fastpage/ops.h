@@ -1,0 +1,139 @@
+// The CPU ops. They know nothing of requests: matrices, block tables and lengths only. Activations
+// are fp32. Every output element is a sum in one fixed order (ascending k, fused multiply-add),
+// whatever the number of rows and threads and wherever a chunk begins: a row's result does not
+// depend on its batch.
+//
+// The implementations are one source compiled for several instruction sets and chosen at run time.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "fastpage/tensor.h"
+#include "fastpage/thread_pool.h"
+#include "fastpage/types.h"
+
+namespace fastpage::ops {
+
+// Instruction set in use: "avx512", "avx2" or "portable". FASTPAGE_CPU_ISA in the environment, read
+// once, lowers it (for tests).
+const char* cpu_isa();
+
+// A weight matrix [out_features][in_features] repacked for `linear`: panels of out_features, in the
+// order in which the kernel of this machine reads them. Movable, not copyable.
+class PackedWeight {
+ public:
+  PackedWeight();
+  ~PackedWeight();
+  PackedWeight(PackedWeight&&) noexcept;
+  PackedWeight& operator=(PackedWeight&&) noexcept;
+
+  // weight: [out][in], fp32, bf16 or fp16, row-major, any row stride. dtype: what is stored, fp32,
+  // bf16 or fp16 (rounded to nearest even).
+  static PackedWeight pack(const TensorView& weight, DType dtype, ThreadPool& pool);
+
+  int64_t in_features() const;
+  int64_t out_features() const;
+  DType dtype() const;
+  size_t bytes() const;  // of packed storage
+
+  struct Impl;
+  const Impl& impl() const { return *impl_; }
+
+ private:
+  std::unique_ptr<Impl> impl_;
+};
+
+// y = x w^T (+ bias). x: [rows][in], y: [rows][out], bias: [out] or null. y must not overlap x.
+void linear(ThreadPool& pool, Matrix<const float> x, const PackedWeight& w, const float* bias,
+            Matrix<float> y);
+
+// y[i] = table[ids[i]]. table: [vocab][hidden], fp32, bf16 or fp16. Ids out of range are a caller's
+// bug and are clamped, never read out of bounds.
+void embed(ThreadPool& pool, Span<const TokenId> ids, const TensorView& table, Matrix<float> y);
+
+// The same from a weight packed for `linear` (tied embeddings share one copy).
+void embed(ThreadPool& pool, Span<const TokenId> ids, const PackedWeight& table, Matrix<float> y);
+
+// RMSNorm (Zhang & Sennrich 2019) over groups of `group` columns (cols % group == 0; group = cols
+// for the usual norm, head_dim for a per-head norm): y = x / sqrt(mean(x^2) + eps) * weight.
+// weight: [group]. y may be x.
+void rms_norm(ThreadPool& pool, Matrix<const float> x, const float* weight, float eps,
+              int64_t group, Matrix<float> y);
+
+enum class RotaryStyle : uint8_t {
+  kNeox,        // rotates (x[i], x[i + rotary_dim/2]): GPT-NeoX, and Llama in Hugging Face layout
+  kInterleaved  // rotates (x[2i], x[2i + 1]): GPT-J, and Llama in Meta and GGUF layout
+};
+
+// Rotary embedding (Su et al. 2021) of the first rotary_dim columns of each head; the rest is
+// copied. x: [rows][heads * head_dim]; positions: [rows]; cos_sin: [max_position][rotary_dim], cos
+// in the first half of a row, sin in the second. y may be x.
+void rotary(ThreadPool& pool, Matrix<const float> x, Span<const int32_t> positions,
+            Matrix<const float> cos_sin, int64_t head_dim, RotaryStyle style, Matrix<float> y);
+
+// y = silu(x[:, :d]) * x[:, d:], d = y.cols.
+void silu_and_mul(ThreadPool& pool, Matrix<const float> x, Matrix<float> y);
+
+// y = a + b. y may be a or b.
+void add(ThreadPool& pool, Matrix<const float> a, Matrix<const float> b, Matrix<float> y);
+
+// y[i] = x[indices[i]].
+void gather_rows(ThreadPool& pool, Matrix<const float> x, Span<const int32_t> indices,
+                 Matrix<float> y);
+
+// One layer's paged KV cache. fp32, bf16 or fp16; 16-token granularity inside a block, so that both
+// halves are GEMM panels:
+//   k: [num_blocks][num_kv_heads][block_size / 16][head_dim][16]
+//   v: [num_blocks][num_kv_heads][block_size / 16][16][head_dim]
+// block_size is a multiple of 16. Memory that holds no token must be finite (it is zeroed at the
+// start).
+struct KvCacheView {
+  void* k = nullptr;
+  void* v = nullptr;
+  DType dtype = DType::kFloat32;
+  int32_t num_blocks = 0;
+  int32_t num_kv_heads = 0;
+  int32_t block_size = 0;
+  int32_t head_dim = 0;
+
+  int64_t elements_per_block() const {  // of k, and of v
+    return static_cast<int64_t>(num_kv_heads) * block_size * head_dim;
+  }
+};
+
+// Writes keys and values of new tokens. k, v: [rows][num_kv_heads * head_dim]; slot_mapping:
+// [rows], block id * block_size
+// + offset; a negative slot is skipped.
+void reshape_and_cache(ThreadPool& pool, Matrix<const float> k, Matrix<const float> v,
+                       Span<const int32_t> slot_mapping, const KvCacheView& cache);
+
+// A ragged batch: prefill chunks and decode rows alike.
+struct AttentionBatch {
+  int32_t num_seqs = 0;
+  const int32_t* query_start_loc = nullptr;   // [num_seqs + 1]
+  const int32_t* seq_lens = nullptr;          // [num_seqs], the new tokens included
+  const BlockId* block_tables = nullptr;      // [*][block_table_stride]
+  const int32_t* block_table_rows = nullptr;  // [num_seqs], or null: row i
+  int32_t block_table_stride = 0;
+};
+
+struct AttentionParams {
+  int32_t num_heads = 0;
+  float scale = 1.0f;
+  int32_t sliding_window =
+      0;                  // 0 = none; else the last `sliding_window` positions, oneself included
+  float soft_cap = 0.0f;  // 0 = none; else cap * tanh(score / cap)
+};
+
+// Causal PagedAttention (Kwon et al. 2023) with an online softmax over KV tiles at fixed absolute
+// positions. q, out: [num_tokens][num_heads * head_dim]; num_heads % num_kv_heads == 0; the new
+// tokens' keys and values are in the cache already. Token j of sequence i sits at position
+// seq_lens[i] - new_tokens(i) + j.
+void paged_attention(ThreadPool& pool, Matrix<const float> q, const KvCacheView& cache,
+                     const AttentionBatch& batch, const AttentionParams& params, Matrix<float> out);
+
+// Copies whole blocks of one layer, in order.
+void copy_blocks(ThreadPool& pool, const KvCacheView& cache, Span<const BlockCopy> copies);
+
+}  // namespace fastpage::ops

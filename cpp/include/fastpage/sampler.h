@@ -1,0 +1,43 @@
+// From logits to tokens. One row's result depends on that row alone: its logits, its parameters,
+// its tokens, its seed; never on the batch or on the number of threads.
+#pragma once
+
+#include <memory>
+
+#include "fastpage/input_batch.h"
+#include "fastpage/tensor.h"
+
+namespace fastpage {
+
+class ThreadPool;
+
+class Sampler {
+ public:
+  // `pool` may be null: then rows are sampled by the calling thread.
+  explicit Sampler(int32_t vocab_size, ThreadPool* pool = nullptr);
+  ~Sampler();
+
+  // Sizes `out` for the batch. Once per step, before sample().
+  void begin(const InputBatch& batch, ModelRunnerOutput* out);
+
+  // logits: rows [first_row, first_row + logits.rows) of the step's logits, fp32, overwritten.
+  // Fills in `out` for those of the batch's sampling_rows and prompt_logprob_rows whose logits_row
+  // lies among them.
+  //
+  // Order (vLLM's): logprobs are those of the raw logits; then allowed_token_ids, bad_words,
+  // min_tokens, logit_bias, penalties, temperature, min_p, top_k, top_p, draw. The draw is Philox
+  // 4x32-10 (Salmon et al., SC11) keyed by the seed and counted by position, then an inverse CDF
+  // over the kept tokens in vocabulary order. A row in which nothing finite is left yields the
+  // argmax of what is finite in its raw logits, else token 0: never an error, which would take the
+  // rest of the batch down with it.
+  void sample(Matrix<float> logits, int32_t first_row, const InputBatch& batch,
+              ModelRunnerOutput* out);
+
+ private:
+  struct Scratch;
+  int32_t vocab_size_;
+  ThreadPool* pool_;
+  std::vector<std::unique_ptr<Scratch>> scratch_;  // one per thread
+};
+
+}  // namespace fastpage

@@ -1,0 +1,14 @@
+// Registers the parts of fastpage._C; each lives in its own bind_*.cc.
+#include "module.h"
+
+#include "fastpage/types.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "libfastpage as Python sees it; see _C.pyi";
+  m.attr("__version__") = FASTPAGE_VERSION;
+  fastpage::bind_errors(m);
+  fastpage::bind_core(m);
+  fastpage::bind_sampler(m);
+  fastpage::bind_ops(m);
+  fastpage::bind_program(m);
+}

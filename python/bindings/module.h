@@ -1,0 +1,13 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastpage {
+
+void bind_errors(pybind11::module_& m);
+void bind_core(pybind11::module_& m);
+void bind_sampler(pybind11::module_& m);
+void bind_ops(pybind11::module_& m);
+void bind_program(pybind11::module_& m);
+
+}  // namespace fastpage

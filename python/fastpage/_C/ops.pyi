@@ -1,0 +1,67 @@
+"""The CPU ops, fastpage/ops.h. Activations are float32 arrays [rows, cols]; results are new arrays."""
+
+import numpy as np
+import numpy.typing as npt
+
+from . import DLPackTensor, ThreadPool
+
+def cpu_isa() -> str: ...
+
+class PackedWeight:
+    in_features: int
+    out_features: int
+    dtype: str
+    nbytes: int
+    def __init__(
+        self, weight: DLPackTensor, dtype: str, pool: ThreadPool, source_dtype: str | None = None
+    ) -> None:
+        """source_dtype="bfloat16": `weight` is a uint16 array that holds bfloat16 bits."""
+
+def linear(
+    pool: ThreadPool, x: DLPackTensor, weight: PackedWeight, bias: DLPackTensor | None = None
+) -> npt.NDArray[np.float32]: ...
+def embed(
+    pool: ThreadPool, ids: DLPackTensor, table: DLPackTensor | PackedWeight
+) -> npt.NDArray[np.float32]: ...
+def rms_norm(
+    pool: ThreadPool, x: DLPackTensor, weight: DLPackTensor, eps: float, group: int = 0
+) -> npt.NDArray[np.float32]: ...
+def rotary(
+    pool: ThreadPool,
+    x: DLPackTensor,
+    positions: DLPackTensor,
+    cos_sin: DLPackTensor,
+    head_dim: int,
+    style: str = "neox",
+) -> npt.NDArray[np.float32]: ...
+def silu_and_mul(pool: ThreadPool, x: DLPackTensor) -> npt.NDArray[np.float32]: ...
+def add(pool: ThreadPool, a: DLPackTensor, b: DLPackTensor) -> npt.NDArray[np.float32]: ...
+def gather_rows(
+    pool: ThreadPool, x: DLPackTensor, indices: DLPackTensor
+) -> npt.NDArray[np.float32]: ...
+
+class KvCache:
+    """One layer's cache, zeroed, owned; .k and .v are its raw storage as uint8/uint16/float32 arrays."""
+
+    k: np.ndarray
+    v: np.ndarray
+    def __init__(
+        self, num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: str
+    ) -> None: ...
+
+def reshape_and_cache(
+    pool: ThreadPool, k: DLPackTensor, v: DLPackTensor, slot_mapping: DLPackTensor, cache: KvCache
+) -> None: ...
+def paged_attention(
+    pool: ThreadPool,
+    q: DLPackTensor,
+    cache: KvCache,
+    query_start_loc: DLPackTensor,
+    seq_lens: DLPackTensor,
+    block_tables: DLPackTensor,
+    num_heads: int,
+    scale: float,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+) -> npt.NDArray[np.float32]: ...
+def copy_blocks(pool: ThreadPool, cache: KvCache, copies: DLPackTensor) -> None: ...

@@ -1,0 +1,1 @@
+"""fastpage: LLM serving around PagedAttention and continuous batching."""
