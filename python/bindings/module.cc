@@ -7,6 +7,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "libfastpage as Python sees it; see _C.pyi";
   m.attr("__version__") = FASTPAGE_VERSION;
   fastpage::bind_errors(m);
+  fastpage::bind_sampling_params(m);  // before what takes one
   fastpage::bind_core(m);
   fastpage::bind_sampler(m);
   fastpage::bind_ops(m);
