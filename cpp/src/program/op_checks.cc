@@ -1,0 +1,313 @@
+#include "program/op_checks.h"
+
+#include <algorithm>
+#include <initializer_list>
+
+namespace fastpage {
+
+namespace {
+
+// One op under examination: looks up its operands and words its errors.
+class OpChecker {
+ public:
+  OpChecker(const Program& program, const Op& op) : program_(program), op_(op) {}
+
+  void check() {
+    check_operands_exist();
+    switch (op_.kind) {
+      case OpKind::kEmbed:
+        return check_embed();
+      case OpKind::kNorm:
+        return check_norm();
+      case OpKind::kLinear:
+        return check_linear();
+      case OpKind::kRotary:
+        return check_rotary();
+      case OpKind::kWriteCache:
+        return check_write_cache();
+      case OpKind::kAttend:
+        return check_attend();
+      case OpKind::kActivate:
+        return check_activate();
+      case OpKind::kAdd:
+        return check_add();
+      case OpKind::kGatherRows:
+        return check_gather_rows();
+    }
+  }
+
+ private:
+  [[noreturn]] void fail(const std::string& what) const {
+    throw InvalidArgument("op " + std::to_string(program_.ops().size()) + " (" + op_name(op_.kind) +
+                          "): " + what);
+  }
+  void require(bool condition, const std::string& what) const {
+    if (!condition) fail(what);
+  }
+
+  // ---- operands
+
+  const Buffer& buffer(const Operand& operand) const { return program_.buffers()[operand.buffer]; }
+
+  std::string describe(const Operand& operand) const {
+    const Buffer& b = buffer(operand);
+    return b.kind == Buffer::Kind::kWeight
+               ? "'" + b.name + "' " + shape_to_string(b.shape)
+               : "'" + b.name + "' (" + std::to_string(operand.cols) + " columns)";
+  }
+
+  bool is_written(BufferId id) const {
+    return std::any_of(program_.ops().begin(), program_.ops().end(), [&](const Op& op) {
+      return std::any_of(op.outputs.begin(), op.outputs.end(),
+                         [&](const Operand& out) { return out.buffer == id; });
+    });
+  }
+
+  void check_operands_exist() const {
+    const auto count = static_cast<BufferId>(program_.buffers().size());
+    for (const std::vector<Operand>* operands : {&op_.inputs, &op_.outputs}) {
+      for (const Operand& operand : *operands) {
+        require(operand.buffer >= 0 && operand.buffer < count,
+                "there is no buffer " + std::to_string(operand.buffer));
+      }
+    }
+  }
+
+  void check_counts(size_t min_inputs, size_t max_inputs, size_t outputs) const {
+    require(op_.inputs.size() >= min_inputs && op_.inputs.size() <= max_inputs,
+            std::to_string(op_.inputs.size()) + " inputs, " + std::to_string(min_inputs) +
+                (max_inputs > min_inputs ? " to " + std::to_string(max_inputs) : "") + " needed");
+    require(op_.outputs.size() == outputs, std::to_string(op_.outputs.size()) + " outputs, " +
+                                               std::to_string(outputs) + " needed");
+  }
+
+  // An input that is an activation: a range of columns of a buffer already written.
+  const Operand& activation(size_t index) const {
+    const Operand& x = op_.inputs[index];
+    const Buffer& b = buffer(x);
+    require(
+        b.kind == Buffer::Kind::kActivation,
+        "input " + std::to_string(index) + " must be an activation, not weight '" + b.name + "'");
+    require(x.offset >= 0 && x.cols > 0 && x.offset + x.cols <= b.shape[0],
+            "columns [" + std::to_string(x.offset) + ", " + std::to_string(x.offset + x.cols) +
+                ") of '" + b.name + "', which has " + std::to_string(b.shape[0]));
+    require(is_written(x.buffer), "'" + b.name + "' is read before it is written");
+    return x;
+  }
+
+  // An input that is a weight, whole, of `ndim` dimensions.
+  const Buffer& weight(size_t index, size_t ndim) const {
+    const Operand& w = op_.inputs[index];
+    const Buffer& b = buffer(w);
+    require(b.kind == Buffer::Kind::kWeight,
+            "input " + std::to_string(index) + " must be a weight, not '" + b.name + "'");
+    require(w.offset == 0 && w.cols == 0, "weight '" + b.name + "' must be used whole");
+    require(b.shape.size() == ndim,
+            "weight " + describe(w) + " must have " + std::to_string(ndim) + " dimension(s)");
+    return b;
+  }
+
+  // The output: a whole activation of `cols` columns, written here and nowhere else.
+  void check_output(Rows rows, int64_t cols) const {
+    const Operand& y = op_.outputs[0];
+    const Buffer& b = buffer(y);
+    require(b.kind == Buffer::Kind::kActivation, "weight '" + b.name + "' cannot be written");
+    require(y.offset == 0 && y.cols == b.shape[0], "output '" + b.name + "' must be written whole");
+    require(!is_written(y.buffer), "'" + b.name + "' is written twice");
+    require(b.rows == rows, "output '" + b.name + "' must have rows of the same kind as its input");
+    require(y.cols == cols,
+            "output " + describe(y) + " must have " + std::to_string(cols) + " columns");
+    check_phase(rows);
+  }
+
+  // Once rows are gathered, what follows runs slice by slice: nothing may touch token rows again.
+  void check_phase(Rows rows) const {
+    if (rows != Rows::kTokens) return;
+    for (const Op& op : program_.ops()) {
+      require(op.kind != OpKind::kGatherRows, "an op on token rows cannot follow gather_rows");
+    }
+  }
+
+  // ---- attributes
+
+  void check_attrs(std::initializer_list<const char*> known) const {
+    for (const auto& entry : op_.attrs) {
+      require(std::find(known.begin(), known.end(), entry.first) != known.end(),
+              "unknown attribute " + entry.first);
+    }
+  }
+
+  int64_t positive(const char* name) const {
+    const int64_t value = op_.attr_int(name, 0);
+    require(value > 0 && value <= INT32_MAX, std::string("attribute ") + name + " is " +
+                                                 std::to_string(value) +
+                                                 ", a positive number needed");
+    return value;
+  }
+
+  int64_t non_negative(const char* name) const {
+    const int64_t value = op_.attr_int(name, op_.kind == OpKind::kNorm ? 0 : -1);
+    require(value >= 0 && value <= INT32_MAX,
+            std::string("attribute ") + name + " must be given, 0 or more");
+    return value;
+  }
+
+  void one_of(const char* name, std::initializer_list<const char*> values) const {
+    const std::string value = op_.attr_string(name, "");
+    std::string known;
+    for (const char* v : values) {
+      if (value == v) return;
+      known += (known.empty() ? "" : ", ") + std::string(v);
+    }
+    fail(std::string("attribute ") + name + " is '" + value + "': one of " + known);
+  }
+
+  // ---- the kinds
+
+  void check_embed() const {
+    check_counts(1, 1, 1);
+    check_attrs({});
+    check_output(Rows::kTokens, weight(0, 2).shape[1]);
+  }
+
+  void check_norm() const {
+    check_counts(2, 2, 1);
+    check_attrs({"kind", "eps", "group"});
+    one_of("kind", {"rms"});
+    const Operand& x = activation(0);
+    const int64_t group = op_.attr_int("group", x.cols);
+    require(group > 0 && x.cols % group == 0,
+            "group " + std::to_string(group) + " does not divide the columns of " + describe(x));
+    require(weight(1, 1).shape[0] == group,
+            "weight " + describe(op_.inputs[1]) + " must be [" + std::to_string(group) + "]");
+    require(op_.attr_double("eps", -1) >= 0, "attribute eps must be given, 0 or more");
+    check_output(buffer(x).rows, x.cols);
+  }
+
+  void check_linear() const {
+    check_counts(2, 3, 1);
+    check_attrs({});
+    const Operand& x = activation(0);
+    const Buffer& w = weight(1, 2);
+    require(w.shape[1] == x.cols,
+            "weight " + describe(op_.inputs[1]) + " does not fit input " + describe(x));
+    if (op_.inputs.size() == 3) {
+      require(
+          weight(2, 1).shape[0] == w.shape[0],
+          "bias " + describe(op_.inputs[2]) + " does not fit weight " + describe(op_.inputs[1]));
+    }
+    check_output(buffer(x).rows, w.shape[0]);
+  }
+
+  void check_rotary() const {
+    check_counts(2, 2, 1);
+    check_attrs({"head_dim", "style"});
+    one_of("style", {"neox", "interleaved"});
+    const Operand& x = activation(0);
+    const int64_t head_dim = positive("head_dim");
+    require(x.cols % head_dim == 0, "head_dim " + std::to_string(head_dim) +
+                                        " does not divide the columns of " + describe(x));
+    const int64_t rotary_dim = weight(1, 2).shape[1];
+    require(rotary_dim <= head_dim && rotary_dim % 2 == 0,
+            "table " + describe(op_.inputs[1]) + " must have an even width of at most head_dim " +
+                std::to_string(head_dim));
+    require(buffer(x).rows == Rows::kTokens, "positions belong to token rows");
+    check_output(Rows::kTokens, x.cols);
+  }
+
+  void check_write_cache() const {
+    check_counts(2, 2, 0);
+    check_attrs({"layer"});
+    const Operand& k = activation(0);
+    const Operand& v = activation(1);
+    require(k.cols == v.cols, "k " + describe(k) + " and v " + describe(v) + " differ in width");
+    require(buffer(k).rows == Rows::kTokens && buffer(v).rows == Rows::kTokens,
+            "k and v must have a row per token");
+    const int64_t layer = non_negative("layer");
+    for (const Op& op : program_.ops()) {
+      require(op.kind != OpKind::kWriteCache || op.attr_int("layer", 0) != layer,
+              "layer " + std::to_string(layer) + " is written twice");
+    }
+    check_phase(Rows::kTokens);
+  }
+
+  void check_attend() const {
+    check_counts(1, 1, 1);
+    check_attrs(
+        {"layer", "num_heads", "num_kv_heads", "head_dim", "scale", "sliding_window", "soft_cap"});
+    const Operand& q = activation(0);
+    const int64_t num_heads = positive("num_heads");
+    const int64_t num_kv_heads = positive("num_kv_heads");
+    const int64_t head_dim = positive("head_dim");
+    require(num_heads % num_kv_heads == 0, std::to_string(num_heads) + " heads cannot share " +
+                                               std::to_string(num_kv_heads) + " KV heads evenly");
+    require(q.cols == num_heads * head_dim, "q " + describe(q) + " is not " +
+                                                std::to_string(num_heads) + " heads of " +
+                                                std::to_string(head_dim));
+    require(op_.attr_double("scale", 0) > 0, "attribute scale must be given, above 0");
+    require(op_.attr_int("sliding_window", 0) >= 0, "attribute sliding_window is negative");
+    require(op_.attr_double("soft_cap", 0) >= 0, "attribute soft_cap is negative");
+    check_cache_written(non_negative("layer"), num_kv_heads * head_dim);
+    check_output(buffer(q).rows, q.cols);
+    require(buffer(q).rows == Rows::kTokens, "q must have a row per token");
+  }
+
+  void check_cache_written(int64_t layer, int64_t cols) const {
+    for (const Op& op : program_.ops()) {
+      if (op.kind != OpKind::kWriteCache || op.attr_int("layer", 0) != layer) continue;
+      require(op.inputs[0].cols == cols, "the cache of layer " + std::to_string(layer) + " holds " +
+                                             std::to_string(op.inputs[0].cols) + " columns, not " +
+                                             std::to_string(cols));
+      return;
+    }
+    fail("the cache of layer " + std::to_string(layer) + " is read before it is written");
+  }
+
+  void check_activate() const {
+    check_counts(1, 1, 1);
+    check_attrs({"kind"});
+    one_of("kind", {"silu_and_mul"});
+    const Operand& x = activation(0);
+    require(x.cols % 2 == 0, "x " + describe(x) + " must hold gate and up side by side");
+    check_output(buffer(x).rows, x.cols / 2);
+  }
+
+  void check_add() const {
+    check_counts(2, 2, 1);
+    check_attrs({});
+    const Operand& a = activation(0);
+    const Operand& b = activation(1);
+    require(a.cols == b.cols && buffer(a).rows == buffer(b).rows,
+            describe(a) + " and " + describe(b) + " differ in shape");
+    check_output(buffer(a).rows, a.cols);
+  }
+
+  void check_gather_rows() const {
+    check_counts(1, 1, 1);
+    check_attrs({});
+    const Operand& x = activation(0);
+    require(buffer(x).rows == Rows::kTokens, "x " + describe(x) + " must have a row per token");
+    check_output(Rows::kLogits, x.cols);
+  }
+
+  const Program& program_;
+  const Op& op_;
+};
+
+}  // namespace
+
+void check_op(const Program& program, const Op& op) { OpChecker(program, op).check(); }
+
+bool may_run_in_place(OpKind kind, size_t index) {
+  switch (kind) {
+    case OpKind::kNorm:
+    case OpKind::kRotary:
+      return index == 0;
+    case OpKind::kAdd:
+      return true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace fastpage

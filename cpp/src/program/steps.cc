@@ -1,0 +1,94 @@
+#include "program/steps.h"
+
+#include "program/weights.h"
+
+namespace fastpage {
+
+namespace {
+
+class Compiler {
+ public:
+  Compiler(const Program& program, const WorkspacePlan& plan, const std::vector<float*>& regions,
+           const WeightStore& weights, const std::vector<ops::KvCacheView>& caches)
+      : program_(program), plan_(plan), regions_(regions), weights_(weights), caches_(caches) {}
+
+  Step compile(const Op& op) const {
+    switch (op.kind) {
+      case OpKind::kEmbed:
+        return EmbedStep{&weights_.packed(op.inputs[0].buffer), slab(op.outputs[0])};
+      case OpKind::kNorm:
+        return NormStep{slab(op.inputs[0]), vector(op.inputs[1]),
+                        static_cast<float>(op.attr_double("eps", 0)),
+                        op.attr_int("group", op.inputs[0].cols), slab(op.outputs[0])};
+      case OpKind::kLinear:
+        return LinearStep{slab(op.inputs[0]), &weights_.packed(op.inputs[1].buffer),
+                          op.inputs.size() == 3 ? vector(op.inputs[2]) : nullptr,
+                          slab(op.outputs[0])};
+      case OpKind::kRotary:
+        return RotaryStep{slab(op.inputs[0]), weights_.table(op.inputs[1].buffer),
+                          op.attr_int("head_dim", 0),
+                          op.attr_string("style", "") == "neox" ? ops::RotaryStyle::kNeox
+                                                                : ops::RotaryStyle::kInterleaved,
+                          slab(op.outputs[0])};
+      case OpKind::kWriteCache:
+        return WriteCacheStep{slab(op.inputs[0]), slab(op.inputs[1]), cache(op)};
+      case OpKind::kAttend:
+        return AttendStep{slab(op.inputs[0]), cache(op), attention_params(op), slab(op.outputs[0])};
+      case OpKind::kActivate:
+        return ActivateStep{slab(op.inputs[0]), slab(op.outputs[0])};
+      case OpKind::kAdd:
+        return AddStep{slab(op.inputs[0]), slab(op.inputs[1]), slab(op.outputs[0])};
+      case OpKind::kGatherRows:
+        return GatherRowsStep{slab(op.inputs[0]), slab(op.outputs[0])};
+    }
+    throw InvalidArgument("unknown op kind");
+  }
+
+  Slab slab(const Operand& operand) const {
+    const Buffer& buffer = program_.buffers()[operand.buffer];
+    float* base = regions_[plan_.slots[operand.buffer].region];
+    return {base + operand.offset, buffer.rows, operand.cols, buffer.shape[0]};
+  }
+
+ private:
+  const float* vector(const Operand& operand) const { return weights_.table(operand.buffer).data; }
+
+  const ops::KvCacheView& cache(const Op& op) const { return caches_[op.attr_int("layer", 0)]; }
+
+  static ops::AttentionParams attention_params(const Op& op) {
+    ops::AttentionParams params;
+    params.num_heads = static_cast<int32_t>(op.attr_int("num_heads", 0));
+    params.scale = static_cast<float>(op.attr_double("scale", 1));
+    params.sliding_window = static_cast<int32_t>(op.attr_int("sliding_window", 0));
+    params.soft_cap = static_cast<float>(op.attr_double("soft_cap", 0));
+    return params;
+  }
+
+  const Program& program_;
+  const WorkspacePlan& plan_;
+  const std::vector<float*>& regions_;
+  const WeightStore& weights_;
+  const std::vector<ops::KvCacheView>& caches_;
+};
+
+bool is_logits_op(const Program& program, const Op& op) {
+  return !op.outputs.empty() && program.buffers()[op.outputs[0].buffer].rows == Rows::kLogits;
+}
+
+}  // namespace
+
+CompiledProgram compile(const Program& program, const WorkspacePlan& plan,
+                        const std::vector<float*>& regions, const WeightStore& weights,
+                        const std::vector<ops::KvCacheView>& caches) {
+  const Compiler compiler(program, plan, regions, weights, caches);
+  CompiledProgram compiled;
+  for (const Op& op : program.ops()) {
+    auto& steps = is_logits_op(program, op) ? compiled.logits_steps : compiled.token_steps;
+    steps.push_back(compiler.compile(op));
+  }
+  const BufferId output = program.output();
+  compiled.output = compiler.slab({output, 0, program.buffers()[output].shape[0]});
+  return compiled;
+}
+
+}  // namespace fastpage

@@ -1,0 +1,143 @@
+// A Program compiled for the CPU: one typed step an op, with weights, memory and kernels resolved.
+#pragma once
+
+#include <variant>
+#include <vector>
+
+#include "fastpage/ops.h"
+#include "fastpage/program.h"
+
+namespace fastpage {
+
+class WeightStore;
+
+// What varies from one forward to the next.
+struct Frame {
+  ThreadPool& pool;
+  Span<const TokenId> token_ids;
+  Span<const int32_t> positions;
+  Span<const int32_t> slot_mapping;
+  ops::AttentionBatch attention;
+  Span<const int32_t> logits_indices;  // of one slice
+
+  int64_t rows(Rows kind) const {
+    return static_cast<int64_t>(kind == Rows::kTokens ? token_ids.size() : logits_indices.size());
+  }
+};
+
+// An activation's place in the workspace.
+struct Slab {
+  float* data = nullptr;
+  Rows rows = Rows::kTokens;
+  int64_t cols = 0;
+  int64_t stride = 0;
+
+  Matrix<float> at(const Frame& frame) const { return {data, frame.rows(rows), cols, stride}; }
+};
+
+struct EmbedStep {
+  static constexpr OpKind kKind = OpKind::kEmbed;
+  const ops::PackedWeight* table;
+  Slab y;
+  void run(const Frame& frame) const {
+    ops::embed(frame.pool, frame.token_ids, *table, y.at(frame));
+  }
+};
+
+struct NormStep {
+  static constexpr OpKind kKind = OpKind::kNorm;
+  Slab x;
+  const float* weight;
+  float eps;
+  int64_t group;
+  Slab y;
+  void run(const Frame& frame) const {
+    ops::rms_norm(frame.pool, x.at(frame), weight, eps, group, y.at(frame));
+  }
+};
+
+struct LinearStep {
+  static constexpr OpKind kKind = OpKind::kLinear;
+  Slab x;
+  const ops::PackedWeight* weight;
+  const float* bias;
+  Slab y;
+  void run(const Frame& frame) const {
+    ops::linear(frame.pool, x.at(frame), *weight, bias, y.at(frame));
+  }
+};
+
+struct RotaryStep {
+  static constexpr OpKind kKind = OpKind::kRotary;
+  Slab x;
+  Matrix<const float> cos_sin;
+  int64_t head_dim;
+  ops::RotaryStyle style;
+  Slab y;
+  void run(const Frame& frame) const {
+    ops::rotary(frame.pool, x.at(frame), frame.positions, cos_sin, head_dim, style, y.at(frame));
+  }
+};
+
+struct WriteCacheStep {
+  static constexpr OpKind kKind = OpKind::kWriteCache;
+  Slab k;
+  Slab v;
+  ops::KvCacheView cache;
+  void run(const Frame& frame) const {
+    ops::reshape_and_cache(frame.pool, k.at(frame), v.at(frame), frame.slot_mapping, cache);
+  }
+};
+
+struct AttendStep {
+  static constexpr OpKind kKind = OpKind::kAttend;
+  Slab q;
+  ops::KvCacheView cache;
+  ops::AttentionParams params;
+  Slab y;
+  void run(const Frame& frame) const {
+    ops::paged_attention(frame.pool, q.at(frame), cache, frame.attention, params, y.at(frame));
+  }
+};
+
+struct ActivateStep {
+  static constexpr OpKind kKind = OpKind::kActivate;
+  Slab x;
+  Slab y;
+  void run(const Frame& frame) const { ops::silu_and_mul(frame.pool, x.at(frame), y.at(frame)); }
+};
+
+struct AddStep {
+  static constexpr OpKind kKind = OpKind::kAdd;
+  Slab a;
+  Slab b;
+  Slab y;
+  void run(const Frame& frame) const {
+    ops::add(frame.pool, a.at(frame), b.at(frame), y.at(frame));
+  }
+};
+
+struct GatherRowsStep {
+  static constexpr OpKind kKind = OpKind::kGatherRows;
+  Slab x;
+  Slab y;
+  void run(const Frame& frame) const {
+    ops::gather_rows(frame.pool, x.at(frame), frame.logits_indices, y.at(frame));
+  }
+};
+
+using Step = std::variant<EmbedStep, NormStep, LinearStep, RotaryStep, WriteCacheStep, AttendStep,
+                          ActivateStep, AddStep, GatherRowsStep>;
+
+struct CompiledProgram {
+  std::vector<Step> token_steps;   // once per forward
+  std::vector<Step> logits_steps;  // once per slice of logits rows
+  Slab output;
+};
+
+// `regions`: the base address of each region of `plan`.
+CompiledProgram compile(const Program& program, const WorkspacePlan& plan,
+                        const std::vector<float*>& regions, const WeightStore& weights,
+                        const std::vector<ops::KvCacheView>& caches);
+
+}  // namespace fastpage

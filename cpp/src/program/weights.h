@@ -1,0 +1,41 @@
+// The constants of a Program, in the form in which the CPU ops want them.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "fastpage/ops.h"
+#include "fastpage/program.h"
+
+namespace fastpage {
+
+class WeightStore {
+ public:
+  // Linear weights and embedding tables are packed as `dtype` (once, if tied); the rest is fp32.
+  WeightStore(const Program& program, DType dtype);
+
+  // Throws InvalidArgument for an unknown name, a wrong shape or a second loading.
+  void load(const std::string& name, const TensorView& weight, ThreadPool& pool);
+  // Throws InvalidArgument listing what is missing.
+  void check_complete() const;
+
+  const ops::PackedWeight& packed(BufferId id) const { return entries_[id].packed; }
+  Matrix<const float> table(BufferId id) const;  // one row if the weight has one dimension
+  size_t linear_bytes() const;
+
+ private:
+  struct Entry {
+    bool is_packed = false;
+    bool is_linear = false;
+    bool is_loaded = false;
+    ops::PackedWeight packed;
+    std::vector<float> values;
+  };
+  const Program& program_;
+  DType dtype_;
+  std::map<std::string, BufferId> ids_;
+  std::vector<Entry> entries_;  // per buffer
+};
+
+}  // namespace fastpage
