@@ -1,0 +1,195 @@
+"""Reading safetensors files: one, or several behind an index.
+
+The format (https://huggingface.co/docs/safetensors): the length of a header as a little-endian
+u64, the header as JSON (name -> dtype, shape, data_offsets), the tensors without gaps.
+The reader is our own because the `safetensors` package brings bfloat16 to torch only.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastpage.errors import CheckpointError
+
+_MAX_HEADER_BYTES = 100_000_000  # as in the reference implementation
+
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+_READABLE = {
+    "F32": (np.dtype("<f4"), "float32"),
+    "F16": (np.dtype("<f2"), "float16"),
+    "BF16": (np.dtype("<u2"), "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
+    end: int
+
+
+class SafetensorsFile:
+    """One file, memory-mapped; `entries` says what is in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        self.entries = self._read_header()
+
+    def tensor(self, name: str) -> tuple[np.ndarray, str]:
+        entry = self.entries[name]
+        if entry.dtype not in _READABLE:
+            raise CheckpointError(
+                f"{self.path}: tensor '{name}' is {entry.dtype}; only F32, F16 and BF16 can be "
+                "used as weights"
+            )
+        dtype, dtype_name = _READABLE[entry.dtype]
+        count = (entry.end - entry.begin) // dtype.itemsize
+        array = np.frombuffer(self._map, dtype, count, entry.begin if count else 0)
+        # Writers may leave the header unpadded; kernels may not read unaligned elements.
+        array = np.require(array, requirements="A").reshape(entry.shape)
+        array.flags.writeable = False
+        return array, dtype_name
+
+    def _read_header(self) -> dict[str, TensorEntry]:
+        size = len(self._map)
+        if size < 8:
+            raise CheckpointError(f"{self.path}: too short for a safetensors file ({size} bytes)")
+        length = int.from_bytes(self._map[:8], "little")
+        if length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{self.path}: the header claims {length} bytes, the file has {size}: "
+                "truncated, or not a safetensors file"
+            )
+        header = _parse_json(self.path, self._map[8 : 8 + length])
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
+            raise CheckpointError(f"{self.path}: __metadata__ is not a map of strings to strings")
+        entries = {
+            name: self._read_entry(name, fields, 8 + length) for name, fields in header.items()
+        }
+        self._check_layout(entries, 8 + length, size)
+        return entries
+
+    def _read_entry(self, name: str, fields: Any, data_begin: int) -> TensorEntry:
+        if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+            raise CheckpointError(
+                f"{self.path}: tensor '{name}': expected dtype, shape and data_offsets"
+            )
+        dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _BITS:
+            raise CheckpointError(f"{self.path}: tensor '{name}': unknown dtype {dtype!r:.40}")
+        if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
+            raise CheckpointError(
+                f"{self.path}: tensor '{name}': shape or data_offsets are not lists of counts"
+            )
+        begin, end = offsets
+        bits = _BITS[dtype]
+        for dim in shape:
+            bits *= dim
+        if end - begin != (bits + 7) // 8:
+            raise CheckpointError(
+                f"{self.path}: tensor '{name}': {dtype} of shape {shape!s:.80} does not fill "
+                f"bytes {begin} to {end}"
+            )
+        return TensorEntry(dtype, tuple(shape), data_begin + begin, data_begin + end)
+
+    def _check_layout(self, entries: dict[str, TensorEntry], data_begin: int, size: int) -> None:
+        position = data_begin
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+            if entry.end > size:
+                raise CheckpointError(
+                    f"{self.path}: tensor '{name}' ends at byte {entry.end}, the file has {size}: "
+                    "truncated"
+                )
+            if entry.begin != position:
+                fault = "overlaps the one before it" if entry.begin < position else "follows a gap"
+                raise CheckpointError(f"{self.path}: tensor '{name}' {fault}")
+            position = entry.end
+        if position != size:
+            raise CheckpointError(f"{self.path}: {size - position} bytes belong to no tensor")
+
+
+def open_shards(directory: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name -> the file that holds it, for the safetensors files of a directory."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return _open_indexed(index)
+    files = sorted(directory.glob("*.safetensors"))
+    if directory / "model.safetensors" in files:
+        files = [directory / "model.safetensors"]
+    if len(files) != 1:
+        raise CheckpointError(
+            f"{directory}: {len(files)} .safetensors files but no {index.name} to say what is where"
+        )
+    file = SafetensorsFile(files[0])
+    return dict.fromkeys(file.entries, file)
+
+
+def _open_indexed(index: Path) -> dict[str, SafetensorsFile]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise CheckpointError(f"{index}: no weight_map of tensor names to file names")
+    files: dict[str, SafetensorsFile] = {}
+    for file_name in sorted(set(weight_map.values())):
+        if Path(file_name).name != file_name:
+            raise CheckpointError(f"{index}: '{file_name}' is not the name of a file beside it")
+        files[file_name] = SafetensorsFile(index.parent / file_name)
+    for name, file_name in weight_map.items():
+        if name not in files[file_name].entries:
+            raise CheckpointError(f"{index}: tensor '{name}' is not in {file_name}")
+    return {name: files[file_name] for name, file_name in weight_map.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return _parse_json(path, text)
+
+
+def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            keys = [key for key, _ in pairs]
+            key = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"duplicate key '{key:.80}'")
+        return fields
+
+    try:
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error!s:.200}") from None
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path}: a JSON object is expected")
+    return parsed
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
