@@ -42,6 +42,10 @@ class CpuExecutor {
   using LogitsSink = std::function<void(int32_t first_row, Matrix<float> logits)>;
   void forward(const InputBatch& batch, const LogitsSink& sink);
 
+  // Throws InvalidArgument unless every id, position, slot and block of `batch` is in range. The
+  // scheduler's batches are; forward() trusts them.
+  void check_batch(const InputBatch& batch) const;
+
   const Program& program() const;
   const ExecutorConfig& config() const;
   ops::KvCacheView kv_cache(int32_t layer) const;

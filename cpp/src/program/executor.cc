@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "program/batch_checks.h"
 #include "program/memory.h"
 #include "program/steps.h"
 #include "program/weights.h"
@@ -183,6 +184,10 @@ void CpuExecutor::forward(const InputBatch& batch, const LogitsSink& sink) {
     impl_->run(impl_->compiled.logits_steps, frame);
     sink(static_cast<int32_t>(first), impl_->compiled.output.at(frame));
   }
+}
+
+void CpuExecutor::check_batch(const InputBatch& batch) const {
+  fastpage::check_batch(batch, impl_->program, impl_->config);
 }
 
 const Program& CpuExecutor::program() const { return impl_->program; }

@@ -146,7 +146,7 @@ class OpChecker {
   }
 
   int64_t non_negative(const char* name) const {
-    const int64_t value = op_.attr_int(name, op_.kind == OpKind::kNorm ? 0 : -1);
+    const int64_t value = op_.attr_int(name, -1);
     require(value >= 0 && value <= INT32_MAX,
             std::string("attribute ") + name + " must be given, 0 or more");
     return value;

@@ -1,0 +1,1 @@
+"""Executors of a Program that live in Python."""

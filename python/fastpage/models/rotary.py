@@ -1,0 +1,87 @@
+"""Rotary position embeddings: their parameters, and the table of cosines and sines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class RotarySpec:
+    """Rotary embedding (Su et al. 2021) of the first `dim` columns of a head, and its scaling.
+
+    scaling: "default"; "linear" (positions divided by factor); "llama3" (Llama 3.1: low frequencies
+    divided by factor); "yarn" (Peng et al. 2023).
+    """
+
+    dim: int
+    theta: float = 10000.0
+    scaling: str = "default"
+    factor: float = 1.0
+    original_max_position: int = 0  # llama3, yarn: the length trained on before it was extended
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: the bounds of the ramp are whole dimensions
+    magnitude: float = 1.0  # yarn: cosines and sines are multiplied by it
+
+    SCALINGS = ("default", "linear", "llama3", "yarn")
+
+
+def cos_sin_table(spec: RotarySpec, num_positions: int) -> npt.NDArray[np.float32]:
+    """[num_positions, dim]: cosines in the first half of a row, sines in the second.
+
+    In float32 throughout, as models are trained.
+    """
+    positions = np.arange(num_positions, dtype=np.float32)
+    angles = np.outer(positions, inverse_frequencies(spec))
+    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    return (table * np.float32(spec.magnitude)).astype(np.float32)
+
+
+def inverse_frequencies(spec: RotarySpec) -> npt.NDArray[np.float32]:
+    """Radians per position, [dim / 2]."""
+    exponents = np.arange(0, spec.dim, 2, dtype=np.float32) / np.float32(spec.dim)
+    plain = (1.0 / np.float32(spec.theta) ** exponents).astype(np.float32)
+    if spec.scaling == "linear":
+        plain = plain / np.float32(spec.factor)
+    elif spec.scaling == "llama3":
+        plain = _llama3(spec, plain)
+    elif spec.scaling == "yarn":
+        plain = _yarn(spec, plain)
+    return plain.astype(np.float32)
+
+
+def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's attention temperature, sqrt(1 / t) of equation 22."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _llama3(spec: RotarySpec, plain: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Long waves are divided by factor, short ones kept, those between are blended."""
+    turns = spec.original_max_position * plain / (2 * np.pi)  # within the original context
+    share_kept = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    share_kept = np.clip(share_kept, 0, 1)
+    return (1 - share_kept) * plain / spec.factor + share_kept * plain
+
+
+def _yarn(spec: RotarySpec, plain: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """NTK-by-parts: a linear ramp over the dimensions from kept to divided by factor."""
+    low = _dimension_of(spec, spec.beta_fast)
+    high = _dimension_of(spec, spec.beta_slow)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.dim - 1)
+    ramp = (np.arange(spec.dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+    ramp = np.clip(ramp, 0, 1)
+    return plain / spec.factor * ramp + plain * (1 - ramp)
+
+
+def _dimension_of(spec: RotarySpec, turns: float) -> float:
+    """The dimension that turns so many times within the original context."""
+    wavelength_ratio = spec.original_max_position / (turns * 2 * math.pi)
+    return spec.dim * math.log(wavelength_ratio) / (2 * math.log(spec.theta))
