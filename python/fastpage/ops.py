@@ -69,6 +69,7 @@ def _append(
     inputs: Sequence[Tensor | Weight],
     rows: str,
     cols: int,
+    /,
     **attrs: int | float | str,
 ) -> Tensor:
     """Appends an op whose result is a new activation."""
