@@ -59,6 +59,7 @@ $(MODEL_DONE): | $(PY)
 	@mkdir -p $(STAMPS) && touch $@
 
 $(DEV_DONE): $(TOOLS_DONE)
+	@$(PY) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: requirements-dev.txt needs Python >= 3.11: make clean, then make test PYTHON=...")'
 	@echo "-- installing the test environment"
 	@$(PIP) install -r requirements-dev.txt
 	@rm -f $(STAMPS)/dev-* && touch $@
