@@ -86,11 +86,11 @@ class Planner {
 
   // The op that writes `to` reads `from` for the last time, and may write over it.
   bool in_place(BufferId from, BufferId to) const {
-    if (cols(from) != cols(to)) return false;  // rows of both must start at the same places
     const Op& op = program_.ops()[lives_[to].begin];
     for (size_t i = 0; i < op.inputs.size(); ++i) {
       const Operand& in = op.inputs[i];
       if (in.buffer != from) continue;
+      // A range of columns has other row starts than the output.
       if (!may_run_in_place(op.kind, i) || in.cols != cols(from)) return false;
     }
     return true;

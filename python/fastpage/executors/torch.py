@@ -1,0 +1,285 @@
+"""The reference executor: the same Program on any torch device, a few lines an op.
+
+It is what tests compare the C++ executors with, and pages its KV cache through the same block
+tables and slots, in the plain layout [num_blocks, block_size, num_kv_heads, head_dim].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from fastpage._C import InputBatch, ModelRunner, ModelRunnerOutput, Op, Operand, Program, Sampler
+from fastpage.errors import InvalidArgument
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass
+class _Frame:
+    """The step's own data, on the device, and the activations computed so far."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    query_start_loc: list[int]
+    seq_lens: list[int]
+    block_tables: torch.Tensor
+    logits_indices: torch.Tensor
+    activations: dict[int, torch.Tensor]
+
+
+class TorchExecutor:
+    """Same calls as fastpage._C.CpuExecutor.
+
+    dtype is that of activations; weights are rounded to weight_dtype, keys and values to
+    kv_cache_dtype (both `dtype` unless given).
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        num_kv_blocks: int,
+        device: str = "cpu",
+        dtype: str = "float32",
+        weight_dtype: str | None = None,
+        kv_cache_dtype: str | None = None,
+        block_size: int = 16,
+    ) -> None:
+        self.program = program
+        self._device = torch.device(device)
+        self._dtype = _torch_dtype(dtype)
+        self._weight_dtype = _torch_dtype(weight_dtype or dtype)
+        layers, kv_heads, head_dim = program.kv_cache_spec
+        shape = (layers, num_kv_blocks, block_size, kv_heads, head_dim)
+        options: dict[str, Any] = {
+            "dtype": _torch_dtype(kv_cache_dtype or dtype),
+            "device": self._device,
+        }
+        self._keys = torch.zeros(shape, **options)
+        self._values = torch.zeros(shape, **options)
+        self._ids = {b.name: i for i, b in enumerate(program.buffers) if b.kind == "weight"}
+        self._shapes = {b.name: tuple(b.shape) for b in program.buffers if b.kind == "weight"}
+        self._weights: dict[int, torch.Tensor] = {}
+        self._packed = {
+            op.inputs[index].buffer
+            for op in program.ops
+            for kind, index in (("embed", 0), ("linear", 1))
+            if op.kind == kind
+        }
+        self._ops: dict[str, Callable[[Op, _Frame], torch.Tensor | None]] = {
+            "embed": self._embed,
+            "norm": self._norm,
+            "linear": self._linear,
+            "rotary": self._rotary,
+            "write_cache": self._write_cache,
+            "attend": self._attend,
+            "activate": self._activate,
+            "add": self._add,
+            "gather_rows": self._gather_rows,
+        }
+
+    # ---- loading
+
+    def load_weight(self, name: str, weight: Any, source_dtype: str | None = None) -> None:
+        """`weight`: anything with __dlpack__; source_dtype="bfloat16" if it is bits in uint16."""
+        if name not in self._ids:
+            raise InvalidArgument(f"the program has no weight '{name}'")
+        values = torch.from_dlpack(weight)
+        if source_dtype is not None:
+            values = values.view(_torch_dtype(source_dtype))
+        if tuple(values.shape) != self._shapes[name]:
+            raise InvalidArgument(
+                f"weight '{name}' has shape {list(values.shape)}, the program wants "
+                f"{list(self._shapes[name])}"
+            )
+        buffer = self._ids[name]
+        if buffer in self._weights:
+            raise InvalidArgument(f"weight '{name}' is loaded twice")
+        if buffer in self._packed:
+            values = values.to(self._weight_dtype).to(self._dtype)
+        else:
+            values = values.to(torch.float32)
+        self._weights[buffer] = values.to(self._device, copy=True)
+
+    def finish_loading(self) -> None:
+        missing = [name for name, buffer in self._ids.items() if buffer not in self._weights]
+        if missing:
+            raise InvalidArgument(f"{len(missing)} weight(s) not loaded: {', '.join(missing)}")
+
+    # ---- running
+
+    def forward(self, batch: InputBatch) -> npt.NDArray[np.float32]:
+        """All logits of the step, [num_logits, vocab_size]; does its block copies first."""
+        self.copy_blocks(batch.block_copies)
+        return self.forward_arrays(
+            batch.token_ids,
+            batch.positions,
+            batch.slot_mapping,
+            batch.query_start_loc,
+            batch.seq_lens,
+            batch.block_tables,
+            batch.logits_indices,
+        )
+
+    @torch.inference_mode()
+    def forward_arrays(
+        self,
+        token_ids: IntArray,
+        positions: IntArray,
+        slot_mapping: IntArray,
+        query_start_loc: IntArray,
+        seq_lens: IntArray,
+        block_tables: IntArray,
+        logits_indices: IntArray,
+    ) -> npt.NDArray[np.float32]:
+        """See CpuExecutor.forward_arrays."""
+        frame = _Frame(
+            token_ids=self._to_device(token_ids),
+            positions=self._to_device(positions),
+            slot_mapping=self._to_device(slot_mapping),
+            query_start_loc=[int(i) for i in query_start_loc],
+            seq_lens=[int(i) for i in seq_lens],
+            block_tables=self._to_device(block_tables),
+            logits_indices=self._to_device(logits_indices),
+            activations={},
+        )
+        for op in self.program.ops:
+            result = self._ops[op.kind](op, frame)
+            if result is not None:
+                frame.activations[op.outputs[0].buffer] = result
+        logits = frame.activations[self.program.output]
+        return logits.float().cpu().numpy()
+
+    def copy_blocks(self, copies: IntArray) -> None:
+        """copies: [n, 2], source and destination blocks, in order."""
+        for src, dst in copies.tolist():
+            self._keys[:, dst] = self._keys[:, src]
+            self._values[:, dst] = self._values[:, src]
+
+    def _to_device(self, array: IntArray) -> torch.Tensor:
+        return torch.tensor(np.asarray(array), dtype=torch.int64, device=self._device)
+
+    # ---- the ops
+
+    def _input(self, op: Op, index: int, frame: _Frame) -> torch.Tensor:
+        operand: Operand = op.inputs[index]
+        x = frame.activations[operand.buffer]
+        return x[:, operand.offset : operand.offset + operand.cols]
+
+    def _weight(self, op: Op, index: int) -> torch.Tensor:
+        return self._weights[op.inputs[index].buffer]
+
+    def _embed(self, op: Op, frame: _Frame) -> torch.Tensor:
+        return self._weight(op, 0)[frame.token_ids]
+
+    def _norm(self, op: Op, frame: _Frame) -> torch.Tensor:
+        x = self._input(op, 0, frame)
+        groups = x.float().unflatten(1, (-1, int(op.attrs.get("group", x.shape[1]))))
+        scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + float(op.attrs["eps"]))
+        return (groups * scale * self._weight(op, 1)).flatten(1).to(self._dtype)
+
+    def _linear(self, op: Op, frame: _Frame) -> torch.Tensor:
+        bias = self._weight(op, 2).to(self._dtype) if len(op.inputs) == 3 else None
+        return functional.linear(self._input(op, 0, frame), self._weight(op, 1), bias)
+
+    def _rotary(self, op: Op, frame: _Frame) -> torch.Tensor:
+        x = self._input(op, 0, frame)
+        cos, sin = self._weight(op, 1)[frame.positions].unsqueeze(1).chunk(2, dim=-1)
+        heads = x.float().unflatten(1, (-1, int(op.attrs["head_dim"])))
+        turned, kept = heads.tensor_split([2 * cos.shape[-1]], dim=-1)
+        if op.attrs["style"] == "neox":
+            a, b = turned.chunk(2, dim=-1)
+            turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        else:
+            a, b = turned[..., ::2], turned[..., 1::2]
+            turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        return torch.cat((turned, kept), dim=-1).flatten(1).to(self._dtype)
+
+    def _write_cache(self, op: Op, frame: _Frame) -> None:
+        layer = int(op.attrs["layer"])
+        written = frame.slot_mapping >= 0
+        slots = frame.slot_mapping[written]
+        for index, cache in ((0, self._keys[layer]), (1, self._values[layer])):
+            x = self._input(op, index, frame)[written]
+            cache.view(-1, *cache.shape[2:])[slots] = x.unflatten(1, cache.shape[2:]).to(
+                cache.dtype
+            )
+
+    def _attend(self, op: Op, frame: _Frame) -> torch.Tensor:
+        q = self._input(op, 0, frame).float()
+        out = torch.empty_like(q)
+        for i, seq_len in enumerate(frame.seq_lens):
+            rows = slice(frame.query_start_loc[i], frame.query_start_loc[i + 1])
+            out[rows] = self._attend_sequence(op, q[rows], frame.block_tables[i], seq_len)
+        return out.to(self._dtype)
+
+    def _attend_sequence(
+        self, op: Op, q: torch.Tensor, block_table: torch.Tensor, seq_len: int
+    ) -> torch.Tensor:
+        """q: [new tokens, num_heads * head_dim], the last ones of seq_len."""
+        layer, window = int(op.attrs["layer"]), int(op.attrs.get("sliding_window", 0))
+        soft_cap = float(op.attrs.get("soft_cap", 0))
+        repeat = int(op.attrs["num_heads"]) // int(op.attrs["num_kv_heads"])
+        blocks = block_table[: -(-seq_len // self._keys.shape[2])]
+        k = self._keys[layer, blocks].flatten(0, 1)[:seq_len].float()
+        v = self._values[layer, blocks].flatten(0, 1)[:seq_len].float()
+        heads = q.unflatten(1, (-1, int(op.attrs["head_dim"])))
+        scores = torch.einsum("qhd,khd->hqk", heads, k.repeat_interleave(repeat, dim=1))
+        scores = scores * float(op.attrs["scale"])
+        if soft_cap > 0:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        at = torch.arange(seq_len, device=q.device)
+        age = at[seq_len - len(q) :, None] - at[None, :]
+        hidden = age < 0
+        if window > 0:
+            hidden |= age >= window
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(repeat, dim=1)).flatten(1)
+
+    def _activate(self, op: Op, frame: _Frame) -> torch.Tensor:
+        gate, up = self._input(op, 0, frame).chunk(2, dim=1)
+        return functional.silu(gate) * up
+
+    def _add(self, op: Op, frame: _Frame) -> torch.Tensor:
+        return self._input(op, 0, frame) + self._input(op, 1, frame)
+
+    def _gather_rows(self, op: Op, frame: _Frame) -> torch.Tensor:
+        return self._input(op, 0, frame)[frame.logits_indices]
+
+
+class TorchRunner(ModelRunner):
+    """Runs the engine's steps on a TorchExecutor."""
+
+    def __init__(self, executor: TorchExecutor, num_threads: int = 1) -> None:
+        super().__init__()
+        self._executor = executor
+        self._sampler = Sampler(executor.program.vocab_size, num_threads)
+        self._output: ModelRunnerOutput | None = None
+
+    def execute(self, batch: InputBatch) -> None:
+        logits = np.ascontiguousarray(self._executor.forward(batch))
+        self._output = self._sampler.sample(logits, batch)
+
+    def wait(self, step_id: int) -> ModelRunnerOutput:
+        if self._output is None or self._output.step_id != step_id:
+            raise InvalidArgument(f"wait for step {step_id}, which is not the last one executed")
+        return self._output
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }.get(name)
+    if dtype is None:
+        raise InvalidArgument(f"unknown dtype '{name}': one of float32, bfloat16, float16")
+    return dtype
