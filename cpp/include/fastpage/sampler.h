@@ -10,6 +10,9 @@
 namespace fastpage {
 
 class ThreadPool;
+namespace sampling {
+struct Scratch;
+}
 
 class Sampler {
  public:
@@ -27,17 +30,19 @@ class Sampler {
   // Order (vLLM's): logprobs are those of the raw logits; then allowed_token_ids, bad_words,
   // min_tokens, logit_bias, penalties, temperature, min_p, top_k, top_p, draw. The draw is Philox
   // 4x32-10 (Salmon et al., SC11) keyed by the seed and counted by position, then an inverse CDF
-  // over the kept tokens in vocabulary order. A row in which nothing finite is left yields the
-  // argmax of what is finite in its raw logits, else token 0: never an error, which would take the
-  // rest of the batch down with it.
+  // over the kept tokens in vocabulary order. Tokens with equal logits are kept or dropped
+  // together. NaN counts as -inf; a +inf logit is certain, the lowest id first. A row in which
+  // every token is forbidden yields the argmax of its raw logits, and token 0 if they are all -inf:
+  // never an error, which would take the rest of the batch down with it.
+  //
+  // A logits row serves at most one of the sampling rows; a prompt logprob row may share it.
   void sample(Matrix<float> logits, int32_t first_row, const InputBatch& batch,
               ModelRunnerOutput* out);
 
  private:
-  struct Scratch;
   int32_t vocab_size_;
   ThreadPool* pool_;
-  std::vector<std::unique_ptr<Scratch>> scratch_;  // one per thread
+  std::vector<std::unique_ptr<sampling::Scratch>> scratch_;  // one per thread
 };
 
 }  // namespace fastpage
