@@ -21,7 +21,7 @@ from fastpage.errors import CheckpointError
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-_SCALARS = {
+_SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),
@@ -37,7 +37,7 @@ _SCALARS = {
 _STRING = 8
 _ARRAY = 9
 _MAX_DIMS = 4
-_PLAIN = {
+_PLAIN: dict[str, tuple[np.dtype[Any], str]] = {
     "F32": (np.dtype("<f4"), "float32"),
     "F16": (np.dtype("<f2"), "float16"),
     "BF16": (np.dtype("<u2"), "bfloat16"),

@@ -28,7 +28,7 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-_READABLE = {
+_READABLE: dict[str, tuple[np.dtype[Any], str]] = {
     "F32": (np.dtype("<f4"), "float32"),
     "F16": (np.dtype("<f2"), "float16"),
     "BF16": (np.dtype("<u2"), "bfloat16"),

@@ -1,0 +1,108 @@
+"""Text from tokens while they are generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastpage.tokenizer.tokenizer import Tokenizer
+
+_UNFINISHED = "\ufffd"  # what decoders write for bytes that are not (yet) a character
+_PROMPT_CONTEXT = 6  # tokens of the prompt before the first one generated
+_MAX_WINDOW = 16  # tokens, before the settled ones are dropped
+_MAX_STALLED = 8  # pushes; a character is at most 4 bytes, each of which can be a token
+
+
+class IncrementalDetokenizer:
+    """The text of a growing sequence, piece by piece, never a part of a character.
+
+    What it returns, joined, is `decode(prompt + generated)` without `decode(prompt)`. (For a
+    SentencePiece vocabulary with byte tokens, bytes that are not UTF-8 may come out differently:
+    there one of them spoils the whole run of bytes, of which parts were already returned.)
+
+    How many tokens a decoder must see at once is not known: leading spaces depend on what stands
+    before, and characters may spread over tokens. So each push decodes a short window of the last
+    tokens, of whose text `_num_emitted` characters were returned before.
+    """
+
+    __slots__ = (
+        "_boundary",
+        "_num_emitted",
+        "_num_stalled",
+        "_skip_special_tokens",
+        "_tokenizer",
+        "_window",
+    )
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._window: list[int] = self._select(prompt_token_ids[-_PROMPT_CONTEXT:])
+        self._num_emitted = len(self._decode().rstrip(_UNFINISHED))
+        self._boundary = 0  # tokens of the window whose text was complete when they were pushed
+        self._num_stalled = 0
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that `ids` add; "" as long as they end within a character."""
+        self._window += self._select(ids)
+        text = self._decode()
+        settled = len(text.rstrip(_UNFINISHED))
+        if settled == len(text):
+            delta = text[self._num_emitted :]
+            self._slide(settled)
+        elif settled > self._num_emitted:
+            delta = text[self._num_emitted : settled]
+            self._num_emitted = settled
+            self._num_stalled = 0
+        elif self._num_stalled < _MAX_STALLED:
+            delta = ""
+            self._num_stalled += 1
+        else:
+            delta = text[self._num_emitted : -1]
+            self._give_up_waiting()
+        return delta
+
+    def flush(self) -> str:
+        """What was held back, at the end of the sequence."""
+        text = self._decode()
+        delta = text[self._num_emitted :]
+        self._num_emitted = len(text)
+        return delta
+
+    def _select(self, ids: Sequence[int]) -> list[int]:
+        # The decoder would drop them too, but a window of nothing else has no text to build on.
+        if not self._skip_special_tokens:
+            return list(ids)
+        special = self._tokenizer.special_token_ids
+        return [token_id for token_id in ids if token_id not in special]
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, self._skip_special_tokens)
+
+    def _give_up_waiting(self) -> None:
+        """The bytes at the end will never be a character, but for those of the last token or so."""
+        del self._window[:-_MAX_STALLED]
+        text = self._decode()
+        self._num_emitted = len(text) - text.endswith(_UNFINISHED)
+        self._num_stalled = 0
+        self._boundary = 0
+
+    def _slide(self, settled: int) -> None:
+        """All of the window's text is out: keep the tokens after the last such moment."""
+        self._num_emitted = settled
+        self._num_stalled = 0
+        if len(self._window) > _MAX_WINDOW and self._boundary:
+            dropped = self._window[: self._boundary]
+            del self._window[: self._boundary]
+            self._num_emitted = len(self._decode())
+            if not self._num_emitted:  # nothing to build on after all
+                self._window[:0] = dropped
+                self._num_emitted = settled
+                return
+        self._boundary = len(self._window)
