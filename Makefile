@@ -87,7 +87,7 @@ define build_and_ctest
 	@$(VENV)/bin/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_CXX_COMPILER=$(2) \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DFASTPAGE_TESTS=ON -DFASTPAGE_WERROR=ON $(3) > $(1).log || { cat $(1).log; exit 1; }
 	@$(VENV)/bin/cmake --build $(1) -j $(JOBS) -- --quiet
-	@$(VENV)/bin/ctest --test-dir $(1) -j $(JOBS) --output-on-failure --no-tests=error $(4) > $(1).log || { cat $(1).log; exit 1; }
+	@$(VENV)/bin/ctest --test-dir $(1) -j $(JOBS) --output-on-failure --no-tests=error --no-label-summary $(4) > $(1).log || { cat $(1).log; exit 1; }
 	@tail -n 3 $(1).log
 endef
 

@@ -1,4 +1,4 @@
-"""libfastpage as Python sees it. Needs numpy and nothing else; tensors come in as anything with `__dlpack__`."""
+"""libfastpage as Python sees it. Needs numpy only; tensors are anything with `__dlpack__`."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -142,7 +142,7 @@ class ModelRunnerOutput:
     def __init__(self) -> None: ...
 
 class ModelRunner:
-    """Subclass it in Python: execute(batch) begins a step, wait(step_id) returns its ModelRunnerOutput."""
+    """Subclass it in Python: execute(batch) begins a step, wait(step_id) ends it."""
 
     def __init__(self) -> None: ...
     def execute(self, batch: InputBatch) -> None: ...

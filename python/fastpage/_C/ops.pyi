@@ -1,4 +1,4 @@
-"""The CPU ops, fastpage/ops.h. Activations are float32 arrays [rows, cols]; results are new arrays."""
+"""The CPU ops, fastpage/ops.h. Activations are float32 [rows, cols]; results are new arrays."""
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ def gather_rows(
 ) -> npt.NDArray[np.float32]: ...
 
 class KvCache:
-    """One layer's cache, zeroed, owned; .k and .v are its raw storage as uint8/uint16/float32 arrays."""
+    """One layer's cache, zeroed; .k and .v are its storage as uint8, uint16 or float32 arrays."""
 
     k: np.ndarray
     v: np.ndarray
