@@ -17,6 +17,11 @@ struct BlockManagerConfig {
   bool enable_prefix_caching = true;
 };
 
+struct CachedPrefix {
+  Span<const BlockId> blocks;
+  int32_t num_free = 0;  // of them on the free list: taking them leaves that many fewer to allocate
+};
+
 class BlockManager {
  public:
   explicit BlockManager(const BlockManagerConfig& config);
@@ -24,20 +29,25 @@ class BlockManager {
   // [max_num_seqs][stride()]; entries past num_blocks_of(row) are 0.
   const BlockId* block_tables() const { return tables_.data(); }
   int32_t stride() const { return stride_; }
+  // Blocks that hold `num_tokens`.
+  int32_t blocks_for(int32_t num_tokens) const {
+    return (num_tokens + config_.block_size - 1) / config_.block_size;
+  }
   int32_t num_blocks_of(int32_t row) const { return num_blocks_[row]; }
   BlockId block_at(int32_t row, int32_t index) const {
     return tables_[static_cast<int64_t>(row) * stride_ + index];
   }
 
-  // How many leading blocks of `hashes` are cached. 0 when caching is off.
-  int32_t count_cached(Span<const BlockHash> hashes) const;
-  // Blocks that would come off the free list if the first `n` cached blocks were taken.
-  int32_t count_cached_free(Span<const BlockHash> hashes, int32_t n) const;
-  // Puts the first `n` cached blocks into an empty row.
-  void take_cached(int32_t row, Span<const BlockHash> hashes, int32_t n);
+  // The longest cached run of leading `hashes`. Empty when caching is off. The result is valid
+  // until the next call, and its blocks are the caller's to take only until the next grow().
+  CachedPrefix find_cached(Span<const BlockHash> hashes);
+  // Puts them into an empty row, which becomes one more holder of each.
+  void take_cached(int32_t row, Span<const BlockId> blocks);
   // Grows the row to hold `num_tokens`. All or nothing: false, and nothing changed, if blocks are
   // short.
-  bool grow(int32_t row, int32_t num_tokens);
+  bool grow(int32_t row, int32_t num_tokens) {
+    return num_tokens <= num_blocks_[row] * config_.block_size || allocate(row, num_tokens);
+  }
   // Publishes the row's blocks [first, first + hashes.size()): they are full and computed.
   void publish(int32_t row, int32_t first, Span<const BlockHash> hashes);
   // Releases all blocks of the row, last block first, so that a prefix outlives its tail in the
@@ -52,11 +62,14 @@ class BlockManager {
   void check_integrity() const;
 
  private:
+  bool allocate(int32_t row, int32_t num_tokens);
+
   BlockManagerConfig config_;
   BlockPool pool_;
   int32_t stride_;
   std::vector<BlockId> tables_;
   std::vector<int32_t> num_blocks_;
+  std::vector<BlockId> found_;  // find_cached()'s result
 };
 
 }  // namespace fastpage

@@ -38,8 +38,9 @@ struct Block {
   BlockId next_free = kNoBlock;
 };
 
-// A free block keeps its hash, and can be found by it, until it is taken for something else: least
-// recently freed first. All operations are O(1); nothing allocates after construction.
+// A free block keeps its hash, and can be found by it, until it is taken for something else. Blocks
+// that cannot be found are taken first (nothing is lost with them), then the least recently freed.
+// All operations are O(1); nothing allocates after construction.
 class BlockPool {
  public:
   explicit BlockPool(int32_t num_blocks);
@@ -48,12 +49,13 @@ class BlockPool {
   int32_t num_free() const { return num_free_; }
   const Block& block(BlockId id) const { return blocks_[id]; }
 
-  // Takes the least recently freed block, forgets its hash. ref_count becomes 1. kNoBlock if none
+  // Takes the first block of the free list, forgets its hash. ref_count becomes 1. kNoBlock if none
   // is free.
   BlockId allocate();
   // One more holder; takes it off the free list if it was free.
   void add_ref(BlockId id);
-  // One holder less; the last one puts it at the free list's end.
+  // One holder less; the last one puts it on the free list: at its end if the block is published,
+  // else at its front.
   void release(BlockId id);
 
   // Makes a full block findable. If another block has that hash already, that one stays the one

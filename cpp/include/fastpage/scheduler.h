@@ -22,7 +22,7 @@ struct SchedulerConfig {
   int32_t max_num_seqs = 256;                // running at once
   int32_t max_num_batched_tokens = 2048;     // per step
   int32_t max_model_len = 2048;              // prompt + output
-  int32_t max_num_waiting = 1 << 20;         // more are refused (ResourceExhausted)
+  int32_t max_num_waiting = 1 << 20;         // never yet admitted; more are refused
   int32_t long_prefill_token_threshold = 0;  // cap of one request's tokens per step, 0 = none
   bool enable_prefix_caching = true;
   SchedulingPolicy policy = SchedulingPolicy::kFcfs;
@@ -40,10 +40,12 @@ struct SequenceRequest {
   uint64_t seed = 0;     // resolved: what SamplingRow::seed will say
   int32_t priority = 0;  // smaller = sooner; only with SchedulingPolicy::kPriority
   std::string cache_salt;
+  uint64_t tag = 0;  // the caller's own, given back in ScheduledSequence and SequenceUpdate
 };
 
 struct ScheduledSequence {
   RequestId id;
+  uint64_t tag;
   int32_t row;                   // of block_tables
   int32_t num_computed_tokens;   // before this step
   int32_t num_scheduled_tokens;  // >= 1
@@ -61,7 +63,9 @@ struct SchedulerOutput {
 // What became of one sequence in update().
 struct SequenceUpdate {
   RequestId id;
-  TokenId new_token_id;  // valid if has_new_token
+  uint64_t tag;
+  int32_t seq;           // index into the step's sequences
+  TokenId new_token_id;  // -1 unless has_new_token
   bool has_new_token;
   FinishReason finish_reason;
   TokenId stop_token_id;  // the token that ended it, -1 if none
@@ -89,19 +93,25 @@ class Scheduler {
   ~Scheduler();
 
   // Throws InvalidArgument (numbers named) for what can never fit: an empty prompt, prompt +
-  // max_tokens > max_model_len, more blocks than exist; ResourceExhausted for a full queue.
+  // max_tokens > max_model_len, more blocks than exist; ResourceExhausted for a full queue. Ids
+  // ascend in the order of the calls.
   RequestId add_request(SequenceRequest request);
-  // Frees everything at once. False if unknown or finished already.
+  // Frees its blocks at once. False if unknown or finished already. Allowed while a step is under
+  // way (between prepare() and update()): what the step points to stays valid until update().
   bool abort(RequestId id);
   bool has_unfinished() const;
 
   // Decides the next step. Empty `sequences` = nothing to do. The result is valid until the next
-  // call.
+  // call. A step that update() never hears of (its model run failed) changes nothing: its tokens
+  // are not computed, and the next schedule() tries them again.
   const SchedulerOutput& schedule();
-  // Lays out the inputs of the step that schedule() returned.
+  // Lays out the inputs of the step that schedule() returned. Throws Error if one of its sequences
+  // was aborted meanwhile: schedule() again.
   void prepare(const SchedulerOutput& step, InputBatch* batch) const;
-  // Takes in the sampled tokens, one per sampling row in prepare()'s order. Sequences aborted
-  // meanwhile are dropped silently. The result is valid until the next call.
+  // Takes in the sampled tokens, one per sampling row in prepare()'s order: one update per
+  // scheduled sequence, but none for those aborted meanwhile. The result is valid until the next
+  // call. Throws InvalidArgument for another number of tokens, or if `step` is not the one under
+  // way.
   const std::vector<SequenceUpdate>& update(const SchedulerOutput& step,
                                             Span<const TokenId> sampled_token_ids);
 

@@ -1,0 +1,76 @@
+#include "core/admission.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace fastpage {
+
+namespace {
+
+constexpr int32_t kMaxWaiting = 1 << 23;
+constexpr int32_t kMaxSeqs = 1 << 20;
+
+void check_range(const char* name, int64_t value, int64_t min, int64_t max) {
+  if (value < min || value > max) {
+    throw InvalidArgument(std::string(name) + " is " + std::to_string(value) + ": must be in [" +
+                          std::to_string(min) + ", " + std::to_string(max) + "]");
+  }
+}
+
+}  // namespace
+
+void SchedulerConfig::validate() const {
+  constexpr int32_t kMax = std::numeric_limits<int32_t>::max();
+  check_range("block_size", block_size, 1, 1 << 16);
+  // A slot, block * block_size + offset, is an int32.
+  check_range("num_blocks", num_blocks, 1, kMax / block_size);
+  check_range("max_num_seqs", max_num_seqs, 1, kMaxSeqs);
+  check_range("max_num_batched_tokens", max_num_batched_tokens, 1, 1 << 24);
+  check_range("max_model_len", max_model_len, 2, 1 << 28);
+  check_range("max_num_waiting", max_num_waiting, 1, kMaxWaiting);
+  check_range("long_prefill_token_threshold", long_prefill_token_threshold, 0, kMax);
+}
+
+int32_t final_length(const SchedulerConfig& config, size_t num_prompt_tokens,
+                     const SamplingParams& params) {
+  if (params.max_tokens == SamplingParams::kUntilMaxModelLen) return config.max_model_len;
+  return static_cast<int32_t>(num_prompt_tokens) + params.max_tokens;
+}
+
+void check_fits(const SchedulerConfig& config, size_t num_prompt_tokens,
+                const SamplingParams& params) {
+  if (num_prompt_tokens == 0) {
+    throw InvalidArgument("the prompt is empty: it needs at least one token");
+  }
+  const bool open_ended = params.max_tokens == SamplingParams::kUntilMaxModelLen;
+  const int64_t max_tokens = open_ended ? 1 : params.max_tokens;
+  if (max_tokens < 1) {
+    throw InvalidArgument("max_tokens is " + std::to_string(params.max_tokens) +
+                          ": must be at least 1, or -1 for as many as fit");
+  }
+  if (static_cast<int64_t>(num_prompt_tokens) + max_tokens > config.max_model_len) {
+    throw InvalidArgument("prompt " + std::to_string(num_prompt_tokens) +
+                          (open_ended ? " + 1" : " + max_tokens " + std::to_string(max_tokens)) +
+                          " > max_model_len " + std::to_string(config.max_model_len));
+  }
+  // The last token is sampled, but its keys and values are never needed.
+  const int32_t num_cached = final_length(config, num_prompt_tokens, params) - 1;
+  const int32_t needed = (num_cached + config.block_size - 1) / config.block_size;
+  if (needed > config.num_blocks) {
+    throw InvalidArgument("prompt " + std::to_string(num_prompt_tokens) + " + output " +
+                          std::to_string(num_cached + 1 - static_cast<int64_t>(num_prompt_tokens)) +
+                          " tokens needs " + std::to_string(needed) + " blocks, " +
+                          std::to_string(config.num_blocks) +
+                          " exist: lower max_tokens or give the KV cache more memory");
+  }
+}
+
+void check_queue(const SchedulerConfig& config, int64_t num_waiting, int64_t num_new) {
+  if (num_waiting + num_new > config.max_num_waiting) {
+    throw ResourceExhausted("the queue is full: " + std::to_string(num_waiting) +
+                            " waiting, max_num_waiting " + std::to_string(config.max_num_waiting) +
+                            ": try again later");
+  }
+}
+
+}  // namespace fastpage
