@@ -101,6 +101,7 @@ struct Engine::State {
 
   // With step_mutex held.
   void drain();
+  Group* find(RequestId id);  // null once finished; only step_mutex's holder ends a request
   void admit(Arrival* arrival);
   void abort_group(Group* group);
   void fail(const SchedulerOutput& step);
@@ -193,27 +194,26 @@ void Engine::State::help() noexcept {
 
 void Engine::State::drain() {
   std::vector<Arrival> new_arrivals;
-  std::vector<Group*> to_abort;
+  std::vector<RequestId> new_aborts;
   {
     std::lock_guard<std::mutex> lock(mutex);
+    if (arrivals.empty() && aborts.empty()) return;
     new_arrivals.swap(arrivals);
+    new_aborts.swap(aborts);
     // They count as waiting until the scheduler's own count says so.
     snapshot.scheduler.num_waiting += static_cast<int32_t>(num_arriving);
     num_arriving = 0;
-    for (const RequestId id : aborts) {
-      const auto it = live.find(id);  // gone if it has finished meanwhile
-      if (it != live.end()) to_abort.push_back(it->second.get());
-    }
-    aborts.clear();
   }
   for (Arrival& arrival : new_arrivals) {
     try {
       admit(&arrival);
     } catch (...) {  // memory ran out: that costs this request alone
-      to_abort.push_back(arrival.group);
+      abort_group(arrival.group);
     }
   }
-  for (Group* group : to_abort) abort_group(group);
+  for (const RequestId id : new_aborts) {
+    if (Group* group = find(id)) abort_group(group);
+  }
 }
 
 void Engine::State::admit(Arrival* arrival) {
@@ -244,6 +244,12 @@ void Engine::State::abort_group(Group* group) {
   std::move(news.begin(), news.end(), std::back_inserter(pending));
   live.erase(group->id);
   work.notify_all();
+}
+
+Group* Engine::State::find(RequestId id) {
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto it = live.find(id);
+  return it == live.end() ? nullptr : it->second.get();
 }
 
 void Engine::State::step(StepOutput* out) {
