@@ -58,6 +58,10 @@ class Tokenizer:
 
         return build_tokenizer(metadata, source)
 
+    def save(self, path: Path) -> None:
+        """Writes a tokenizer.json, for other programs. Chat templates are not part of it."""
+        self._backend.save(str(path))
+
     # ------------------------------------------------------------ text and tokens
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
