@@ -58,7 +58,7 @@ inline uint32_t bits_of(IntVec mask) {
 }
 
 // exp(x) for x <= 0: 2^n * exp(r) with |r| <= ln(2) / 2, and for exp(r) its Taylor polynomial of
-// degree 6, whose error there is below 2e-7.
+// degree 7, whose error there is below 1e-8.
 inline Vec exp_of_negative(Vec x) {
   const IntVec representable = x >= -87.0f;
   x = keep_if(representable, x);
@@ -66,7 +66,8 @@ inline Vec exp_of_negative(Vec x) {
   const Vec shifted = x * 1.44269504f + kRound;
   const Vec n = shifted - kRound;
   const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln(2) in two parts
-  Vec p = r * (1.0f / 720) + 1.0f / 120;
+  Vec p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
   p = p * r + 1.0f / 24;
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;

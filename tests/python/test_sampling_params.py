@@ -1,0 +1,158 @@
+"""SamplingParams: vLLM's names and defaults, one-line errors that name the field, to_core()."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from fastpage import _C
+from fastpage.errors import InvalidArgument
+from fastpage.sampling_params import SamplingParams
+
+WRONG = [
+    ({"temperature": -1}, "temperature must be >= 0, got -1"),
+    ({"temperature": math.nan}, "temperature must be >= 0, got nan"),
+    ({"temperature": math.inf}, "temperature must be finite, got inf"),
+    ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+    ({"top_p": 0}, "top_p must be in (0, 1], got 0"),
+    ({"top_p": 1.5}, "top_p must be in (0, 1], got 1.5"),
+    ({"top_p": None}, "top_p must be a number, got None"),
+    ({"top_k": -2}, "top_k must be >= 1, or 0 or -1 for all tokens, got -2"),
+    ({"top_k": 1.5}, "top_k must be an integer, got 1.5"),
+    ({"min_p": -0.1}, "min_p must be in [0, 1], got -0.1"),
+    ({"n": 0}, "n must be between 1 and 1024, got 0"),
+    ({"n": 10**9}, "n must be between 1 and 1024, got 1000000000"),
+    ({"n": 10**10}, "n is out of range: 10000000000"),
+    ({"n": True}, "n must be an integer, got True"),
+    ({"repetition_penalty": 0}, "repetition_penalty must be > 0, got 0"),
+    ({"presence_penalty": 2.1}, "presence_penalty must be in [-2, 2], got 2.1"),
+    ({"frequency_penalty": -3}, "frequency_penalty must be in [-2, 2], got -3"),
+    ({"max_tokens": 0}, "max_tokens must be >= 1, got 0"),
+    ({"max_tokens": -1}, "max_tokens must be >= 1, got -1"),
+    ({"min_tokens": -1}, "min_tokens must be >= 0, got -1"),
+    ({"min_tokens": 17}, "min_tokens must be at most max_tokens (16), got 17"),
+    ({"logprobs": -1}, "logprobs must be between 0 and 1024, got -1"),
+    ({"logprobs": 1025}, "logprobs must be between 0 and 1024, got 1025"),
+    ({"prompt_logprobs": -2}, "prompt_logprobs must be between 0 and 1024, got -2"),
+    ({"seed": "a"}, "seed must be an integer, got 'a'"),
+    ({"stop": 3}, "stop must be a list of strings, got 3"),
+    ({"stop": [3]}, "stop must be a string or a list of strings, got 3"),
+    ({"stop": ["a", ""]}, "stop must not contain an empty string"),
+    ({"stop": "a", "detokenize": False}, "stop strings need detokenize=True"),
+    ({"stop_token_ids": 3}, "stop_token_ids must be a list of token ids, got 3"),
+    ({"stop_token_ids": ["x"]}, "stop_token_ids must be an integer, got 'x'"),
+    (
+        {"stop_token_ids": [-1]},
+        "token id -1 in stop_token_ids is outside the vocabulary of 2147483647",
+    ),
+    ({"bad_words": [""]}, "bad_words must not contain an empty string"),
+    ({"allowed_token_ids": []}, "allowed_token_ids must not be empty"),
+    ({"logit_bias": [1]}, "logit_bias must be a dict, got [1]"),
+    ({"logit_bias": {"x": 1}}, "logit_bias must map token ids, got 'x'"),
+    ({"logit_bias": {1: math.inf}}, "logit_bias must be finite, got inf"),
+    ({"logit_bias": {1: "x"}}, "logit_bias must be a number, got 'x'"),
+    ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1"),
+    ({"detokenize": None}, "detokenize must be True or False, got None"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be >= 1 or -1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG)
+def test_wrong_values(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        SamplingParams(**fields)
+    assert str(caught.value) == message
+
+
+def test_unknown_fields_are_named() -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        SamplingParams(temprature=1.0)
+    with pytest.raises(TypeError, match="no field 'temprature'"):
+        _C.SamplingParams(temprature=1.0)
+
+
+def test_defaults_are_vllms() -> None:
+    params = SamplingParams()
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (
+        (1, 1.0, 1.0, 0, 0.0)
+    )
+    assert (params.max_tokens, params.min_tokens, params.stop, params.stop_token_ids) == (
+        (16, 0, [], [])
+    )
+    assert params.seed is None and params.logprobs is None and not params.ignore_eos
+    core = params.to_core()
+    default = _C.SamplingParams()
+    fields = [name for name in dir(_C.SamplingParams) if isinstance(_attribute(name), property)]
+    assert len(fields) == 18
+    for name in fields:
+        assert getattr(core, name) == getattr(default, name), name
+
+
+def _attribute(name: str) -> object:
+    return vars(_C.SamplingParams).get(name)
+
+
+def test_to_core_carries_every_field() -> None:
+    params = SamplingParams(
+        n=2,
+        temperature=0.5,
+        top_p=0.25,
+        top_k=np.int64(7),
+        min_p=0.125,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.75,
+        logit_bias={"3": 1.5},
+        allowed_token_ids=(3, 4, 3),
+        max_tokens=None,
+        min_tokens=5,
+        stop_token_ids=[9, 9],
+        ignore_eos=True,
+        seed=2**64 - 1,
+        logprobs=True,
+        prompt_logprobs=0,
+        stop="end",
+    )
+    assert params.stop == ["end"]
+    core = params.to_core()
+    assert (core.n, core.temperature, core.top_p, core.top_k) == (2, 0.5, 0.25, 7)
+    assert (core.min_p, core.repetition_penalty) == (0.125, 1.5)
+    assert (core.presence_penalty, core.frequency_penalty) == (-0.5, 0.75)
+    assert core.logit_bias == {3: 1.5}
+    assert core.allowed_token_ids == [3, 4]
+    assert (core.max_tokens, core.min_tokens, core.stop_token_ids) == (-1, 5, [9])
+    assert (core.ignore_eos, core.seed) == (True, 2**64 - 1)
+    assert (core.logprobs, core.prompt_logprobs) == (1, 0)
+
+
+def test_later_changes_are_checked_again() -> None:
+    params = SamplingParams()
+    params.temperature = -2.0
+    with pytest.raises(InvalidArgument, match="temperature must be >= 0, got -2"):
+        params.to_core()
+
+
+def test_seed_minus_one_is_none() -> None:
+    assert SamplingParams(seed=-1).to_core().seed is None
+
+
+class _Words:
+    """Encodes known texts; what is unknown has no tokens."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert add_special_tokens is False
+        known = {"cat": [1], " cat": [2], "black cat": [3, 1], " black cat": [3, 2]}
+        known |= {"odd": [4], " odd": [5, 6]}
+        return known.get(text, [])
+
+
+def test_bad_words_with_and_without_a_space() -> None:
+    params = SamplingParams(bad_words=["cat", " black cat", "odd", "cat"])
+    # The spaced form counts if it is another token of as many (vLLM).
+    assert params.to_core(_Words()).bad_words == [[1], [2], [3, 1], [4]]
+    with pytest.raises(InvalidArgument, match="bad_words need a tokenizer"):
+        params.to_core()
+    with pytest.raises(InvalidArgument, match="at least one token each, got 'unknown'"):
+        SamplingParams(bad_words=["unknown"]).to_core(_Words())
