@@ -1,7 +1,7 @@
 """libfastpage as Python sees it. Needs numpy only; tensors are anything with `__dlpack__`."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, type_check_only
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ class Error(RuntimeError): ...
 class InvalidArgument(Error, ValueError): ...
 class ResourceExhausted(Error): ...
 
+@type_check_only
 class DLPackTensor(Protocol):
     """numpy arrays, torch tensors, ...: CPU memory only."""
 
@@ -60,34 +61,55 @@ class SchedulerConfig:
     hash_key_hi: int
     eos_token_ids: list[int]
     def __init__(self, **kwargs: Any) -> None: ...
+    def validate(self) -> None: ...
 
 class SchedulerStats:
-    num_waiting: int
-    num_running: int
-    num_blocks: int
-    num_free_blocks: int
-    num_preemptions: int
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    kv_slots_allocated: int
-    kv_slots_used: int
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_free_blocks(self) -> int: ...
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def prefix_cache_queries(self) -> int: ...
+    @property
+    def prefix_cache_hits(self) -> int: ...
+    @property
+    def kv_slots_allocated(self) -> int: ...
+    @property
+    def kv_slots_used(self) -> int: ...
 
 class SchedulerOutput:
     """Arrays, one entry per scheduled sequence; views that are valid until the next schedule()."""
 
-    step_id: int
-    num_scheduled_tokens: int
-    num_preempted: int
-    request_ids: npt.NDArray[np.uint64]
-    rows: npt.NDArray[np.int32]
-    num_computed_tokens: npt.NDArray[np.int32]
-    num_new_tokens: npt.NDArray[np.int32]
-    samples: npt.NDArray[np.bool_]
+    @property
+    def step_id(self) -> int: ...
+    @property
+    def num_scheduled_tokens(self) -> int: ...
+    @property
+    def num_preempted(self) -> int: ...
+    @property
+    def request_ids(self) -> npt.NDArray[np.uint64]: ...
+    @property
+    def rows(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def num_computed_tokens(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def num_new_tokens(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def samples(self) -> npt.NDArray[np.bool_]: ...
 
 class SequenceUpdates:
-    request_ids: npt.NDArray[np.uint64]
-    new_token_ids: npt.NDArray[np.int32]  # -1: none
-    finish_reasons: npt.NDArray[np.uint8]  # FinishReason
+    @property
+    def request_ids(self) -> npt.NDArray[np.uint64]: ...
+    @property
+    def new_token_ids(self) -> npt.NDArray[np.int32]: ...  # -1: none
+    @property
+    def finish_reasons(self) -> npt.NDArray[np.uint8]: ...  # FinishReason
 
 class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None: ...
@@ -113,32 +135,50 @@ class Scheduler:
 class InputBatch:
     """fastpage/input_batch.h. The arrays are views: valid until the next step."""
 
-    step_id: int
-    num_seqs: int
-    num_tokens: int
-    num_logits: int
-    token_ids: npt.NDArray[np.int32]
-    positions: npt.NDArray[np.int32]
-    slot_mapping: npt.NDArray[np.int32]
-    query_start_loc: npt.NDArray[np.int32]
-    seq_lens: npt.NDArray[np.int32]
-    block_tables: npt.NDArray[
-        np.int32
-    ]  # [num_seqs][stride]: gathered, one row per sequence of the batch
-    logits_indices: npt.NDArray[np.int32]
-    block_copies: npt.NDArray[np.int32]  # [copies][2]: src, dst
+    @property
+    def step_id(self) -> int: ...
+    @property
+    def num_seqs(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_logits(self) -> int: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def positions(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def slot_mapping(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def query_start_loc(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def seq_lens(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def block_tables(self) -> npt.NDArray[np.int32]:
+        """[num_seqs][stride]: gathered, one row per sequence of the batch."""
+    @property
+    def logits_indices(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def block_copies(self) -> npt.NDArray[np.int32]: ...  # [copies][2]: src, dst
     def __init__(self) -> None: ...
 
 class TokenLogprobs:
     """Entry 0 is the chosen (or prompt) token, the rest the most likely ones, descending."""
 
-    token_ids: list[int]
-    logprobs: list[float]
-    rank: int
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def logprobs(self) -> list[float]: ...
+    @property
+    def rank(self) -> int: ...
 
 class ModelRunnerOutput:
     step_id: int
     sampled_token_ids: npt.NDArray[np.int32]
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs]
     def __init__(self) -> None: ...
 
 class ModelRunner:
@@ -178,33 +218,57 @@ class FinishReason:
     STOP: FinishReason
     LENGTH: FinishReason
     ABORT: FinishReason
-    value: int
-    name: str
+    @property
+    def value(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    def __int__(self) -> int: ...
+    def __index__(self) -> int: ...
+    __members__: ClassVar[dict[str, FinishReason]]
 
 class RequestOutput:
-    request_id: int
-    index: int
-    new_token_ids: list[int]
-    logprobs: list[TokenLogprobs]
-    prompt_logprobs: list[TokenLogprobs]
-    finish_reason: FinishReason
-    stop_token_id: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_cached_tokens: int
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def new_token_ids(self) -> list[int]: ...
+    @property
+    def logprobs(self) -> list[TokenLogprobs]: ...
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs]: ...
+    @property
+    def finish_reason(self) -> FinishReason: ...
+    @property
+    def stop_token_id(self) -> int: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+    @property
+    def num_cached_tokens(self) -> int: ...
 
 class StepOutput:
-    step_id: int
-    num_tokens: int
-    outputs: list[RequestOutput]
+    @property
+    def step_id(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def outputs(self) -> list[RequestOutput]: ...
 
 class EngineStats:
-    scheduler: SchedulerStats
-    num_steps: int
-    num_computed_tokens: int
-    num_generated_tokens: int
-    schedule_seconds: float
-    model_seconds: float
+    @property
+    def scheduler(self) -> SchedulerStats: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def num_computed_tokens(self) -> int: ...
+    @property
+    def num_generated_tokens(self) -> int: ...
+    @property
+    def schedule_seconds(self) -> float: ...
+    @property
+    def model_seconds(self) -> float: ...
 
 class Engine:
     """step() runs without the GIL (it takes it only to call a Python ModelRunner)."""
@@ -229,22 +293,33 @@ class Engine:
 # ---------------------------------------------------------------- program (bind_program.cc)
 
 class Operand:
-    buffer: int
-    offset: int
-    cols: int
+    @property
+    def buffer(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
     def __init__(self, buffer: int, offset: int = 0, cols: int = 0) -> None: ...
 
 class Buffer:
-    name: str
-    kind: str  # "activation" | "weight"
-    rows: str  # "tokens" | "logits" | "fixed"
-    shape: list[int]
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...  # "activation" | "weight"
+    @property
+    def rows(self) -> str: ...  # "tokens" | "logits" | "fixed"
+    @property
+    def shape(self) -> list[int]: ...
 
 class Op:
-    kind: str
-    inputs: list[Operand]
-    outputs: list[Operand]
-    attrs: dict[str, int | float | str]
+    @property
+    def kind(self) -> str: ...
+    @property
+    def inputs(self) -> list[Operand]: ...
+    @property
+    def outputs(self) -> list[Operand]: ...
+    @property
+    def attrs(self) -> dict[str, int | float | str]: ...
 
 class Program:
     def __init__(self) -> None: ...
