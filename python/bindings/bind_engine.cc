@@ -83,7 +83,9 @@ void bind_engine(py::module_& m) {
            py::arg("runner"), py::keep_alive<1, 3>())
       .def("add_request", &add_request, py::arg("prompt_token_ids"), py::arg("params"),
            py::arg("priority") = 0, py::arg("cache_salt") = "")
-      .def("abort", &Engine::abort, py::arg("request_id"), no_gil())
+      .def("abort", py::overload_cast<RequestId>(&Engine::abort), py::arg("request_id"), no_gil())
+      .def("abort", py::overload_cast<RequestId, int32_t>(&Engine::abort), py::arg("request_id"),
+           py::arg("index"), no_gil())
       .def("step", &Engine::step, no_gil())
       .def("has_unfinished", &Engine::has_unfinished, no_gil())
       .def("wait_for_work", &Engine::wait_for_work, py::arg("timeout_seconds"), no_gil())

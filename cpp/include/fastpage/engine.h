@@ -69,6 +69,8 @@ class Engine {
   // Its blocks are free once the step in progress, if any, is done. An aborted request gets one
   // last output per unfinished sample (kAbort). False if unknown or finished.
   bool abort(RequestId id);
+  // Ends one sample of it; the others go on.
+  bool abort(RequestId id, int32_t index);
   // Schedule, prepare, forward, sample, update: one whole step. Calls from several threads take
   // turns. If the runner throws, every request of that step ends with kAbort at the next step and
   // the exception goes to the caller; the engine stays usable.

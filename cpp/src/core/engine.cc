@@ -74,6 +74,14 @@ struct Sample {
 
 Sample* sample_of(uint64_t tag) { return reinterpret_cast<Sample*>(tag); }
 
+constexpr int32_t kAllSamples = -1;
+
+// A call of abort() that waits for the step to end.
+struct Abort {
+  RequestId id;
+  int32_t index;  // or kAllSamples
+};
+
 // A request on its way from add_request() to the scheduler.
 struct Arrival {
   Group* group;
@@ -94,7 +102,7 @@ struct Engine::State {
   }
 
   RequestId add(Request request);
-  bool abort(RequestId id);
+  bool abort(RequestId id, int32_t index);
   void step(StepOutput* out);
   void help() noexcept;
   bool has_unfinished() const { return !live.empty() || !pending.empty(); }
@@ -103,7 +111,7 @@ struct Engine::State {
   void drain();
   Group* find(RequestId id);  // null once finished; only step_mutex's holder ends a request
   void admit(Arrival* arrival);
-  void abort_group(Group* group);
+  void abort_group(Group* group, int32_t index = kAllSamples);
   void fail(const SchedulerOutput& step);
   void check(const ModelRunnerOutput& result) const;
   void collect(const std::vector<SequenceUpdate>& updates, const ModelRunnerOutput& result,
@@ -125,7 +133,7 @@ struct Engine::State {
   std::condition_variable work;
   std::unordered_map<RequestId, std::unique_ptr<Group>> live;
   std::vector<Arrival> arrivals;
-  std::vector<RequestId> aborts;
+  std::vector<Abort> aborts;
   std::vector<RequestOutput> pending;  // for the next StepOutput
   int64_t num_arriving = 0;            // samples among the arrivals
   RequestId next_id = 1;
@@ -165,13 +173,19 @@ RequestId Engine::State::add(Request request) {
   return id;
 }
 
-bool Engine::State::abort(RequestId id) {
+bool Engine::State::abort(RequestId id, int32_t index) {
   {
     std::lock_guard<std::mutex> lock(mutex);
     const auto it = live.find(id);
     if (it == live.end()) return false;
-    if (!it->second->abort_asked) aborts.push_back(id);
-    it->second->abort_asked = true;
+    if (index == kAllSamples) {
+      if (!it->second->abort_asked) aborts.push_back({id, index});
+      it->second->abort_asked = true;
+    } else if (index >= 0 && static_cast<size_t>(index) < it->second->samples.size()) {
+      aborts.push_back({id, index});
+    } else {
+      return false;
+    }
   }
   help();
   return true;
@@ -194,7 +208,7 @@ void Engine::State::help() noexcept {
 
 void Engine::State::drain() {
   std::vector<Arrival> new_arrivals;
-  std::vector<RequestId> new_aborts;
+  std::vector<Abort> new_aborts;
   {
     std::lock_guard<std::mutex> lock(mutex);
     if (arrivals.empty() && aborts.empty()) return;
@@ -211,8 +225,8 @@ void Engine::State::drain() {
       abort_group(arrival.group);
     }
   }
-  for (const RequestId id : new_aborts) {
-    if (Group* group = find(id)) abort_group(group);
+  for (const Abort& abort : new_aborts) {
+    if (Group* group = find(abort.id)) abort_group(group, abort.index);
   }
 }
 
@@ -233,16 +247,18 @@ void Engine::State::admit(Arrival* arrival) {
   }
 }
 
-void Engine::State::abort_group(Group* group) {
+void Engine::State::abort_group(Group* group, int32_t index) {
   std::vector<RequestOutput> news;
   for (Sample& sample : group->samples) {
-    if (sample.finished) continue;
+    if (sample.finished || (index != kAllSamples && sample.index != index)) continue;
     scheduler.abort(sample.seq_id);
+    sample.finished = true;
+    --group->num_unfinished;
     news.push_back(news_of(sample, FinishReason::kAbort));
   }
   std::lock_guard<std::mutex> lock(mutex);
   std::move(news.begin(), news.end(), std::back_inserter(pending));
-  live.erase(group->id);
+  if (group->num_unfinished == 0) live.erase(group->id);
   work.notify_all();
 }
 
@@ -332,8 +348,8 @@ void Engine::State::collect(const std::vector<SequenceUpdate>& updates,
     if (update.has_new_token) {
       ++totals.num_generated_tokens;
       news.new_token_ids.push_back(update.new_token_id);
-      if (!result.logprobs.empty() &&
-          batch.sampling_rows[update.sampling_row].params->logprobs >= 0) {
+      // (The row's params may be gone by now, with the sequence.)
+      if (!result.logprobs.empty() && !result.logprobs[update.sampling_row].token_ids.empty()) {
         news.logprobs.push_back(result.logprobs[update.sampling_row]);
       }
     }
@@ -395,7 +411,9 @@ Engine::~Engine() = default;
 
 RequestId Engine::add_request(Request request) { return s_->add(std::move(request)); }
 
-bool Engine::abort(RequestId id) { return s_->abort(id); }
+bool Engine::abort(RequestId id) { return s_->abort(id, kAllSamples); }
+
+bool Engine::abort(RequestId id, int32_t index) { return index >= 0 && s_->abort(id, index); }
 
 StepOutput Engine::step() {
   StepOutput out;

@@ -1,7 +1,7 @@
 """libfastpage as Python sees it. Needs numpy only; tensors are anything with `__dlpack__`."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol, type_check_only
+from typing import Any, ClassVar, Protocol, overload, type_check_only
 
 import numpy as np
 import numpy.typing as npt
@@ -281,7 +281,11 @@ class Engine:
         priority: int = 0,
         cache_salt: str = "",
     ) -> int: ...
+    @overload
     def abort(self, request_id: int) -> bool: ...
+    @overload
+    def abort(self, request_id: int, index: int) -> bool:
+        """One sample of it; the others go on."""
     def step(self) -> StepOutput: ...
     def has_unfinished(self) -> bool: ...
     def wait_for_work(self, timeout_seconds: float) -> bool: ...
