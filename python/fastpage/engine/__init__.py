@@ -1,0 +1,1 @@
+"""The engine behind LLM and the servers: arguments, assembly, output processing, asyncio."""

@@ -1,0 +1,179 @@
+"""EngineArgs: all that an engine can be told, once for Python and for every command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from fastpage.errors import InvalidArgument
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+POLICIES = ("fcfs", "priority")
+EXECUTORS = ("cpu", "torch")
+
+_GROUPS = {
+    "Model": "what to serve",
+    "Memory and batching": "how many requests share a step, and the KV cache that they share",
+    "Execution": "how it is computed",
+}
+
+
+def _arg(default: Any, group: str, text: str, **options: Any) -> Any:
+    """A field that is a command line option too; `options` go to add_argument."""
+    metadata = {"group": group, "help": text, "options": options}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class EngineArgs:
+    model: str = _arg(
+        dataclasses.MISSING,
+        "Model",
+        "a GGUF file, a directory of safetensors, or a Hugging Face Hub id",
+        metavar="PATH",
+    )
+    tokenizer: str | None = _arg(
+        None,
+        "Model",
+        "a directory or GGUF file with a tokenizer (default: the model's own)",
+        metavar="PATH",
+    )
+    revision: str | None = _arg(
+        None, "Model", "branch, tag or commit of a Hub model (default: its main branch)"
+    )
+    served_model_name: str | None = _arg(
+        None, "Model", "the name clients call it by (default: --model as given)", metavar="NAME"
+    )
+    dtype: str = _arg(
+        "auto",
+        "Model",
+        "how weights are kept; auto: as the checkpoint has them",
+        choices=DTYPES,
+    )
+    max_model_len: int | None = _arg(
+        None,
+        "Model",
+        "longest prompt + output, in tokens (default: what the model was made for)",
+        metavar="TOKENS",
+        type=int,
+    )
+
+    kv_cache_memory: int | str | None = _arg(
+        None,
+        "Memory and batching",
+        "memory for the KV cache, e.g. 2GiB (default: 40%% of what is free beside the weights, at "
+        "most 4GiB, and no more than could ever be used)",
+        metavar="SIZE",
+    )
+    num_kv_blocks: int | None = _arg(
+        None,
+        "Memory and batching",
+        "the same as a number of blocks; goes before --kv-cache-memory",
+        metavar="BLOCKS",
+        type=int,
+    )
+    kv_cache_dtype: str = _arg(
+        "auto",
+        "Memory and batching",
+        "how keys and values are kept; auto: as --dtype",
+        choices=DTYPES,
+    )
+    block_size: int = _arg(
+        16, "Memory and batching", "tokens in a KV block", metavar="TOKENS", type=int
+    )
+    enable_prefix_caching: bool = _arg(
+        True,
+        "Memory and batching",
+        "let prompts that begin alike share KV blocks (default: on)",
+        action=argparse.BooleanOptionalAction,
+    )
+    max_num_seqs: int = _arg(
+        64, "Memory and batching", "most sequences computed at once", metavar="N", type=int
+    )
+    max_num_batched_tokens: int = _arg(
+        2048,
+        "Memory and batching",
+        "most tokens in a step: long prompts are computed in chunks of this size",
+        metavar="TOKENS",
+        type=int,
+    )
+    max_num_waiting: int = _arg(
+        4096,
+        "Memory and batching",
+        "most sequences in the queue; more are refused",
+        metavar="N",
+        type=int,
+    )
+    scheduling_policy: str = _arg(
+        "fcfs",
+        "Memory and batching",
+        "first come, first served; or by each request's priority",
+        choices=POLICIES,
+    )
+
+    threads: int = _arg(
+        0, "Execution", "CPU threads of the model; 0: all cores", metavar="N", type=int
+    )
+    executor: str = _arg(
+        "cpu",
+        "Execution",
+        "cpu: libfastpage's own kernels; torch: the reference, needs torch",
+        choices=EXECUTORS,
+    )
+    seed: int = _arg(0, "Execution", "of requests that bring no seed of their own", type=int)
+
+    def __post_init__(self) -> None:
+        """The checks that need no model; raises InvalidArgument naming the field."""
+        for name, allowed in (
+            ("dtype", DTYPES),
+            ("kv_cache_dtype", DTYPES),
+            ("scheduling_policy", POLICIES),
+            ("executor", EXECUTORS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InvalidArgument(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                )
+        for name, least in (
+            ("max_model_len", 1),
+            ("num_kv_blocks", 1),
+            ("block_size", 1),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("max_num_waiting", 1),
+            ("threads", 0),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InvalidArgument(f"{name}={value!r} is not a whole number")
+            if not least <= value < 2**31:
+                raise InvalidArgument(f"{name}={value}: must be at least {least} and below 2**31")
+        if not self.model or not isinstance(self.model, str):
+            raise InvalidArgument(f"model={self.model!r} is not a path or the name of a model")
+
+    @classmethod
+    def add_cli_args(cls, parser: argparse.ArgumentParser) -> None:
+        groups = {title: parser.add_argument_group(title, text) for title, text in _GROUPS.items()}
+        for field in dataclasses.fields(cls):
+            options = dict(field.metadata["options"])
+            text = field.metadata["help"]
+            if field.default is dataclasses.MISSING:
+                options["required"] = True
+            elif "default" not in text and field.default is not None:
+                text += " (default: %(default)s)"
+            if field.default is not dataclasses.MISSING:
+                options["default"] = field.default
+            groups[field.metadata["group"]].add_argument(
+                "--" + field.name.replace("_", "-"), help=text, **options
+            )
+
+    @classmethod
+    def from_cli_args(cls, namespace: argparse.Namespace) -> EngineArgs:
+        return cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)})

@@ -1,0 +1,62 @@
+"""The thread that steps the core."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from fastpage import _C
+
+
+class EngineThread:
+    """Calls engine.step() while there is work, and waits without spinning while there is none.
+
+    Both callbacks are called on this thread, and must return quickly: the next step waits for them.
+    """
+
+    def __init__(
+        self,
+        engine: _C.Engine,
+        on_outputs: Callable[[list[_C.RequestOutput]], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        self._engine = engine
+        self._on_outputs = on_outputs
+        self._on_error = on_error
+        self._stopping = False
+        self._peak_used_blocks = 0
+        self._thread = threading.Thread(target=self._run, name="fastpage-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when the step in progress is done."""
+        self._stopping = True
+        self._engine.wake()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def peak_used_blocks(self) -> int:
+        """Most KV blocks in use at the end of a step."""
+        return self._peak_used_blocks
+
+    def _run(self) -> None:
+        while not self._stopping:
+            if not self._engine.wait_for_work(timeout_seconds=1.0):
+                continue
+            try:
+                outputs = self._engine.step().outputs
+            except Exception as error:
+                self._on_error(error)
+                # The requests of that step are lost, not the engine. If it goes on like this there
+                # is no hurry.
+                time.sleep(0.01)
+                continue
+            if outputs:
+                self._on_outputs(outputs)
+            scheduler = self._engine.stats().scheduler
+            used = scheduler.num_blocks - scheduler.num_free_blocks
+            self._peak_used_blocks = max(self._peak_used_blocks, used)

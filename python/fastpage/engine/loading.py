@@ -1,0 +1,230 @@
+"""From EngineArgs to a running core: checkpoint, tokenizer, size of the KV cache, weights."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastpage import _C
+from fastpage.checkpoints import Checkpoint, open_checkpoint
+from fastpage.engine.args import EngineArgs
+from fastpage.engine.memory import available_bytes, format_bytes, parse_bytes
+from fastpage.errors import InvalidArgument, ResourceExhausted
+from fastpage.models.loader import Model, build_model
+from fastpage.sampling_params import SamplingParams
+from fastpage.tokenizer import Tokenizer
+
+# Of generation_config.json. (Its do_sample counts for nothing, as in vLLM.)
+_RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Without kv_cache_memory, the cache takes this share of the memory left beside the weights ...
+_DEFAULT_CACHE_SHARE = 0.4
+# ... and at most this much.
+_DEFAULT_CACHE_LIMIT = 4 << 30
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was loaded, and how: every "auto" and None of the EngineArgs decided."""
+
+    served_model_name: str
+    model: str
+    architecture: str
+    dtype: str
+    kv_cache_dtype: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    has_chat_template: bool
+    block_size: int
+    num_kv_blocks: int
+    kv_block_bytes: int
+    weight_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_threads: int
+    scheduling_policy: str
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.num_kv_blocks * self.kv_block_bytes
+
+    def check_priority(self, priority: int) -> None:
+        if priority != 0 and self.scheduling_policy != "priority":
+            raise InvalidArgument(
+                f"priority={priority} has no meaning with scheduling_policy="
+                f'"{self.scheduling_policy}": start with "priority", or leave it out'
+            )
+
+    @property
+    def max_concurrency(self) -> float:
+        """How many requests of max_model_len tokens the KV cache holds at once."""
+        blocks = math.ceil(self.max_model_len / self.block_size)
+        return min(self.num_kv_blocks / blocks, self.max_num_seqs)
+
+
+@dataclass
+class LoadedModel:
+    engine: _C.Engine
+    tokenizer: Tokenizer
+    info: ModelInfo
+    generation_config: dict[str, Any]
+    phases: dict[str, float]  # seconds that each part of the loading took
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends, as vLLM reads it."""
+        config = self.generation_config
+        fields = {name: config[name] for name in _RECOMMENDED if config.get(name) is not None}
+        if config.get("max_new_tokens") is not None:
+            fields["max_tokens"] = config["max_new_tokens"]
+        return SamplingParams(**fields)
+
+
+@dataclass
+class PhaseTimer:
+    """Seconds by name, in the order in which they came."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def load_model(args: EngineArgs, progress: Callable[[int, int], None] | None = None) -> LoadedModel:
+    """Raises InvalidArgument (or ModelError, a kind of it) or ResourceExhausted, one line each.
+    `progress` is called with (tensors loaded, tensors in all)."""
+    phase = PhaseTimer()
+    with phase("checkpoint"):
+        checkpoint = open_checkpoint(args.model, args.revision)
+        model = build_model(checkpoint.config, max_model_len=args.max_model_len)
+    with phase("tokenizer"):
+        tokenizer = _open_tokenizer(args, checkpoint)
+    info = _decide(args, checkpoint, model, tokenizer)
+    with phase("weights"):
+        runner = _load_runner(args, info, checkpoint, model, progress)
+    with phase("engine"):
+        engine = _C.Engine(_engine_config(args, info), runner)
+    return LoadedModel(engine, tokenizer, info, checkpoint.generation_config, phase.seconds)
+
+
+def _open_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
+    if args.tokenizer is None:
+        return checkpoint.tokenizer()
+    path = Path(args.tokenizer)
+    if path.is_dir():
+        return Tokenizer.from_directory(path)
+    return open_checkpoint(path).tokenizer()
+
+
+def _decide(
+    args: EngineArgs,
+    checkpoint: Checkpoint,
+    model: Model,
+    tokenizer: Tokenizer,
+) -> ModelInfo:
+    max_model_len = model.spec.max_position_embeddings
+    dtype = checkpoint.source_dtype if args.dtype == "auto" else args.dtype
+    kv_cache_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
+    num_layers, num_kv_heads, head_dim = model.program.kv_cache_spec
+    block_bytes = _C.CpuExecutor.kv_block_bytes(
+        num_layers, num_kv_heads, head_dim, kv_cache_dtype, args.block_size
+    )
+    weight_bytes = _ITEM_BYTES[dtype] * sum(
+        math.prod(buffer.shape) for buffer in model.program.buffers if buffer.kind == "weight"
+    )
+    return ModelInfo(
+        served_model_name=args.served_model_name or checkpoint.name,
+        model=args.model,
+        architecture=(checkpoint.config.get("architectures") or ["unknown"])[0],
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        vocab_size=model.program.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=sorted(tokenizer.eos_token_ids),
+        has_chat_template=tokenizer.chat_template is not None,
+        block_size=args.block_size,
+        num_kv_blocks=_num_kv_blocks(args, max_model_len, block_bytes, weight_bytes),
+        kv_block_bytes=block_bytes,
+        weight_bytes=weight_bytes,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        num_threads=_C.ThreadPool(args.threads).num_threads,
+        scheduling_policy=args.scheduling_policy,
+    )
+
+
+def _num_kv_blocks(
+    args: EngineArgs, max_model_len: int, block_bytes: int, weight_bytes: int
+) -> int:
+    needed = math.ceil(max_model_len / args.block_size)
+    if args.num_kv_blocks is not None:
+        blocks, given = args.num_kv_blocks, f"num_kv_blocks={args.num_kv_blocks}"
+    elif args.kv_cache_memory is not None:
+        size = parse_bytes(args.kv_cache_memory, "kv_cache_memory")
+        blocks, given = size // block_bytes, f"kv_cache_memory={args.kv_cache_memory}"
+    else:
+        free = max(0, available_bytes() - weight_bytes)
+        size = min(int(free * _DEFAULT_CACHE_SHARE), _DEFAULT_CACHE_LIMIT)
+        blocks = min(size // block_bytes, needed * args.max_num_seqs)
+        given = f"the memory that is free ({format_bytes(free)} beside the weights)"
+    if blocks < needed:
+        raise ResourceExhausted(
+            f"{given} is too little for one sequence of max_model_len={max_model_len} tokens: that "
+            f"takes {needed * block_bytes} bytes ({needed} blocks of {block_bytes} bytes), and "
+            f"{blocks * block_bytes} ({blocks} blocks) are there; give more, or a smaller "
+            "max_model_len"
+        )
+    return blocks
+
+
+def _load_runner(
+    args: EngineArgs,
+    info: ModelInfo,
+    checkpoint: Checkpoint,
+    model: Model,
+    progress: Callable[[int, int], None] | None,
+) -> _C.ModelRunner:
+    options: dict[str, Any] = {
+        "num_kv_blocks": info.num_kv_blocks,
+        "weight_dtype": info.dtype,
+        "kv_cache_dtype": info.kv_cache_dtype,
+        "block_size": info.block_size,
+    }
+    if args.executor == "torch":
+        from fastpage.executors.torch import TorchExecutor, TorchRunner
+
+        reference = TorchExecutor(model.program, **options)
+        model.load_weights(checkpoint, reference, progress=progress)
+        return TorchRunner(reference, info.num_threads)
+    executor = _C.CpuExecutor(
+        model.program,
+        **options,
+        max_num_tokens=info.max_num_batched_tokens,
+        max_num_logits=info.max_num_seqs,
+        pool=_C.ThreadPool(args.threads),
+    )
+    model.load_weights(checkpoint, executor, progress=progress)
+    return _C.ProgramRunner(executor)
+
+
+def _engine_config(args: EngineArgs, info: ModelInfo) -> _C.EngineConfig:
+    scheduler = _C.SchedulerConfig(
+        num_blocks=info.num_kv_blocks,
+        block_size=info.block_size,
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        max_num_waiting=args.max_num_waiting,
+        enable_prefix_caching=args.enable_prefix_caching,
+        policy=args.scheduling_policy,
+        eos_token_ids=info.eos_token_ids,
+    )
+    return _C.EngineConfig(scheduler=scheduler, vocab_size=info.vocab_size, seed=args.seed)

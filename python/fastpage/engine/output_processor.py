@@ -1,0 +1,275 @@
+"""From the tokens of the engine's steps to text: detokenizes, finds stop strings, keeps the state
+of each request. Single-threaded: whoever owns a processor calls it from one thread only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from fastpage import _C
+from fastpage.engine.prompts import Prompt
+from fastpage.errors import FastpageError
+from fastpage.outputs import (
+    CompletionOutput,
+    Logprob,
+    PositionLogprobs,
+    RequestMetrics,
+    RequestOutput,
+)
+from fastpage.sampling_params import SamplingParams
+from fastpage.tokenizer import IncrementalDetokenizer, StopStringMatcher, Tokenizer
+
+
+class EngineStepError(FastpageError):
+    """The model failed in a step that this request was part of."""
+
+
+class SampleAbort(NamedTuple):
+    """A sample that the core still computes but nobody needs: its stop string has come."""
+
+    core_id: int
+    sample: int
+
+
+class _Sample:
+    """One of the n outputs of a request."""
+
+    def __init__(self, index: int, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer):
+        self.output = CompletionOutput(index=index, text="", token_ids=[])
+        if params.logprobs is not None:
+            self.output.logprobs = []
+            self.output.cumulative_logprob = 0.0
+        self._params = params
+        self._detokenizer: IncrementalDetokenizer | None = None
+        if params.detokenize:
+            self._detokenizer = IncrementalDetokenizer(
+                tokenizer, prompt.token_ids, skip_special_tokens=params.skip_special_tokens
+            )
+        self._matcher = StopStringMatcher(
+            list(params.stop or ()), params.include_stop_str_in_output
+        )
+        # How much delta() has given out.
+        self._sent_chars = 0
+        self._sent_tokens = 0
+        self._sent_finish = False
+
+    def push(self, token_id: int, logprobs: PositionLogprobs | None, silent: bool = False) -> None:
+        """Takes in one token; finishes the sample if it completes a stop string. A silent token has
+        no text: the stop token that ends the sample."""
+        out = self.output
+        out.token_ids.append(token_id)
+        if out.logprobs is not None and out.cumulative_logprob is not None and logprobs is not None:
+            out.logprobs.append(logprobs)
+            out.cumulative_logprob += logprobs[token_id].logprob
+        if self._detokenizer is None or silent:
+            return
+        text = self._detokenizer.push([token_id])
+        if len(out.token_ids) <= self._params.min_tokens:
+            out.text += text
+        else:
+            self._push_text(text)
+
+    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
+        """Releases the text held back; a stop string in it is the reason then."""
+        if self._detokenizer is not None:
+            self._push_text(self._detokenizer.flush())
+            if self.finished:
+                return
+            self.output.text += self._matcher.flush()
+        self._set_finished(reason, stop_reason)
+
+    @property
+    def finished(self) -> bool:
+        return self.output.finish_reason is not None
+
+    def snapshot(self) -> CompletionOutput:
+        out = self.output
+        return CompletionOutput(
+            out.index,
+            out.text,
+            list(out.token_ids),
+            out.cumulative_logprob,
+            None if out.logprobs is None else list(out.logprobs),
+            out.finish_reason,
+            out.stop_reason,
+        )
+
+    def delta(self) -> CompletionOutput | None:
+        out = self.output
+        if len(out.token_ids) == self._sent_tokens and self._sent_finish == self.finished:
+            return None
+        news = CompletionOutput(
+            out.index,
+            out.text[self._sent_chars :],
+            out.token_ids[self._sent_tokens :],
+            out.cumulative_logprob,
+            None if out.logprobs is None else out.logprobs[self._sent_tokens :],
+            out.finish_reason,
+            out.stop_reason,
+        )
+        self._sent_chars = len(out.text)
+        self._sent_tokens = len(out.token_ids)
+        self._sent_finish = self.finished
+        return news
+
+    def _push_text(self, text: str) -> None:
+        released, stop = self._matcher.push(text)
+        self.output.text += released
+        if stop is not None:
+            self._set_finished("stop", stop)
+
+    def _set_finished(self, reason: str, stop_reason: int | str | None) -> None:
+        self.output.finish_reason = reason
+        self.output.stop_reason = stop_reason
+
+
+class RequestState:
+    """A request in progress, and what has become of it so far."""
+
+    def __init__(
+        self,
+        request_id: str,
+        core_id: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.request_id = request_id
+        self.core_id = core_id
+        self.prompt = prompt
+        self.params = params
+        self.samples = [_Sample(i, prompt, params, tokenizer) for i in range(params.n)]
+        self.metrics = RequestMetrics(arrival_time=time.monotonic())
+        self.prompt_logprobs: list[PositionLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+        self.num_cached_tokens = 0
+        self.error: Exception | None = None
+        self._sent_prompt_logprobs = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.error is not None or all(sample.finished for sample in self.samples)
+
+    def snapshot(self) -> RequestOutput:
+        """All so far."""
+        logprobs = None if self.prompt_logprobs is None else list(self.prompt_logprobs)
+        return self._output([sample.snapshot() for sample in self.samples], logprobs)
+
+    def delta(self) -> RequestOutput:
+        """What is new since the last call: samples without news are left out."""
+        news = [out for sample in self.samples if (out := sample.delta()) is not None]
+        logprobs = None
+        if self.prompt_logprobs is not None:
+            logprobs = self.prompt_logprobs[self._sent_prompt_logprobs :]
+            self._sent_prompt_logprobs = len(self.prompt_logprobs)
+        return self._output(news, logprobs)
+
+    def _output(
+        self,
+        samples: list[CompletionOutput],
+        prompt_logprobs: list[PositionLogprobs | None] | None,
+    ) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt.text,
+            prompt_token_ids=self.prompt.token_ids,
+            outputs=samples,
+            finished=self.finished,
+            prompt_logprobs=prompt_logprobs,
+            metrics=self.metrics,
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=sum(len(sample.output.token_ids) for sample in self.samples),
+        )
+
+
+class OutputProcessor:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._requests: dict[int, RequestState] = {}
+        self._step_error: Exception | None = None
+
+    def add(
+        self, core_id: int, request_id: str, prompt: Prompt, params: SamplingParams
+    ) -> RequestState:
+        """`core_id` is what the core's add_request() gave out."""
+        state = RequestState(request_id, core_id, prompt, params, self._tokenizer)
+        self._requests[core_id] = state
+        return state
+
+    def forget(self, core_id: int) -> None:
+        """The request was aborted: what the core still says of it is dropped."""
+        self._requests.pop(core_id, None)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    def step_failed(self, error: Exception) -> None:
+        """A step raised `error`; the core reports in its next step which requests it has cost."""
+        self._step_error = error
+
+    def process(
+        self, outputs: Iterable[_C.RequestOutput]
+    ) -> tuple[list[RequestState], list[SampleAbort]]:
+        """Takes in one step. Returns the requests with news, and what the core is to abort."""
+        changed: dict[int, RequestState] = {}
+        aborts: list[SampleAbort] = []
+        now = time.monotonic()
+        for output in outputs:
+            state = self._requests.get(output.request_id)
+            if state is None or state.samples[output.index].finished:
+                continue
+            try:
+                self._take_in(state, output, now)
+            except Exception as error:  # costs this request, nobody else
+                state.error = error
+                aborts += [SampleAbort(state.core_id, i) for i in range(len(state.samples))]
+            changed[state.core_id] = state
+            still_computed = output.finish_reason == _C.FinishReason.NONE
+            if still_computed and state.samples[output.index].finished:
+                aborts.append(SampleAbort(state.core_id, output.index))
+            if state.finished:
+                del self._requests[state.core_id]
+        return list(changed.values()), aborts
+
+    def _take_in(self, state: RequestState, output: _C.RequestOutput, now: float) -> None:
+        reason = output.finish_reason
+        if reason == _C.FinishReason.ABORT:
+            # Aborts that were asked for are forgotten before they get here.
+            why = self._step_error or "memory ran out before its first step"
+            state.error = EngineStepError(f"the engine gave the request up: {why}")
+            return
+        state.num_cached_tokens = output.num_cached_tokens
+        if state.prompt_logprobs is not None:
+            state.prompt_logprobs += map(self._position_logprobs, output.prompt_logprobs)
+        token_ids = output.new_token_ids
+        if token_ids:
+            if state.metrics.first_token_time is None:
+                state.metrics.first_token_time = now
+            state.metrics.last_token_time = now
+        sample = state.samples[output.index]
+        logprobs: list[PositionLogprobs | None] = [None] * len(token_ids)
+        if sample.output.logprobs is not None:
+            logprobs = [self._position_logprobs(entry) for entry in output.logprobs]
+        by_stop_token = reason == _C.FinishReason.STOP
+        silent_end = by_stop_token and not state.params.include_stop_str_in_output
+        for i, (token_id, entry) in enumerate(zip(token_ids, logprobs, strict=True)):
+            sample.push(token_id, entry, silent=silent_end and i + 1 == len(token_ids))
+            if sample.finished:
+                return
+        if reason != _C.FinishReason.NONE:
+            listed = by_stop_token and output.stop_token_id in (state.params.stop_token_ids or ())
+            sample.finish(reason.name.lower(), output.stop_token_id if listed else None)
+
+    def _position_logprobs(self, entry: _C.TokenLogprobs) -> PositionLogprobs:
+        token_ids = entry.token_ids
+        position: PositionLogprobs = {}
+        for i, (token_id, logprob) in enumerate(zip(token_ids, entry.logprobs, strict=True)):
+            if token_id not in position:
+                rank = entry.rank if i == 0 else i
+                text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+                position[token_id] = Logprob(logprob, rank, text)
+        return position

@@ -1,0 +1,123 @@
+"""Between the messages of fastpage.v1 and the types of the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from fastpage.errors import InvalidArgument
+from fastpage.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from fastpage.sampling_params import SamplingParams
+from fastpage.v1 import fastpage_pb2 as pb
+
+_FINISH_REASONS = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "abort": pb.FINISH_REASON_ABORT,
+}
+
+# Fields of pb.SamplingParams that are set or not; the rest are lists.
+_OPTIONAL_FIELDS = [f.name for f in pb.SamplingParams.DESCRIPTOR.fields if f.has_presence]
+_LIST_FIELDS = ("allowed_token_ids", "bad_words", "stop", "stop_token_ids")
+
+
+def refuse_unknown_fields(message: Message, where: str = "") -> None:
+    """Raises InvalidArgument if the sender set a field that this server's protocol lacks."""
+    unknown = UnknownFieldSet(message)
+    if len(unknown) > 0:
+        raise InvalidArgument(
+            f"{where or 'request'} has field number {unknown[0].field_number}, which this server "
+            "does not know"
+        )
+    for name, child in _submessages(message):
+        refuse_unknown_fields(child, f"{where}.{name}" if where else name)
+
+
+def _submessages(message: Message) -> Iterator[tuple[str, Message]]:
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        if isinstance(value, Message):
+            yield field.name, value
+        else:
+            for i, item in enumerate(value):
+                yield f"{field.name}[{i}]", item
+
+
+def sampling_params_from_proto(
+    message: pb.SamplingParams, defaults: SamplingParams
+) -> SamplingParams:
+    """`defaults`, changed by what the message sets; max_tokens: up to the model's length."""
+    changes: dict[str, Any] = {"max_tokens": None}
+    for name in _OPTIONAL_FIELDS:
+        if message.HasField(name):
+            changes[name] = getattr(message, name)
+    for name in _LIST_FIELDS:
+        values = list(getattr(message, name))
+        if values:
+            changes[name] = values
+    if message.logit_bias:
+        changes["logit_bias"] = dict(message.logit_bias)
+    return dataclasses.replace(defaults, **changes)
+
+
+def sampling_params_to_proto(params: SamplingParams) -> pb.SamplingParams:
+    """The fields that a generation_config.json can set."""
+    return pb.SamplingParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+    )
+
+
+def response_to_proto(output: RequestOutput) -> pb.GenerateResponse:
+    response = pb.GenerateResponse(
+        request_id=output.request_id,
+        outputs=[_completion(completion) for completion in output.outputs],
+    )
+    if output.prompt_logprobs:
+        response.prompt_logprobs.extend(
+            _position(position) for position in output.prompt_logprobs if position is not None
+        )
+    if output.finished:
+        response.usage.prompt_tokens = len(output.prompt_token_ids)
+        response.usage.completion_tokens = output.num_output_tokens
+        response.usage.cached_tokens = output.num_cached_tokens
+    return response
+
+
+def _completion(output: CompletionOutput) -> pb.CompletionDelta:
+    message = pb.CompletionDelta(
+        index=output.index,
+        text=output.text,
+        token_ids=output.token_ids,
+        finish_reason=_FINISH_REASONS[output.finish_reason],
+    )
+    if isinstance(output.stop_reason, str):
+        message.stop_string = output.stop_reason
+    elif output.stop_reason is not None:
+        message.stop_token_id = output.stop_reason
+    if output.logprobs:
+        message.logprobs.extend(map(_position, output.logprobs))
+    return message
+
+
+def _position(logprobs: PositionLogprobs) -> pb.PositionLogprobs:
+    return pb.PositionLogprobs(
+        tokens=[
+            pb.TokenLogprob(
+                token_id=token_id,
+                logprob=entry.logprob,
+                rank=entry.rank or 0,
+                text=entry.decoded_token or "",
+            )
+            for token_id, entry in logprobs.items()
+        ]
+    )

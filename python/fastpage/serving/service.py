@@ -1,0 +1,216 @@
+"""The service fastpage.v1.Fastpage on an AsyncEngine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+
+from fastpage._C import __version__
+from fastpage.engine.async_engine import AsyncEngine, DuplicateRequestId, EngineStopped
+from fastpage.engine.prompts import Prompt, chat_prompt
+from fastpage.errors import InvalidArgument, ResourceExhausted
+from fastpage.outputs import RequestOutputKind
+from fastpage.sampling_params import SamplingParams
+from fastpage.serving.convert import (
+    refuse_unknown_fields,
+    response_to_proto,
+    sampling_params_from_proto,
+    sampling_params_to_proto,
+)
+from fastpage.v1 import fastpage_pb2 as pb
+from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Fastpage"].full_name
+
+_OUTPUT_KINDS = {
+    pb.OUTPUT_KIND_UNSPECIFIED: RequestOutputKind.DELTA,
+    pb.OUTPUT_KIND_DELTA: RequestOutputKind.DELTA,
+    pb.OUTPUT_KIND_FINAL_ONLY: RequestOutputKind.FINAL_ONLY,
+}
+
+
+ToPrompt = Callable[[Any, AsyncEngine], Awaitable[Prompt]]
+
+
+class ModelNotFound(InvalidArgument):
+    """The request names a model that is not served here."""
+
+
+class NotReady(RuntimeError):
+    """The model is still being loaded."""
+
+
+# The first class that fits gives the status.
+_STATUS = (
+    (DuplicateRequestId, grpc.StatusCode.ALREADY_EXISTS),
+    (ModelNotFound, grpc.StatusCode.NOT_FOUND),
+    (InvalidArgument, grpc.StatusCode.INVALID_ARGUMENT),
+    (ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (EngineStopped, grpc.StatusCode.UNAVAILABLE),
+    (NotReady, grpc.StatusCode.UNAVAILABLE),
+    (Exception, grpc.StatusCode.INTERNAL),
+)
+
+
+class FastpageService(pb_grpc.FastpageServicer):
+    """Answers UNAVAILABLE until `engine` is set."""
+
+    def __init__(self) -> None:
+        self.engine: AsyncEngine | None = None
+        self._defaults: SamplingParams | None = None
+        self._start = time.monotonic()
+
+    # ---- generation
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        await self._stream(request, context, self._prompt)
+
+    async def Chat(self, request: pb.ChatRequest, context: grpc.aio.ServicerContext) -> None:
+        await self._stream(request, context, self._chat_prompt)
+
+    async def _stream(
+        self, request: Any, context: grpc.aio.ServicerContext, to_prompt: ToPrompt
+    ) -> None:
+        try:
+            engine = self._ready_engine()
+            refuse_unknown_fields(request)
+            self._check_model(request.model, engine)
+            params = self._sampling_params(request, engine)
+            prompt = await to_prompt(request, engine)
+            stream = await engine.add_request(
+                prompt,
+                params,
+                request.request_id or None,
+                priority=request.priority,
+                output_kind=_output_kind(request),
+            )
+        except Exception as error:
+            await _abort(context, error)
+        # From here on the request holds blocks: whatever ends this call gives them back.
+        try:
+            async for output in stream:
+                await context.write(response_to_proto(output))
+        except Exception as error:
+            await _abort(context, error)
+        finally:
+            stream.abort()
+
+    async def _prompt(self, request: pb.GenerateRequest, engine: AsyncEngine) -> Prompt:
+        kind = request.WhichOneof("prompt")
+        if kind is None:
+            raise InvalidArgument("prompt is not set: give text or token_ids")
+        if kind == "text":
+            if not request.text:
+                raise InvalidArgument("text is empty")
+            return await engine.to_prompt(
+                {"prompt": request.text, "cache_salt": request.cache_salt}
+            )
+        return await engine.to_prompt(
+            {
+                "prompt_token_ids": list(request.token_ids.ids),
+                "cache_salt": request.cache_salt,
+            }
+        )
+
+    async def _chat_prompt(self, request: pb.ChatRequest, engine: AsyncEngine) -> Prompt:
+        messages = [{"role": m.role, "content": m.content} for m in request.messages]
+        return chat_prompt(messages, engine.tokenizer, request.cache_salt)
+
+    def _sampling_params(self, request: Any, engine: AsyncEngine) -> SamplingParams:
+        if self._defaults is None:
+            self._defaults = engine.get_default_sampling_params()
+        return sampling_params_from_proto(request.sampling_params, self._defaults)
+
+    # ---- the rest
+
+    async def Abort(
+        self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AbortResponse:
+        try:
+            refuse_unknown_fields(request)
+            if not request.request_id:
+                raise InvalidArgument("request_id is empty")
+            return pb.AbortResponse(found=self._ready_engine().abort(request.request_id))
+        except Exception as error:
+            await _abort(context, error)
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetModelInfoResponse:
+        try:
+            engine = self._ready_engine()
+        except NotReady as error:
+            await _abort(context, error)
+        info = engine.info
+        return pb.GetModelInfoResponse(
+            model=info.served_model_name,
+            model_path=info.model,
+            architecture=info.architecture,
+            dtype=info.dtype,
+            kv_cache_dtype=info.kv_cache_dtype,
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            eos_token_ids=info.eos_token_ids,
+            has_chat_template=info.has_chat_template,
+            default_sampling_params=sampling_params_to_proto(engine.get_default_sampling_params()),
+            server_version=__version__,
+        )
+
+    async def GetServerStats(
+        self, request: pb.GetServerStatsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetServerStatsResponse:
+        try:
+            engine = self._ready_engine()
+        except NotReady as error:
+            await _abort(context, error)
+        stats = engine.stats()
+        scheduler = stats.scheduler
+        return pb.GetServerStatsResponse(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            kv_blocks_total=scheduler.num_blocks,
+            kv_blocks_free=scheduler.num_free_blocks,
+            kv_blocks_used_peak=engine.peak_used_blocks,
+            kv_block_size=engine.info.block_size,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
+            num_steps=stats.num_steps,
+            num_computed_tokens=stats.num_computed_tokens,
+            num_generated_tokens=stats.num_generated_tokens,
+            schedule_seconds=stats.schedule_seconds,
+            model_seconds=stats.model_seconds,
+            uptime_seconds=time.monotonic() - self._start,
+        )
+
+    def _ready_engine(self) -> AsyncEngine:
+        if self.engine is None:
+            raise NotReady("the model is being loaded: try again in a few seconds")
+        return self.engine
+
+    def _check_model(self, name: str, engine: AsyncEngine) -> None:
+        served = engine.info.served_model_name
+        if name and name != served:
+            raise ModelNotFound(f"model {name!r} is not served here: {served!r} is")
+
+
+def _output_kind(request: Any) -> RequestOutputKind:
+    try:
+        return _OUTPUT_KINDS[request.output_kind]
+    except KeyError:
+        raise InvalidArgument(f"output_kind={request.output_kind} is unknown") from None
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+    """Ends the call with the status that fits the error, and one line."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    status = next(status for kind, status in _STATUS if isinstance(error, kind))
+    message = " ".join(str(error).split()) or type(error).__name__
+    await context.abort(status, message)
+    raise AssertionError("abort() raises")

@@ -1,0 +1,343 @@
+"""AsyncEngine and what it stands on, with a real core and a model that recites the alphabet."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from fakes import EOS_ID, Gate, load_alphabet
+
+from fastpage import AsyncEngine, RequestOutput, SamplingParams
+from fastpage.engine.async_engine import DuplicateRequestId, EngineStopped
+from fastpage.engine.output_processor import EngineStepError
+from fastpage.errors import InvalidArgument, ResourceExhausted
+from fastpage.outputs import RequestOutputKind
+
+GREEDY = {"temperature": 0.0}
+
+
+def run(
+    test: Callable[[AsyncEngine], Coroutine[Any, Any, None]],
+    before_step: Callable[[], None] | None = None,
+    **options: Any,
+) -> None:
+    """Runs `test(engine)`; afterwards nothing is left running and every block is free."""
+
+    async def main() -> None:
+        async with AsyncEngine(load_alphabet(before_step, **options)) as engine:
+            await asyncio.wait_for(test(engine), timeout=60)
+            await wait_until_idle(engine)
+            engine._core.check_integrity()
+
+    asyncio.run(main())
+
+
+async def wait_until_idle(engine: AsyncEngine) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        scheduler = engine.stats().scheduler
+        busy = scheduler.num_running + scheduler.num_waiting
+        if not busy and scheduler.num_free_blocks == scheduler.num_blocks:
+            return
+        assert time.monotonic() < deadline, f"{busy} requests and some blocks are left"
+        await asyncio.sleep(0.01)
+
+
+async def last_of(engine: AsyncEngine, *args: Any, **kwargs: Any) -> RequestOutput:
+    outputs = [output async for output in engine.generate(*args, **kwargs)]
+    assert outputs[-1].finished
+    return outputs[-1]
+
+
+def test_text_tokens_and_usage() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        out = await last_of(engine, "abc", SamplingParams(max_tokens=5, **GREEDY), "mine")
+        assert out.request_id == "mine"
+        assert out.prompt == "abc"
+        assert out.prompt_token_ids == [0, 1, 2]
+        assert out.outputs[0].text == "defgh"
+        assert out.outputs[0].token_ids == [3, 4, 5, 6, 7]
+        assert out.outputs[0].finish_reason == "length"
+        assert out.outputs[0].stop_reason is None
+        assert out.metrics.arrival_time <= out.metrics.first_token_time
+
+        out = await last_of(
+            engine, {"prompt_token_ids": [24, 25]}, SamplingParams(max_tokens=2, **GREEDY)
+        )
+        assert out.prompt is None
+        assert out.outputs[0].text == "ab"
+
+    run(test)
+
+
+def test_deltas_join_to_the_cumulative_text() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=30, logprobs=1, n=2, **GREEDY)
+        whole = await last_of(engine, "x", params)
+        texts, ids, logprobs, ends = ["", ""], [[], []], [[], []], [0, 0]
+        async for out in engine.generate("x", params, output_kind=RequestOutputKind.DELTA):
+            for part in out.outputs:
+                texts[part.index] += part.text
+                ids[part.index] += part.token_ids
+                logprobs[part.index] += part.logprobs
+                ends[part.index] += part.finish_reason is not None
+        for i in range(2):
+            assert texts[i] == whole.outputs[i].text
+            assert ids[i] == whole.outputs[i].token_ids
+            assert logprobs[i] == whole.outputs[i].logprobs
+        assert ends == [1, 1]
+
+    run(test)
+
+
+def test_final_only_gives_one_output() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=9, **GREEDY)
+        stream = engine.generate("a", params, output_kind=RequestOutputKind.FINAL_ONLY)
+        outputs = [out async for out in stream]
+        assert [out.outputs[0].text for out in outputs] == ["bcdefghij"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_string(include: bool) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(
+            max_tokens=60, stop=["ghi", "zz"], include_stop_str_in_output=include, **GREEDY
+        )
+        out = (await last_of(engine, "ab", params)).outputs[0]
+        assert out.text == ("cdefghi" if include else "cdef")
+        assert out.token_ids == list(range(2, 9))
+        assert (out.finish_reason, out.stop_reason) == ("stop", "ghi")
+
+    run(test)
+
+
+def test_a_stop_string_ends_one_sample_and_not_its_siblings() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        # At this temperature the samples differ; each must end where its own text says so.
+        params = SamplingParams(n=8, temperature=4.0, seed=3, max_tokens=60, stop=["e"])
+        out = await last_of(engine, "a", params)
+        assert len({sample.text for sample in out.outputs}) > 1
+        assert {sample.finish_reason for sample in out.outputs} >= {"stop"}
+        for sample in out.outputs:
+            assert "e" not in sample.text
+            if sample.finish_reason == "length":
+                assert len(sample.token_ids) == 60
+
+    run(test)
+
+
+def test_min_tokens_delays_stop_strings() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=60, min_tokens=10, stop=["d"], **GREEDY)
+        out = (await last_of(engine, "a", params)).outputs[0]
+        assert out.text == "bcdefghijklmnopqrstuvwxyzabc"
+
+    run(test)
+
+
+def test_eos_and_stop_tokens_have_no_text() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        out = (await last_of(engine, ".", SamplingParams(**GREEDY))).outputs[0]
+        assert (out.text, out.token_ids) == ("", [EOS_ID])
+        assert (out.finish_reason, out.stop_reason) == ("stop", None)
+
+        out = (await last_of(engine, "a", SamplingParams(stop_token_ids=[4], **GREEDY))).outputs[0]
+        assert (out.text, out.token_ids) == ("bcd", [1, 2, 3, 4])
+        assert (out.finish_reason, out.stop_reason) == ("stop", 4)
+
+    run(test)
+
+
+def test_logprobs() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=3, logprobs=2, prompt_logprobs=1, **GREEDY)
+        out = await last_of(engine, "abd", params)
+        sample = out.outputs[0]
+        assert [next(iter(position)) for position in sample.logprobs] == sample.token_ids
+        first = next(iter(sample.logprobs[0].values()))
+        assert (first.rank, first.decoded_token) == (1, "e")
+        assert sample.cumulative_logprob == pytest.approx(3 * first.logprob)
+        assert len(sample.logprobs[0]) == 2
+
+        assert out.prompt_logprobs[0] is None
+        assert [next(iter(p)) for p in out.prompt_logprobs[1:]] == [1, 3]
+        # "d" after "b" is a surprise: the likely "c" is listed beside it.
+        assert out.prompt_logprobs[2][3].rank > 1
+        assert out.prompt_logprobs[2][2].rank == 1
+
+    run(test)
+
+
+def test_a_reader_that_goes_away_frees_its_blocks() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        seen = 0
+        async for _ in engine.generate("a", SamplingParams(max_tokens=120, **GREEDY)):
+            seen += 1
+            if seen == 2:
+                break
+        await wait_until_idle(engine)
+
+        async def read() -> None:
+            await last_of(engine, "a", SamplingParams(max_tokens=120, **GREEDY))
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(test, before_step=lambda: time.sleep(0.002))
+
+
+def test_abort_by_id() -> None:
+    gate = Gate()
+
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=100, **GREEDY)
+        stream = await engine.add_request("a", params, "r1")
+        gate.open()
+        assert (await anext(stream)).outputs[0].text == "b"
+        assert engine.abort("r1")
+        out = await anext(stream)
+        assert out.finished
+        assert (out.outputs[0].text, out.outputs[0].finish_reason) == ("b", "abort")
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        assert not engine.abort("r1")
+        gate.open(100)
+
+    run(test, before_step=gate)
+
+
+def test_a_failed_step_costs_its_requests_only() -> None:
+    gate = Gate()
+    failing = False
+
+    def before_step() -> None:
+        gate()
+        if failing:
+            raise RuntimeError("a bit fell over")
+
+    async def test(engine: AsyncEngine) -> None:
+        nonlocal failing
+        stream = await engine.add_request("a", SamplingParams(max_tokens=50, **GREEDY))
+        gate.open()
+        await anext(stream)
+        failing = True
+        gate.open()
+        with pytest.raises(EngineStepError, match="a bit fell over"):
+            await anext(stream)
+        failing = False
+        gate.open(100)
+        out = await last_of(engine, "a", SamplingParams(max_tokens=3, **GREEDY))
+        assert out.outputs[0].text == "bcd"
+
+    run(test, before_step=before_step)
+
+
+def test_a_slow_reader_finds_several_steps_in_one_output() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        stream = await engine.add_request(
+            "a", SamplingParams(max_tokens=20, **GREEDY), output_kind=RequestOutputKind.DELTA
+        )
+        await asyncio.sleep(0.2)
+        out = await anext(stream)
+        assert out.finished
+        assert out.outputs[0].text == "bcdefghijklmnopqrstu"
+        assert [more async for more in stream] == []
+
+    run(test)
+
+
+def test_requests_that_cannot_be_served() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=5, **GREEDY)
+        for prompt, words in [
+            ("", "prompt is empty"),
+            ([], "prompt_token_ids is empty"),
+            ([0, 99], r"prompt_token_ids\[1\]=99"),
+            ([0, 2**40], r"prompt_token_ids\[1\]"),
+            ([0, -1], r"prompt_token_ids\[1\]=-1"),
+            ([0, "a"], r"prompt_token_ids\[1\]='a'"),
+            ({"promt": "a"}, "unknown keys: promt"),
+            ({"prompt": 5}, "must be a string"),
+            (7, "int"),
+            ("a" * 128, "128"),
+        ]:
+            with pytest.raises(InvalidArgument, match=words):
+                await last_of(engine, prompt, params)
+        with pytest.raises(InvalidArgument, match="priority=1"):
+            await last_of(engine, "a", params, priority=1)
+        # Nobody was hurt.
+        assert (await last_of(engine, "a", params)).outputs[0].text == "bcdef"
+
+    run(test)
+
+
+def test_one_id_is_one_request() -> None:
+    gate = Gate()
+
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=2, **GREEDY)
+        first = await engine.add_request("a", params, "same")
+        with pytest.raises(DuplicateRequestId, match="same"):
+            await engine.add_request("b", params, "same")
+        gate.open(10)
+        async for _ in first:
+            pass
+        assert (await last_of(engine, "c", params, "same")).outputs[0].text == "de"
+
+    run(test, before_step=gate)
+
+
+def test_a_full_queue_refuses() -> None:
+    gate = Gate()
+
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=2, **GREEDY)
+        streams = []
+        with pytest.raises(ResourceExhausted):
+            for _ in range(10):
+                streams.append(await engine.add_request("a", params))
+        gate.open(100)
+        for stream in streams:
+            async for _ in stream:
+                pass
+
+    run(test, before_step=gate, max_num_seqs=2, max_num_waiting=4)
+
+
+def test_shutdown_ends_what_is_in_progress() -> None:
+    async def main() -> None:
+        engine = AsyncEngine(load_alphabet(lambda: time.sleep(0.01)))
+        stream = await engine.add_request("a", SamplingParams(max_tokens=100, **GREEDY))
+        await anext(stream)
+        await engine.shutdown()
+        with pytest.raises(EngineStopped):
+            async for _ in stream:
+                pass
+        with pytest.raises(EngineStopped):
+            await engine.add_request("a", SamplingParams())
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+def test_many_at_once_equal_one_alone() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        async def one(i: int) -> RequestOutput:
+            await asyncio.sleep(i % 7 * 0.001)
+            params = SamplingParams(temperature=2.0, seed=i, max_tokens=5 + i % 20, logprobs=1)
+            return await last_of(engine, "abcdefgh"[: 1 + i % 8], params)
+
+        together = await asyncio.gather(*(one(i) for i in range(48)))
+        for i in range(0, 48, 7):
+            alone = await one(i)
+            assert alone.outputs == together[i].outputs
+
+    run(test, num_blocks=40)
