@@ -36,9 +36,9 @@ const std::vector<SequenceUpdate>& Scheduler::State::update(const SchedulerOutpu
 
     seq->num_computed_tokens += scheduled.num_scheduled_tokens;
     publish(seq);
-    if (seq->next_prompt_logprob < seq->num_prompt_tokens) {
-      seq->next_prompt_logprob = std::min(seq->num_computed_tokens + 1, seq->num_prompt_tokens);
-    }
+    // Computing again after a preemption owes nothing new until it is past where it was.
+    seq->next_prompt_logprob = std::max(
+        seq->next_prompt_logprob, std::min(seq->num_computed_tokens + 1, seq->num_prompt_tokens));
     SequenceUpdate news{seq->id,
                         seq->tag,
                         static_cast<int32_t>(i),
