@@ -138,7 +138,7 @@ def random_matrix(rng: np.random.Generator, rows: int, columns: int, kind: Quant
 
 
 def byte_level_vocabulary(texts: Iterable[str], size: int = 800) -> dict[str, Any]:
-    """Metadata of a byte-level BPE vocabulary, with two control tokens at its end."""
+    """Metadata of a byte-level BPE vocabulary, with three control tokens at its end."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -151,8 +151,8 @@ def byte_level_vocabulary(texts: Iterable[str], size: int = 800) -> dict[str, An
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": [*tokens, "<|begin|>", "<|end|>"],
-        "tokenizer.ggml.token_type": [1] * len(tokens) + [3, 3],
+        "tokenizer.ggml.tokens": [*tokens, "<|begin|>", "<|end|>", "<|endoftext|>"],
+        "tokenizer.ggml.token_type": [1] * len(tokens) + [3, 3, 3],
         "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
         "tokenizer.ggml.bos_token_id": len(tokens),
         "tokenizer.ggml.eos_token_id": len(tokens) + 1,

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from fastpage.errors import CheckpointError
 from fastpage.tokenizer.tokenizer import Tokenizer, surround_texts
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -131,9 +131,9 @@ class _Builder:
         """The tokens that are recognised in text as a whole."""
         backend.add_tokens(
             [
-                AddedToken(token, normalized=False, special=kind == _CONTROL)
+                AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
                 for token, kind in zip(self._tokens, self._types, strict=True)
-                if kind in (_CONTROL, _USER_DEFINED) and token
+                if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and token
             ]
         )
 

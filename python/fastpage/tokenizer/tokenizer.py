@@ -79,8 +79,8 @@ class Tokenizer:
             encodings = self._backend.encode_batch_fast(
                 list(texts), add_special_tokens=add_special_tokens
             )
-        except UnicodeEncodeError as error:
-            raise InvalidArgument(f"the text is not valid Unicode: {error.reason}") from None
+        except TypeError:  # not str, or str with half of a surrogate pair
+            raise InvalidArgument("the text is not a string of valid Unicode") from None
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
