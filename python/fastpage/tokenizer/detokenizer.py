@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fastpage.tokenizer.tokenizer import Tokenizer
 
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are not (yet) a character
-_PROMPT_CONTEXT = 6  # tokens of the prompt before the first one generated
+_PROMPT_CONTEXT = 6  # tokens of the prompt before the first one generated; at most 16 times that
 _MAX_WINDOW = 16  # tokens, before the settled ones are dropped
 _MAX_STALLED = 8  # pushes; a character is at most 4 bytes, each of which can be a token
 
@@ -43,8 +43,8 @@ class IncrementalDetokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._window: list[int] = self._select(prompt_token_ids[-_PROMPT_CONTEXT:])
-        self._num_emitted = len(self._decode().rstrip(_UNFINISHED))
+        self._window: list[int] = []
+        self._num_emitted = self._take_context(prompt_token_ids)
         self._boundary = 0  # tokens of the window whose text was complete when they were pushed
         self._num_stalled = 0
 
@@ -74,6 +74,17 @@ class IncrementalDetokenizer:
         delta = text[self._num_emitted :]
         self._num_emitted = len(text)
         return delta
+
+    def _take_context(self, prompt: Sequence[int]) -> int:
+        """Fills the window with the end of the prompt; returns the characters settled in it."""
+        size = _PROMPT_CONTEXT
+        while True:
+            self._window = self._select(prompt[-size:])
+            text = self._decode()
+            # The cut may be within a character, which can spoil the bytes up to the end.
+            if _UNFINISHED not in text or size >= min(len(prompt), 16 * _PROMPT_CONTEXT):
+                return len(text.rstrip(_UNFINISHED))
+            size *= 2
 
     def _select(self, ids: Sequence[int]) -> list[int]:
         # The decoder would drop them too, but a window of nothing else has no text to build on.
