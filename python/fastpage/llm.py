@@ -13,7 +13,7 @@ from typing import Any
 from fastpage import _C
 from fastpage.engine.args import EngineArgs
 from fastpage.engine.engine_thread import EngineThread
-from fastpage.engine.loading import load_model
+from fastpage.engine.loading import ModelInfo, load_model
 from fastpage.engine.output_processor import OutputProcessor, RequestState
 from fastpage.engine.prompts import Message, Prompt, PromptType, chat_prompt, to_prompt, truncate
 from fastpage.errors import InvalidArgument
@@ -110,6 +110,11 @@ class LLM:
 
     def get_tokenizer(self) -> Tokenizer:
         return self._loaded.tokenizer
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded, and how."""
+        return self._loaded.info
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""
