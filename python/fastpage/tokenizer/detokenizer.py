@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are not (yet) a character
 _PROMPT_CONTEXT = 6  # tokens of the prompt before the first one generated; at most 16 times that
 _MAX_WINDOW = 16  # tokens, before the settled ones are dropped
-_MAX_STALLED = 8  # pushes; a character is at most 4 bytes, each of which can be a token
+_MAX_STALLED = 8  # tokens; a character is at most 4 bytes, each of which can be a token
 
 
 class IncrementalDetokenizer:
@@ -50,7 +50,12 @@ class IncrementalDetokenizer:
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that `ids` add; "" as long as they end within a character."""
-        self._window += self._select(ids)
+        # One by one: some decoders spoil a run of bytes that is cut within a character, and the
+        # steps from one whole character to the next are seen only so.
+        return "".join([self._push_one(token_id) for token_id in self._select(ids)])
+
+    def _push_one(self, token_id: int) -> str:
+        self._window.append(token_id)
         text = self._decode()
         settled = len(text.rstrip(_UNFINISHED))
         if settled == len(text):
