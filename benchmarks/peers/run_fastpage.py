@@ -38,7 +38,7 @@ measured = (0, 0)
 
 
 def kv_waste(part: str) -> dict[str, Any]:
-    """The share of the KV slots held by requests that had no token in them, over the steps of a part."""
+    """The share of the KV slots that requests held without a token in them, over a part's steps."""
     global measured
     stats = llm.stats().scheduler
     allocated, used = stats.kv_slots_allocated - measured[0], stats.kv_slots_used - measured[1]

@@ -163,15 +163,18 @@ def serve(
     engine: str,
     generate: Generate,
     facts: Callable[[str], dict[str, Any]] = lambda part: {},
+    about: dict[str, Any] | None = None,
 ) -> None:
-    """Measures what stdin asks for. facts(part): more figures about the part just measured."""
+    """Measures what stdin asks for. facts(part): more figures about the part just measured;
+    `about`: about the engine."""
     with open(opts["workload"]) as file:
         workload = json.load(file)
     workload["W1"] = workload["W1"][: opts["w1_requests"]]
     loaded = time.perf_counter() - process_began
     generate(workload["warm"])
     ready = {"engine": engine, "load_s": round(loaded, 2), "peak_rss_mib": peak_rss_mib()}
-    print(json.dumps(ready), file=answers)
+    facts("warm")
+    print(json.dumps(ready | (about or {})), file=answers)
     for line in sys.stdin:
         part = line.strip()
         began = cpu_times()
