@@ -64,7 +64,7 @@ class GrpcServer:
         self._service.engine = engine
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
-    async def stop(self, grace_seconds: float = 2.0) -> None:
+    async def stop(self, grace_seconds: float = 1.0) -> None:
         """Calls in progress end with UNAVAILABLE."""
         await self._health.enter_graceful_shutdown()
         if self._service.engine is not None:

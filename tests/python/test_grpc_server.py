@@ -1,0 +1,419 @@
+"""The gRPC server: in this process with a fake model, and as a process with the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from fakes import EOS_ID, Gate, load_alphabet
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+
+from fastpage import LLM, AsyncEngine, SamplingParams
+from fastpage.engine.loading import LoadedModel
+from fastpage.serving.server import GrpcServer
+from fastpage.v1 import fastpage_pb2 as pb
+from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Client:
+    def __init__(self, address: str, engine: AsyncEngine | None = None) -> None:
+        self.address = address
+        self.engine = engine
+        self.channel = grpc.aio.insecure_channel(address)
+        self.stub = pb_grpc.FastpageStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+
+    async def status(self) -> int:
+        return (await self.health.Check(health_pb2.HealthCheckRequest())).status
+
+    async def stats(self) -> pb.GetServerStatsResponse:
+        return await self.stub.GetServerStats(pb.GetServerStatsRequest())
+
+    async def wait_until_idle(self) -> None:
+        deadline = time.monotonic() + 20
+        while True:
+            stats = await self.stats()
+            busy = stats.num_running + stats.num_waiting
+            if not busy and stats.kv_blocks_free == stats.kv_blocks_total:
+                return
+            assert time.monotonic() < deadline, f"left over: {stats}"
+            await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def serve(loaded: LoadedModel) -> AsyncIterator[Client]:
+    server = GrpcServer()
+    port = await server.start("127.0.0.1", 0)
+    engine = AsyncEngine(loaded)
+    await server.set_engine(engine)
+    client = Client(f"127.0.0.1:{port}", engine)
+    try:
+        yield client
+        await client.wait_until_idle()
+    finally:
+        await client.channel.close()
+        await server.stop()
+
+
+def run(
+    test: Callable[[Client], Coroutine[Any, Any, None]],
+    before_step: Callable[[], None] | None = None,
+    **options: Any,
+) -> None:
+    """Runs `test(client)` against the alphabet; afterwards every block must be free."""
+
+    async def main() -> None:
+        async with serve(load_alphabet(before_step, **options)) as client:
+            await asyncio.wait_for(test(client), timeout=60)
+
+    asyncio.run(main())
+
+
+def text_request(text: str, **sampling: Any) -> pb.GenerateRequest:
+    sampling = {"temperature": 0.0, "max_tokens": 5, **sampling}
+    return pb.GenerateRequest(text=text, sampling_params=pb.SamplingParams(**sampling))
+
+
+async def collect(call: Any) -> tuple[dict[int, str], dict[int, list[int]], list[Any]]:
+    texts: dict[int, str] = {}
+    ids: dict[int, list[int]] = {}
+    responses = []
+    async for response in call:
+        responses.append(response)
+        for delta in response.outputs:
+            texts[delta.index] = texts.get(delta.index, "") + delta.text
+            ids.setdefault(delta.index, []).extend(delta.token_ids)
+    return texts, ids, responses
+
+
+# ---------------------------------------------------------------- with the alphabet
+
+
+def test_generate_from_text_and_from_tokens() -> None:
+    async def test(client: Client) -> None:
+        texts, ids, responses = await collect(client.stub.Generate(text_request("abc")))
+        assert (texts, ids) == ({0: "defgh"}, {0: [3, 4, 5, 6, 7]})
+        last = responses[-1]
+        assert last.outputs[0].finish_reason == pb.FINISH_REASON_LENGTH
+        assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (3, 5)
+        assert not any(response.HasField("usage") for response in responses[:-1])
+        assert len({response.request_id for response in responses}) == 1
+
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=[0]),
+            sampling_params=pb.SamplingParams(temperature=0, max_tokens=2),
+            output_kind=pb.OUTPUT_KIND_FINAL_ONLY,
+        )
+        texts, _, responses = await collect(client.stub.Generate(request))
+        assert (texts, len(responses)) == ({0: "bc"}, 1)
+
+    run(test)
+
+
+def test_without_max_tokens_the_model_decides() -> None:
+    async def test(client: Client) -> None:
+        request = pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(temperature=0))
+        _, ids, responses = await collect(client.stub.Generate(request))
+        assert len(ids[0]) == 127
+        assert responses[-1].outputs[0].finish_reason == pb.FINISH_REASON_LENGTH
+
+    run(test)
+
+
+def test_stop_reasons() -> None:
+    async def test(client: Client) -> None:
+        texts, _, responses = await collect(
+            client.stub.Generate(text_request("a", stop=["ef"], max_tokens=50))
+        )
+        end = responses[-1].outputs[0]
+        assert texts == {0: "bcd"}
+        assert (end.finish_reason, end.stop_string) == (pb.FINISH_REASON_STOP, "ef")
+
+        _, ids, responses = await collect(
+            client.stub.Generate(text_request("a", stop_token_ids=[3], max_tokens=50))
+        )
+        end = responses[-1].outputs[0]
+        assert ids == {0: [1, 2, 3]}
+        assert (end.finish_reason, end.stop_token_id) == (pb.FINISH_REASON_STOP, 3)
+
+        _, ids, responses = await collect(client.stub.Generate(text_request(".")))
+        end = responses[-1].outputs[0]
+        assert ids == {0: [EOS_ID]}
+        assert end.finish_reason == pb.FINISH_REASON_STOP
+        assert end.WhichOneof("stop_reason") is None
+
+    run(test)
+
+
+def test_samples_and_logprobs() -> None:
+    async def test(client: Client) -> None:
+        request = text_request("ab", n=3, temperature=2.0, seed=5, logprobs=2, prompt_logprobs=0)
+        _, ids, responses = await collect(client.stub.Generate(request))
+        assert sorted(ids) == [0, 1, 2]
+        for response in responses:
+            for delta in response.outputs:
+                assert [p.tokens[0].token_id for p in delta.logprobs] == list(delta.token_ids)
+        prompt = [p for response in responses for p in response.prompt_logprobs]
+        assert [p.tokens[0].token_id for p in prompt] == [1]
+        assert prompt[0].tokens[0].text == "b"
+
+    run(test)
+
+
+def test_chat_and_cached_tokens() -> None:
+    async def test(client: Client) -> None:
+        request = pb.ChatRequest(
+            messages=[
+                pb.ChatMessage(role="system", content="abcdefgh"),
+                pb.ChatMessage(role="user", content="ij"),
+            ],
+            sampling_params=pb.SamplingParams(temperature=0, max_tokens=3),
+        )
+        for cached in (0, 8):
+            texts, _, responses = await collect(client.stub.Chat(request))
+            assert texts == {0: "klm"}
+            assert responses[-1].usage.cached_tokens == cached
+        request.cache_salt = "another tenant"
+        _, _, responses = await collect(client.stub.Chat(request))
+        assert responses[-1].usage.cached_tokens == 0
+
+    run(test)
+
+
+def test_a_cancelled_call_and_a_deadline_free_their_blocks() -> None:
+    async def test(client: Client) -> None:
+        call = client.stub.Generate(text_request("a", max_tokens=120))
+        await call.read()
+        assert (await client.stats()).num_running == 1
+        call.cancel()
+        await client.wait_until_idle()
+
+        call = client.stub.Generate(text_request("a", max_tokens=120), timeout=0.1)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await collect(call)
+        assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await client.wait_until_idle()
+
+    run(test, before_step=lambda: time.sleep(0.005))
+
+
+def test_abort() -> None:
+    gate = Gate()
+
+    async def test(client: Client) -> None:
+        request = text_request("a", max_tokens=100)
+        request.request_id = "r7"
+        call = client.stub.Generate(request)
+        gate.open()
+        first = await call.read()
+        assert first.request_id == "r7"
+        again = client.stub.Generate(request)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await again.read()
+        assert error.value.code() == grpc.StatusCode.ALREADY_EXISTS
+
+        assert (await client.stub.Abort(pb.AbortRequest(request_id="r7"))).found
+        last = await call.read()
+        assert last.outputs[0].finish_reason == pb.FINISH_REASON_ABORT
+        assert last.HasField("usage")
+        assert await call.read() is grpc.aio.EOF
+        assert not (await client.stub.Abort(pb.AbortRequest(request_id="r7"))).found
+        gate.open(100)
+
+    run(test, before_step=gate)
+
+
+def test_model_info_stats_and_reflection() -> None:
+    async def test(client: Client) -> None:
+        info = await client.stub.GetModelInfo(pb.GetModelInfoRequest())
+        assert (info.model, info.vocab_size, info.max_model_len) == ("alphabet", 29, 128)
+        assert info.default_sampling_params.temperature == 1.0
+
+        await collect(client.stub.Generate(text_request("abcdefgh")))
+        stats = await client.stats()
+        assert (stats.kv_blocks_total, stats.kv_block_size) == (256, 4)
+        assert stats.num_generated_tokens == 5
+        assert stats.num_computed_tokens == 12
+        assert stats.kv_blocks_used_peak >= 3
+        assert stats.prefix_cache_queries > 0
+
+        def look_up() -> tuple[list[str], list[str]]:
+            with grpc.insecure_channel(client.address) as channel:
+                database = ProtoReflectionDescriptorDatabase(channel)
+                service = DescriptorPool(database).FindServiceByName("fastpage.v1.Fastpage")
+                return list(database.get_services()), [m.name for m in service.methods]
+
+        services, methods = await asyncio.to_thread(look_up)
+        assert {"fastpage.v1.Fastpage", "grpc.health.v1.Health"} <= set(services)
+        assert "Generate" in methods
+
+    run(test)
+
+
+def test_not_ready_before_the_model_is_loaded_nor_after_stop() -> None:
+    async def main() -> None:
+        server = GrpcServer()
+        client = Client(f"127.0.0.1:{await server.start('127.0.0.1', 0)}")
+        assert await client.status() == NOT_SERVING
+        for call in (
+            client.stub.Generate(text_request("a")).read(),
+            client.stub.GetModelInfo(pb.GetModelInfoRequest()),
+            client.stub.Abort(pb.AbortRequest(request_id="x")),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await call
+            assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+
+        watch = client.health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == NOT_SERVING
+        await server.set_engine(AsyncEngine(load_alphabet(lambda: time.sleep(0.01))))
+        assert (await watch.read()).status == SERVING
+
+        call = client.stub.Generate(text_request("a", max_tokens=100))
+        await call.read()
+        await server.stop()
+        assert (await watch.read()).status == NOT_SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+        await client.channel.close()
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+# ---------------------------------------------------------------- with the real model
+
+
+def test_64_clients_of_which_a_quarter_cancels(smollm2_gguf: Path) -> None:
+    text = "The quick brown fox jumps over the lazy dog near the bank of the river"
+    prompts = [text[i % 5 : i % 5 + 12 + 5 * (i % 9)] for i in range(64)]
+    lengths = [4 + 5 * i % 17 for i in range(64)]
+    llm = LLM(str(smollm2_gguf), max_model_len=256, max_num_seqs=24, num_kv_blocks=100)
+    params = [
+        SamplingParams(temperature=0.8, seed=i, max_tokens=length, ignore_eos=True)
+        for i, length in enumerate(lengths)
+    ]
+    expected = [out.outputs[0] for out in llm.generate(prompts, params, use_tqdm=False)]
+
+    async def one(client: Client, i: int) -> None:
+        await asyncio.sleep(i % 8 * 0.02)
+        request = text_request(
+            prompts[i], temperature=0.8, seed=i, max_tokens=lengths[i], ignore_eos=True
+        )
+        call = client.stub.Generate(request)
+        if i % 4 == 0:
+            for _ in range(lengths[i] // 2):
+                await call.read()
+            call.cancel()
+            return
+        texts, ids, responses = await collect(call)
+        assert ids[0] == list(expected[i].token_ids)
+        assert texts[0] == expected[i].text
+        assert responses[-1].usage.completion_tokens == lengths[i]
+
+    async def main() -> None:
+        async with serve(llm._loaded) as client:
+            await asyncio.gather(*(one(client, i) for i in range(64)))
+
+    asyncio.run(asyncio.wait_for(main(), timeout=300))
+    llm._core.check_integrity()
+
+
+@contextlib.contextmanager
+def server_process(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-m", "fastpage.serving.cli", "--model", str(model), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        line = process.stdout.readline()
+        match = re.search(r"listening on (\S+:\d+)", line)
+        assert match, line + process.stderr.read()
+        yield process, match[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until_serving(channel: grpc.Channel) -> None:
+    health = health_pb2_grpc.HealthStub(channel)
+    deadline = time.monotonic() + 60
+    while health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True).status != SERVING:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_process_cleanly(smollm2_gguf: Path, number: signal.Signals) -> None:
+    options = ("--max-model-len", "2048", "--num-kv-blocks", "128", "--served-model-name", "smol")
+    with (
+        server_process(smollm2_gguf, *options) as (process, address),
+        grpc.insecure_channel(address) as channel,
+    ):
+        wait_until_serving(channel)
+        stub = pb_grpc.FastpageStub(channel)
+        assert stub.GetModelInfo(pb.GetModelInfoRequest()).model == "smol"
+        request = text_request("Once upon a time", max_tokens=1500, ignore_eos=True)
+        call = stub.Generate(request)
+        next(call)
+        process.send_signal(number)
+        with pytest.raises(grpc.RpcError) as error:
+            for _ in call:
+                pass
+        assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert err == ""
+        for words in ("smol", "128 blocks of 16 tokens", "weights", "start-up", "in all"):
+            assert words in out
+
+
+def test_a_signal_while_loading_ends_the_process(smollm2_gguf: Path) -> None:
+    with server_process(smollm2_gguf) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (0, "")
+
+
+def test_chat_client(smollm2_gguf: Path) -> None:
+    chat = [sys.executable, "-m", "fastpage.serving.chat"]
+    with server_process(smollm2_gguf, "--max-model-len", "512") as (_, address):
+        with grpc.insecure_channel(address) as channel:
+            wait_until_serving(channel)
+        options = ["--address", address, "--temperature", "0", "--max-tokens", "8", "--verbose"]
+        once = subprocess.run(
+            [*chat, *options, "What is the capital of France?"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert once.returncode == 0
+        assert "Paris" in once.stdout
+        assert "prompt tokens" in once.stderr
+        piped = subprocess.run(
+            [*chat, *options], input="Say hello.", capture_output=True, text=True, timeout=60
+        )
+        assert piped.returncode == 0 and piped.stdout.strip()
+
+    nobody = subprocess.run([*chat, *options, "hello"], capture_output=True, text=True, timeout=60)
+    assert nobody.returncode == 1
+    assert nobody.stderr.count("\n") == 1
+    assert f"no server answers at {address}" in nobody.stderr
