@@ -8,6 +8,7 @@ The reader is our own because the `safetensors` package brings bfloat16 to torch
 from __future__ import annotations
 
 import json
+import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ import numpy as np
 from fastpage.errors import CheckpointError
 
 _MAX_HEADER_BYTES = 100_000_000  # as in the reference implementation
+_MAX_DIMS = 8
+_MAX_EXTENT = 1 << 48  # product of a shape's dimensions but zeros; numpy has a limit too
 
 _BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -104,10 +107,10 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{self.path}: tensor '{name}': shape or data_offsets are not lists of counts"
             )
+        if len(shape) > _MAX_DIMS or math.prod(dim or 1 for dim in shape) > _MAX_EXTENT:
+            raise CheckpointError(f"{self.path}: tensor '{name}': shape {shape!s:.80} is too large")
         begin, end = offsets
-        bits = _BITS[dtype]
-        for dim in shape:
-            bits *= dim
+        bits = _BITS[dtype] * math.prod(shape)
         if end - begin != (bits + 7) // 8:
             raise CheckpointError(
                 f"{self.path}: tensor '{name}': {dtype} of shape {shape!s:.80} does not fill "
@@ -184,6 +187,8 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
 
     try:
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        if b"\\u" in text:  # escapes can spell half of a surrogate pair, which is no character
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error!s:.200}") from None
     if not isinstance(parsed, dict):
