@@ -1,7 +1,316 @@
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "dlpack.h"
+#include "fastpage/ops.h"
 #include "module.h"
 
 namespace fastpage {
 
-void bind_ops(pybind11::module_&) {}
+namespace py = pybind11;
+
+namespace {
+
+using Array = py::array_t<float>;
+using OptionalArg = std::optional<py::object>;
+
+Array new_array(int64_t rows, int64_t cols) { return Array({rows, cols}); }
+
+Matrix<float> matrix(Array& array) {
+  return {array.mutable_data(), array.shape(0), array.shape(1)};
+}
+
+struct KvCache {
+  ops::KvCacheView view;
+  py::array k;
+  py::array v;
+
+  KvCache(int32_t num_blocks, int32_t num_kv_heads, int32_t head_dim, int32_t block_size,
+          const std::string& dtype) {
+    if (num_blocks <= 0 || num_kv_heads <= 0 || head_dim <= 0 || block_size <= 0 ||
+        block_size % 16 != 0) {
+      throw InvalidArgument(
+          "KvCache: sizes must be positive and block_size a multiple of 16, not " +
+          std::to_string(block_size));
+    }
+    view.dtype = dtype_from_name(dtype);
+    view.num_blocks = num_blocks;
+    view.num_kv_heads = num_kv_heads;
+    view.block_size = block_size;
+    view.head_dim = head_dim;
+    if (view.dtype != DType::kFloat32 && view.dtype != DType::kBFloat16 &&
+        view.dtype != DType::kFloat16) {
+      throw InvalidArgument("KvCache: dtype " + dtype +
+                            " cannot hold keys and values: float32, bfloat16 or float16");
+    }
+    const py::object zeros = py::module_::import("numpy").attr("zeros");
+    const char* type = view.dtype == DType::kFloat32 ? "float32" : "uint16";
+    const int32_t granules = block_size / 16;
+    k = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, head_dim, 16), type);
+    v = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, 16, head_dim), type);
+    view.k = k.mutable_data();
+    view.v = v.mutable_data();
+  }
+};
+
+Array linear(ThreadPool& pool, py::object x_arg, const ops::PackedWeight& weight,
+             const OptionalArg& bias_arg) {
+  const ImportedTensor x(x_arg, "x");
+  std::unique_ptr<ImportedTensor> bias;
+  if (bias_arg) bias = std::make_unique<ImportedTensor>(*bias_arg, "bias");
+  const Matrix<const float> xm = x.matrix();
+  const float* b = bias ? bias->vector(weight.out_features()) : nullptr;
+  Array y = new_array(xm.rows, weight.out_features());
+  const Matrix<float> ym = matrix(y);
+  py::gil_scoped_release release;
+  ops::linear(pool, xm, weight, b, ym);
+  return y;
+}
+
+void check_ids(const std::vector<int32_t>& ids, int64_t size, const char* name) {
+  for (const int32_t id : ids) {
+    if (id < 0 || id >= size) {
+      throw InvalidArgument(std::string(name) + " holds " + std::to_string(id) + ", not in [0, " +
+                            std::to_string(size) + ")");
+    }
+  }
+}
+
+Array embed(ThreadPool& pool, py::object ids_arg, py::object table_arg) {
+  const std::vector<int32_t> ids = import_indices(ids_arg, "ids");
+  const int64_t rows = static_cast<int64_t>(ids.size());
+  if (py::isinstance<ops::PackedWeight>(table_arg)) {
+    const auto& table = table_arg.cast<const ops::PackedWeight&>();
+    check_ids(ids, table.out_features(), "ids");
+    Array y = new_array(rows, table.in_features());
+    const Matrix<float> ym = matrix(y);
+    py::gil_scoped_release release;
+    ops::embed(pool, ids, table, ym);
+    return y;
+  }
+  const ImportedTensor table(table_arg, "table");
+  const TensorView& view = table.view();
+  if (view.ndim != 2 || (view.numel() > 0 && view.shape[1] > 1 && view.strides[1] != 1)) {
+    throw InvalidArgument("table must be a row-major matrix [vocab][hidden]");
+  }
+  check_ids(ids, view.shape[0], "ids");
+  Array y = new_array(rows, view.shape[1]);
+  const Matrix<float> ym = matrix(y);
+  py::gil_scoped_release release;
+  ops::embed(pool, ids, view, ym);
+  return y;
+}
+
+Array rms_norm(ThreadPool& pool, py::object x_arg, py::object weight_arg, float eps,
+               int64_t group) {
+  const ImportedTensor x(x_arg, "x");
+  const ImportedTensor weight(weight_arg, "weight");
+  const Matrix<const float> xm = x.matrix();
+  if (group == 0) group = xm.cols;
+  const float* w = weight.vector(group);
+  Array y = new_array(xm.rows, xm.cols);
+  const Matrix<float> ym = matrix(y);
+  py::gil_scoped_release release;
+  ops::rms_norm(pool, xm, w, eps, group, ym);
+  return y;
+}
+
+Array rotary(ThreadPool& pool, py::object x_arg, py::object positions_arg, py::object cos_sin_arg,
+             int64_t head_dim, const std::string& style) {
+  const ImportedTensor x(x_arg, "x");
+  const ImportedTensor cos_sin(cos_sin_arg, "cos_sin");
+  const std::vector<int32_t> positions = import_indices(positions_arg, "positions");
+  if (style != "neox" && style != "interleaved") {
+    throw InvalidArgument("rotary style '" + style + "': one of neox, interleaved");
+  }
+  const Matrix<const float> xm = x.matrix();
+  const Matrix<const float> table = cos_sin.matrix();
+  check_ids(positions, table.rows, "positions");
+  Array y = new_array(xm.rows, xm.cols);
+  const Matrix<float> ym = matrix(y);
+  py::gil_scoped_release release;
+  ops::rotary(pool, xm, positions, table, head_dim,
+              style == "neox" ? ops::RotaryStyle::kNeox : ops::RotaryStyle::kInterleaved, ym);
+  return y;
+}
+
+Array silu_and_mul(ThreadPool& pool, py::object x_arg) {
+  const ImportedTensor x(x_arg, "x");
+  const Matrix<const float> xm = x.matrix();
+  if (xm.cols % 2 != 0) throw InvalidArgument("x must have an even number of columns");
+  Array y = new_array(xm.rows, xm.cols / 2);
+  const Matrix<float> ym = matrix(y);
+  py::gil_scoped_release release;
+  ops::silu_and_mul(pool, xm, ym);
+  return y;
+}
+
+Array add(ThreadPool& pool, py::object a_arg, py::object b_arg) {
+  const ImportedTensor a(a_arg, "a");
+  const ImportedTensor b(b_arg, "b");
+  const Matrix<const float> am = a.matrix();
+  const Matrix<const float> bm = b.matrix();
+  Array y = new_array(am.rows, am.cols);
+  const Matrix<float> ym = matrix(y);
+  py::gil_scoped_release release;
+  ops::add(pool, am, bm, ym);
+  return y;
+}
+
+Array gather_rows(ThreadPool& pool, py::object x_arg, py::object indices_arg) {
+  const ImportedTensor x(x_arg, "x");
+  const std::vector<int32_t> indices = import_indices(indices_arg, "indices");
+  const Matrix<const float> xm = x.matrix();
+  check_ids(indices, xm.rows, "indices");
+  Array y = new_array(static_cast<int64_t>(indices.size()), xm.cols);
+  const Matrix<float> ym = matrix(y);
+  py::gil_scoped_release release;
+  ops::gather_rows(pool, xm, indices, ym);
+  return y;
+}
+
+void reshape_and_cache(ThreadPool& pool, py::object k_arg, py::object v_arg,
+                       py::object slot_mapping_arg, KvCache& cache) {
+  const ImportedTensor k(k_arg, "k");
+  const ImportedTensor v(v_arg, "v");
+  const std::vector<int32_t> slots = import_indices(slot_mapping_arg, "slot_mapping");
+  const Matrix<const float> km = k.matrix();
+  const Matrix<const float> vm = v.matrix();
+  py::gil_scoped_release release;
+  ops::reshape_and_cache(pool, km, vm, slots, cache.view);
+}
+
+// What the kernels take on trust from the scheduler is checked where anybody may call.
+void check_batch(const std::vector<int32_t>& query_start_loc, const std::vector<int32_t>& seq_lens,
+                 const std::vector<int32_t>& block_tables, int64_t stride, int64_t rows,
+                 const ops::KvCacheView& cache) {
+  const int64_t num_seqs = static_cast<int64_t>(seq_lens.size());
+  if (static_cast<int64_t>(query_start_loc.size()) != num_seqs + 1 || query_start_loc[0] != 0 ||
+      query_start_loc[num_seqs] != rows) {
+    throw InvalidArgument("query_start_loc must run from 0 to the rows of q in " +
+                          std::to_string(num_seqs + 1) + " entries");
+  }
+  if (static_cast<int64_t>(block_tables.size()) < num_seqs * stride) {
+    throw InvalidArgument("block_tables must have a row per sequence");
+  }
+  for (int64_t i = 0; i < num_seqs; ++i) {
+    const int32_t tokens = query_start_loc[i + 1] - query_start_loc[i];
+    if (tokens < 0 || seq_lens[i] < tokens) {
+      throw InvalidArgument("sequence " + std::to_string(i) + " has " + std::to_string(tokens) +
+                            " new tokens and seq_len " + std::to_string(seq_lens[i]));
+    }
+    const int64_t blocks = (seq_lens[i] + cache.block_size - 1) / cache.block_size;
+    if (blocks > stride) {
+      throw InvalidArgument("block_tables has " + std::to_string(stride) + " columns, sequence " +
+                            std::to_string(i) + " needs " + std::to_string(blocks));
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int32_t id = block_tables[static_cast<size_t>(i * stride + b)];
+      if (id < kNoBlock || id >= cache.num_blocks) {
+        throw InvalidArgument("block_tables holds " + std::to_string(id) + ", not a block of " +
+                              std::to_string(cache.num_blocks));
+      }
+    }
+  }
+}
+
+Array paged_attention(ThreadPool& pool, py::object q_arg, const KvCache& cache,
+                      py::object query_start_loc_arg, py::object seq_lens_arg,
+                      py::object block_tables_arg, int32_t num_heads, float scale,
+                      int32_t sliding_window, float soft_cap) {
+  const ImportedTensor q(q_arg, "q");
+  const Matrix<const float> qm = q.matrix();
+  const std::vector<int32_t> query_start_loc =
+      import_indices(query_start_loc_arg, "query_start_loc");
+  const std::vector<int32_t> seq_lens = import_indices(seq_lens_arg, "seq_lens");
+  int64_t stride = 0;
+  const std::vector<int32_t> block_tables =
+      import_indices(block_tables_arg, "block_tables", &stride);
+  if (num_heads <= 0 || sliding_window < 0 || soft_cap < 0.0f) {
+    throw InvalidArgument("num_heads must be positive, sliding_window and soft_cap not negative");
+  }
+  check_batch(query_start_loc, seq_lens, block_tables, stride, qm.rows, cache.view);
+  ops::AttentionBatch batch;
+  batch.num_seqs = static_cast<int32_t>(seq_lens.size());
+  batch.query_start_loc = query_start_loc.data();
+  batch.seq_lens = seq_lens.data();
+  batch.block_tables = block_tables.data();
+  batch.block_table_stride = static_cast<int32_t>(stride);
+  ops::AttentionParams params;
+  params.num_heads = num_heads;
+  params.scale = scale;
+  params.sliding_window = sliding_window;
+  params.soft_cap = soft_cap;
+  Array out = new_array(qm.rows, qm.cols);
+  const Matrix<float> om = matrix(out);
+  py::gil_scoped_release release;
+  ops::paged_attention(pool, qm, cache.view, batch, params, om);
+  return out;
+}
+
+void copy_blocks(ThreadPool& pool, KvCache& cache, py::object copies_arg) {
+  int64_t columns = 0;
+  const std::vector<int32_t> pairs = import_indices(copies_arg, "copies", &columns);
+  if (columns != 2) throw InvalidArgument("copies must be [n][2]: pairs of source and destination");
+  std::vector<BlockCopy> copies;
+  for (size_t i = 0; i < pairs.size(); i += 2) copies.push_back({pairs[i], pairs[i + 1]});
+  py::gil_scoped_release release;
+  ops::copy_blocks(pool, cache.view, copies);
+}
+
+}  // namespace
+
+void bind_ops(py::module_& m) {
+  py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
+      .def(py::init<int>(), py::arg("num_threads") = 0, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("num_threads", &ThreadPool::num_threads);
+
+  py::module_ o = m.def_submodule("ops", "The CPU ops; see ops.pyi");
+  o.def("cpu_isa", &ops::cpu_isa);
+
+  py::class_<ops::PackedWeight>(o, "PackedWeight")
+      .def(py::init([](py::object weight, const std::string& dtype, ThreadPool& pool,
+                       const std::optional<std::string>& source_dtype) {
+             const ImportedTensor tensor(weight, "weight", source_dtype);
+             const DType stored = dtype_from_name(dtype);
+             py::gil_scoped_release release;
+             return ops::PackedWeight::pack(tensor.view(), stored, pool);
+           }),
+           py::arg("weight"), py::arg("dtype"), py::arg("pool"),
+           py::arg("source_dtype") = py::none())
+      .def_property_readonly("in_features", &ops::PackedWeight::in_features)
+      .def_property_readonly("out_features", &ops::PackedWeight::out_features)
+      .def_property_readonly("dtype",
+                             [](const ops::PackedWeight& w) { return dtype_name(w.dtype()); })
+      .def_property_readonly("nbytes", &ops::PackedWeight::bytes);
+
+  py::class_<KvCache>(o, "KvCache")
+      .def(py::init<int32_t, int32_t, int32_t, int32_t, const std::string&>(),
+           py::arg("num_blocks"), py::arg("num_kv_heads"), py::arg("head_dim"),
+           py::arg("block_size"), py::arg("dtype"))
+      .def_readonly("k", &KvCache::k)
+      .def_readonly("v", &KvCache::v);
+
+  o.def("linear", &linear, py::arg("pool"), py::arg("x"), py::arg("weight"),
+        py::arg("bias") = py::none());
+  o.def("embed", &embed, py::arg("pool"), py::arg("ids"), py::arg("table"));
+  o.def("rms_norm", &rms_norm, py::arg("pool"), py::arg("x"), py::arg("weight"), py::arg("eps"),
+        py::arg("group") = 0);
+  o.def("rotary", &rotary, py::arg("pool"), py::arg("x"), py::arg("positions"), py::arg("cos_sin"),
+        py::arg("head_dim"), py::arg("style") = "neox");
+  o.def("silu_and_mul", &silu_and_mul, py::arg("pool"), py::arg("x"));
+  o.def("add", &add, py::arg("pool"), py::arg("a"), py::arg("b"));
+  o.def("gather_rows", &gather_rows, py::arg("pool"), py::arg("x"), py::arg("indices"));
+  o.def("reshape_and_cache", &reshape_and_cache, py::arg("pool"), py::arg("k"), py::arg("v"),
+        py::arg("slot_mapping"), py::arg("cache"));
+  o.def("paged_attention", &paged_attention, py::arg("pool"), py::arg("q"), py::arg("cache"),
+        py::arg("query_start_loc"), py::arg("seq_lens"), py::arg("block_tables"),
+        py::arg("num_heads"), py::arg("scale"), py::arg("sliding_window") = 0,
+        py::arg("soft_cap") = 0.0f);
+  o.def("copy_blocks", &copy_blocks, py::arg("pool"), py::arg("cache"), py::arg("copies"));
+}
 
 }  // namespace fastpage

@@ -20,7 +20,8 @@ class ThreadPool {
   int num_threads() const { return num_threads_; }
 
   // Runs fn(thread_index) on every thread of the pool, the caller being thread 0, and returns when
-  // all are done. One loop at a time; fn must not throw and must not call run() again.
+  // all are done. A loop waits for that of another caller to end; fn must not throw and must not
+  // call run() again.
   template <typename F>
   void run(F&& fn) {
     using Fn = std::remove_reference_t<F>;

@@ -1,0 +1,143 @@
+// Elementwise kernels over one row, and the vector functions they share with attention.
+
+// e^x for x <= 88, 0 below the normal range, NaN for NaN. Cephes' reduction (x = n ln 2 + r) and
+// polynomial, about 1 ulp.
+static inline V vexp_bounded(V x) {
+  const V lowest = vset(-87.3f);
+  const V clamped = vmax(lowest, x);
+  const V n = vround(vmul(clamped, vset(1.44269504088896341f)));
+  V r = vfma(n, vset(-0.693359375f), clamped);
+  r = vfma(n, vset(2.12194440e-4f), r);
+  V p = vset(1.9875691500e-4f);
+  p = vfma(p, r, vset(1.3981999507e-3f));
+  p = vfma(p, r, vset(8.3334519073e-3f));
+  p = vfma(p, r, vset(4.1665795894e-2f));
+  p = vfma(p, r, vset(1.6666665459e-1f));
+  p = vfma(p, r, vset(5.0000001201e-1f));
+  p = vadd(vfma(p, vmul(r, r), r), vset(1.0f));
+  return vless(x, lowest, vzero(), vscale2(p, n));
+}
+
+// e^x, infinite above 88.
+static inline V vexp(V x) {
+  const V highest = vset(88.0f);
+  return vless(highest, x, vset(__builtin_inff()), vexp_bounded(x));
+}
+
+// tanh x: an odd polynomial near 0 (Cephes), else by e^2x.
+static inline V vtanh(V x) {
+  const V a = vabs(x);
+  const V e = vexp(vadd(a, a));
+  const V far = vcopysign(vsub(vset(1.0f), vdiv(vset(2.0f), vadd(e, vset(1.0f)))), x);
+  const V z = vmul(x, x);
+  V p = vset(-5.70498872745e-3f);
+  p = vfma(p, z, vset(2.06390887954e-2f));
+  p = vfma(p, z, vset(-5.37397155531e-2f));
+  p = vfma(p, z, vset(1.33314422036e-1f));
+  p = vfma(p, z, vset(-3.33332819422e-1f));
+  const V near = vfma(vmul(p, z), x, x);
+  return vless(a, vset(0.625f), near, far);
+}
+
+static inline V load_first(const float* p, int64_t n) {
+  return n >= kLanes ? vload(p) : vload_partial(p, static_cast<int>(n));
+}
+static inline void store_first(float* p, V v, int64_t n) {
+  if (n >= kLanes) {
+    vstore(p, v);
+  } else {
+    vstore_partial(p, v, static_cast<int>(n));
+  }
+}
+
+static inline void convert_to_f32(ElementType source, const void* x, int64_t n, float* y) {
+  if (source == kF32) {
+    __builtin_memcpy(y, x, static_cast<size_t>(n) * sizeof(float));
+    return;
+  }
+  const uint16_t* h = static_cast<const uint16_t*>(x);
+  int64_t i = 0;
+  if (source == kBf16) {
+    for (; i + kLanes <= n; i += kLanes) vstore(y + i, vload_bf16(h + i));
+    for (; i < n; ++i) y[i] = f32_from_bf16(h[i]);
+  } else {
+    for (; i + kLanes <= n; i += kLanes) vstore(y + i, vload_f16(h + i));
+    for (; i < n; ++i) y[i] = f32_from_f16(h[i]);
+  }
+}
+
+static inline void convert_from_f32(ElementType target, const float* x, int64_t n, void* y) {
+  if (target == kF32) {
+    __builtin_memcpy(y, x, static_cast<size_t>(n) * sizeof(float));
+  } else if (target == kBf16) {
+    uint16_t* h = static_cast<uint16_t*>(y);
+    for (int64_t i = 0; i < n; ++i) h[i] = bf16_from_f32(x[i]);
+  } else {
+    narrow_f16(x, n, static_cast<uint16_t*>(y));
+  }
+}
+
+void widen(ElementType source, const void* x, int64_t n, float* y) {
+  convert_to_f32(source, x, n, y);
+}
+void narrow(ElementType target, const float* x, int64_t n, void* y) {
+  convert_from_f32(target, x, n, y);
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* y) {
+  V sum = vzero();
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const V v = load_first(x + i, n - i);
+    sum = vfma(v, v, sum);
+  }
+  const float mean = vreduce_add(sum) / static_cast<float>(n);
+  const V factor = vset(1.0f / __builtin_sqrtf(mean + eps));
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const V v = vmul(load_first(x + i, n - i), factor);
+    store_first(y + i, vmul(v, load_first(weight + i, n - i)), n - i);
+  }
+}
+
+void rotary_neox(const float* x, const float* cos, const float* sin, int64_t half, float* y) {
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const int64_t left = half - i;
+    const V c = load_first(cos + i, left);
+    const V s = load_first(sin + i, left);
+    const V x0 = load_first(x + i, left);
+    const V x1 = load_first(x + half + i, left);
+    store_first(y + i, vsub(vmul(x0, c), vmul(x1, s)), left);
+    store_first(y + half + i, vadd(vmul(x1, c), vmul(x0, s)), left);
+  }
+}
+
+void rotary_interleaved(const float* x, const float* cos, const float* sin, int64_t half,
+                        float* y) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float x0 = x[2 * i];
+    const float x1 = x[2 * i + 1];
+    y[2 * i] = x0 * cos[i] - x1 * sin[i];
+    y[2 * i + 1] = x1 * cos[i] + x0 * sin[i];
+  }
+}
+
+void silu_and_mul(const float* gate, const float* up, int64_t n, float* y) {
+  const V one = vset(1.0f);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const V g = load_first(gate + i, n - i);
+    const V silu = vdiv(g, vadd(one, vexp(vsub(vzero(), g))));
+    store_first(y + i, vmul(silu, load_first(up + i, n - i)), n - i);
+  }
+}
+
+void add(const float* a, const float* b, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    store_first(y + i, vadd(load_first(a + i, n - i), load_first(b + i, n - i)), n - i);
+  }
+}
+
+void scale(const float* x, float factor, int64_t n, float* y) {
+  const V f = vset(factor);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    store_first(y + i, vmul(load_first(x + i, n - i), f), n - i);
+  }
+}

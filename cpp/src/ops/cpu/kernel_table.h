@@ -1,0 +1,92 @@
+// What one instruction set offers: plain functions over raw pointers. The files that implement it
+// are compiled with that set's compiler flags, so they include nothing but this header and C
+// headers: an inline function of the standard library compiled there could be the copy that the
+// linker keeps for the whole program.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fastpage::ops::cpu {
+
+// Stored element types, in the order of DType.
+enum ElementType : int { kF32 = 0, kBf16 = 1, kF16 = 2, kNumElementTypes = 3 };
+
+inline constexpr int kMaxRowTile = 12;
+inline constexpr int kGranule = 16;  // positions that lie together in a KV block
+inline constexpr int kKvTile = 128;  // positions of an attention tile
+inline constexpr int kTileGranules = kKvTile / kGranule;
+
+// y[0..m)[0..n) = a^T panel: rows of one row tile times one panel, over `k` of the summed
+// dimension.
+struct LinearTile {
+  const float* a;     // [k][m]
+  const void* panel;  // [k][panel_width] in the panel's own order
+  int64_t k;
+  float* y;
+  int64_t y_stride;
+  int n;                  // columns of the panel that exist, <= panel_width
+  bool accumulate;        // go on from what y holds
+  const float* bias;      // [n], added at the very end, or null
+  const char* prefetch;   // memory needed soon, touched step by step
+  int64_t prefetch_step;  // bytes per k
+};
+
+// One KV tile's contribution to the rows of an item (one sequence, one KV head).
+struct AttentionTile {
+  const float* q;  // scaled; row tiles one after the other, each [head_dim][m]
+  int rows;
+  int group;  // row r is query head r % group of token r / group
+  int head_dim;
+  int64_t first_position;             // of token 0
+  int64_t tile_position;              // of column 0 of the tile
+  int sliding_window;                 // 0 = none
+  float soft_cap;                     // 0 = none
+  const void* k[kTileGranules];       // [head_dim][16] each; null if nothing there is visible
+  const void* v[kTileGranules];       // [16][head_dim] each
+  const void* next_k[kTileGranules];  // what will be read next, or null
+  float* scratch;                     // attention_scratch(head_dim) floats, 64-byte aligned
+  // The fold of all tiles so far; updated.
+  float* out;      // [rows][padded head_dim]
+  float* row_max;  // [rows]
+  float* row_sum;  // [rows]
+};
+
+struct KernelTable {
+  const char* name;
+  int panel_width;  // out_features per panel
+  int row_tile;     // rows per register tile, at most kMaxRowTile
+
+  // out[k][m] = rows[m][k] * scale
+  void (*pack_rows)(const float* const* rows, int m, int64_t k, float scale, float* out);
+
+  // Rows [0, n) of weight (`stride` elements apart, `source` elements) -> one panel of `stored`
+  // elements; columns past n are zero.
+  void (*pack_panel)(ElementType source, const void* weight, int64_t stride, int n, int64_t k,
+                     ElementType stored, void* panel);
+  void (*unpack_row)(ElementType stored, const void* panel, int column, int64_t k, float* out);
+  void (*linear_tile[kNumElementTypes][kMaxRowTile])(const LinearTile&);
+
+  void (*widen)(ElementType source, const void* x, int64_t n, float* y);
+  void (*narrow)(ElementType target, const float* x, int64_t n, void* y);
+
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
+  void (*rotary_neox)(const float* x, const float* cos, const float* sin, int64_t half, float* y);
+  void (*rotary_interleaved)(const float* x, const float* cos, const float* sin, int64_t half,
+                             float* y);
+  void (*silu_and_mul)(const float* gate, const float* up, int64_t n, float* y);
+  void (*add)(const float* a, const float* b, int64_t n, float* y);
+
+  size_t (*attention_scratch)(int head_dim);
+  void (*attention_tile[kNumElementTypes])(const AttentionTile&);
+  // Folds `other` (of later positions) into the state of one row; d is the padded head_dim.
+  void (*attention_merge)(float* out, float* row_max, float* row_sum, const float* other,
+                          float other_max, float other_sum, int d);
+  void (*scale)(const float* x, float factor, int64_t n, float* y);
+};
+
+const KernelTable* portable_kernels();
+const KernelTable* avx2_kernels();    // null where not compiled in
+const KernelTable* avx512_kernels();  // null where not compiled in
+
+}  // namespace fastpage::ops::cpu

@@ -1,0 +1,140 @@
+#include <algorithm>
+#include <string>
+
+#include "ops/packed_weight.h"
+
+namespace fastpage::ops {
+
+namespace {
+
+// fn(first row, past the last), in the calling thread if there is little to do.
+template <typename F>
+void for_rows(ThreadPool& pool, int64_t rows, int64_t cols, const F& fn) {
+  const int64_t grain = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(1, cols));
+  pool.parallel_for(rows, std::min(grain, std::max<int64_t>(1, rows)),
+                    [&](int64_t begin, int64_t end, int) { fn(begin, end); });
+}
+
+std::string shape(int64_t rows, int64_t cols) {
+  return std::to_string(rows) + " x " + std::to_string(cols);
+}
+
+void check_shape(const char* op, const char* name, int64_t rows, int64_t cols, int64_t want_rows,
+                 int64_t want_cols) {
+  if (rows == want_rows && cols == want_cols) return;
+  throw InvalidArgument(std::string(op) + ": " + name + " is " + shape(rows, cols) + ", not " +
+                        shape(want_rows, want_cols));
+}
+
+int64_t clamp_index(int64_t i, int64_t n) { return i < 0 ? 0 : i >= n ? n - 1 : i; }
+
+}  // namespace
+
+void embed(ThreadPool& pool, Span<const TokenId> ids, const TensorView& table, Matrix<float> y) {
+  const cpu::ElementType type = element_type(table.dtype, "embedding table");
+  const int64_t rows = static_cast<int64_t>(ids.size());
+  if (table.ndim != 2 || table.shape[0] == 0) {
+    throw InvalidArgument("embed: the table must be [vocab][hidden] and not empty");
+  }
+  check_shape("embed", "y", y.rows, y.cols, rows, table.shape[1]);
+  const int64_t row_bytes = table.strides[0] * static_cast<int64_t>(dtype_size(table.dtype));
+  for_rows(pool, rows, y.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const char* row = table.as<const char>() + clamp_index(ids[i], table.shape[0]) * row_bytes;
+      kernels().widen(type, row, y.cols, y.row(i));
+    }
+  });
+}
+
+void embed(ThreadPool& pool, Span<const TokenId> ids, const PackedWeight& table, Matrix<float> y) {
+  const PackedWeight::Impl& w = table.impl();
+  const int64_t rows = static_cast<int64_t>(ids.size());
+  if (w.out_features == 0) throw InvalidArgument("embed: the table is empty");
+  check_shape("embed", "y", y.rows, y.cols, rows, w.in_features);
+  const int width = kernels().panel_width;
+  for_rows(pool, rows, y.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t id = clamp_index(ids[i], w.out_features);
+      kernels().unpack_row(w.type, w.panel(id / width), static_cast<int>(id % width), w.in_features,
+                           y.row(i));
+    }
+  });
+}
+
+void rms_norm(ThreadPool& pool, Matrix<const float> x, const float* weight, float eps,
+              int64_t group, Matrix<float> y) {
+  check_shape("rms_norm", "y", y.rows, y.cols, x.rows, x.cols);
+  if (group <= 0 || x.cols % group != 0) {
+    throw InvalidArgument("rms_norm: groups of " + std::to_string(group) + " do not divide " +
+                          std::to_string(x.cols) + " columns");
+  }
+  for_rows(pool, x.rows, x.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t c = 0; c < x.cols; c += group) {
+        kernels().rms_norm(x.row(i) + c, weight, eps, group, y.row(i) + c);
+      }
+    }
+  });
+}
+
+void rotary(ThreadPool& pool, Matrix<const float> x, Span<const int32_t> positions,
+            Matrix<const float> cos_sin, int64_t head_dim, RotaryStyle style, Matrix<float> y) {
+  check_shape("rotary", "y", y.rows, y.cols, x.rows, x.cols);
+  const int64_t rotary_dim = cos_sin.cols;
+  if (head_dim <= 0 || x.cols % head_dim != 0 || rotary_dim > head_dim || rotary_dim % 2 != 0) {
+    throw InvalidArgument("rotary: rotary_dim " + std::to_string(rotary_dim) + ", head_dim " +
+                          std::to_string(head_dim) + " and " + std::to_string(x.cols) +
+                          " columns do not fit together");
+  }
+  if (static_cast<int64_t>(positions.size()) != x.rows) {
+    throw InvalidArgument("rotary: " + std::to_string(positions.size()) + " positions for " +
+                          std::to_string(x.rows) + " rows");
+  }
+  const int64_t half = rotary_dim / 2;
+  const auto rotate =
+      style == RotaryStyle::kNeox ? kernels().rotary_neox : kernels().rotary_interleaved;
+  for_rows(pool, x.rows, x.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* cos = cos_sin.row(clamp_index(positions[i], cos_sin.rows));
+      for (int64_t c = 0; c < x.cols; c += head_dim) {
+        const float* from = x.row(i) + c;
+        float* to = y.row(i) + c;
+        rotate(from, cos, cos + half, half, to);
+        if (from != to) std::copy(from + rotary_dim, from + head_dim, to + rotary_dim);
+      }
+    }
+  });
+}
+
+void silu_and_mul(ThreadPool& pool, Matrix<const float> x, Matrix<float> y) {
+  check_shape("silu_and_mul", "x", x.rows, x.cols, y.rows, 2 * y.cols);
+  for_rows(pool, y.rows, y.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels().silu_and_mul(x.row(i), x.row(i) + y.cols, y.cols, y.row(i));
+    }
+  });
+}
+
+void add(ThreadPool& pool, Matrix<const float> a, Matrix<const float> b, Matrix<float> y) {
+  check_shape("add", "b", b.rows, b.cols, a.rows, a.cols);
+  check_shape("add", "y", y.rows, y.cols, a.rows, a.cols);
+  for_rows(pool, y.rows, y.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels().add(a.row(i), b.row(i), y.cols, y.row(i));
+    }
+  });
+}
+
+void gather_rows(ThreadPool& pool, Matrix<const float> x, Span<const int32_t> indices,
+                 Matrix<float> y) {
+  check_shape("gather_rows", "y", y.rows, y.cols, static_cast<int64_t>(indices.size()), x.cols);
+  if (x.rows == 0 && y.rows > 0) throw InvalidArgument("gather_rows: x has no rows");
+  for_rows(pool, y.rows, y.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* from = x.row(clamp_index(indices[i], x.rows));
+      std::copy(from, from + x.cols, y.row(i));
+    }
+  });
+}
+
+}  // namespace fastpage::ops

@@ -1,0 +1,81 @@
+#include "ops/kernels.h"
+
+#include <cstdlib>
+#include <string>
+
+#include "fastpage/ops.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fastpage::ops {
+
+namespace {
+
+using cpu::KernelTable;
+
+#if defined(__x86_64__)
+bool machine_has_f16c() {  // clang 14 does not know the name in __builtin_cpu_supports
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
+bool machine_has_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && machine_has_f16c();
+#else
+  return false;
+#endif
+}
+
+bool machine_has_avx512() {
+#if defined(__x86_64__)
+  return machine_has_avx2() && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+#else
+  return false;
+#endif
+}
+
+const KernelTable* choose_kernels() {
+  const char* env = std::getenv("FASTPAGE_CPU_ISA");
+  const std::string highest = env == nullptr || *env == '\0' ? "avx512" : env;
+  if (highest != "avx512" && highest != "avx2" && highest != "portable") {
+    throw InvalidArgument("FASTPAGE_CPU_ISA is '" + highest + "': one of portable, avx2, avx512");
+  }
+  if (highest == "avx512" && cpu::avx512_kernels() != nullptr && machine_has_avx512()) {
+    return cpu::avx512_kernels();
+  }
+  if (highest != "portable" && cpu::avx2_kernels() != nullptr && machine_has_avx2()) {
+    return cpu::avx2_kernels();
+  }
+  return cpu::portable_kernels();
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+  static const KernelTable* table = choose_kernels();
+  return *table;
+}
+
+const char* cpu_isa() { return kernels().name; }
+
+cpu::ElementType element_type(DType dtype, const char* what) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return cpu::kF32;
+    case DType::kBFloat16:
+      return cpu::kBf16;
+    case DType::kFloat16:
+      return cpu::kF16;
+    default:
+      throw InvalidArgument(std::string(what) + " is " + dtype_name(dtype) +
+                            ": float32, bfloat16 or float16 is needed");
+  }
+}
+
+}  // namespace fastpage::ops

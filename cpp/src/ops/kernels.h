@@ -1,0 +1,17 @@
+// The kernels of the instruction set in use.
+#pragma once
+
+#include "fastpage/tensor.h"
+#include "ops/cpu/kernel_table.h"
+
+namespace fastpage::ops {
+
+const cpu::KernelTable& kernels();
+
+// Throws InvalidArgument, naming `what`, unless dtype is fp32, bf16 or fp16.
+cpu::ElementType element_type(DType dtype, const char* what);
+
+// A loop of the thread pool costs about a microsecond: less work than this stays with the caller.
+inline constexpr int64_t kSerialElements = 16384;
+
+}  // namespace fastpage::ops

@@ -1,0 +1,158 @@
+#include "fastpage/thread_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastpage {
+
+namespace {
+
+// A step issues its loops microseconds apart: spinning this long catches the next one, and an idle
+// engine gives its cores back soon enough.
+constexpr auto kSpinTime = std::chrono::microseconds(80);
+
+int available_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+inline void cpu_relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins until done() or kSpinTime has passed; says whether it was done.
+template <typename Done>
+bool spin_until(bool oversubscribed, const Done& done) {
+  const auto deadline = std::chrono::steady_clock::now() + kSpinTime;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (done()) return true;
+      cpu_relax();
+    }
+    // With more threads than cores the one that is waited for may need this very core.
+    if (oversubscribed) std::this_thread::yield();
+  } while (std::chrono::steady_clock::now() < deadline);
+  return done();
+}
+
+}  // namespace
+
+// A loop is announced by a new epoch and is over when `pending` is 0. Whoever spins in vain sleeps
+// on a condition variable. No wakeup is lost: a sleeper counts itself before it looks at the state
+// a last time (under the mutex), the other side changes the state before it looks at the count
+// (both sequentially consistent), so at least one of them sees the other.
+struct ThreadPool::Impl {
+  alignas(64) std::atomic<uint64_t> epoch{0};
+  RawFn fn = nullptr;
+  void* arg = nullptr;
+  bool stop = false;
+  alignas(64) std::atomic<int> pending{0};
+  alignas(64) std::atomic<int> sleeping_workers{0};
+  std::atomic<bool> caller_sleeps{false};
+  bool oversubscribed = false;
+  std::mutex run_mutex;
+  std::mutex mutex;
+  std::condition_variable work;
+  std::condition_variable done;
+  std::vector<std::thread> threads;
+
+  void announce(int num_workers) {
+    pending.store(num_workers, std::memory_order_relaxed);
+    epoch.fetch_add(1, std::memory_order_seq_cst);
+    if (sleeping_workers.load(std::memory_order_seq_cst) > 0) {
+      std::lock_guard<std::mutex> lock(mutex);
+      work.notify_all();
+    }
+  }
+
+  void wait_for_epoch_after(uint64_t seen) {
+    const auto changed = [&] { return epoch.load(std::memory_order_seq_cst) != seen; };
+    if (spin_until(oversubscribed, changed)) return;
+    sleeping_workers.fetch_add(1, std::memory_order_seq_cst);
+    {
+      std::unique_lock<std::mutex> lock(mutex);
+      work.wait(lock, changed);
+    }
+    sleeping_workers.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+  void finish_part() {
+    if (pending.fetch_sub(1, std::memory_order_seq_cst) != 1) return;
+    if (caller_sleeps.load(std::memory_order_seq_cst)) {
+      std::lock_guard<std::mutex> lock(mutex);
+      done.notify_one();
+    }
+  }
+
+  void wait_until_done() {
+    const auto over = [&] { return pending.load(std::memory_order_seq_cst) == 0; };
+    if (spin_until(oversubscribed, over)) return;
+    caller_sleeps.store(true, std::memory_order_seq_cst);
+    {
+      std::unique_lock<std::mutex> lock(mutex);
+      done.wait(lock, over);
+    }
+    caller_sleeps.store(false, std::memory_order_relaxed);
+  }
+
+  void worker(int index) {
+    for (uint64_t seen = 0;; ++seen) {
+      wait_for_epoch_after(seen);
+      if (stop) return;
+      fn(arg, index);
+      finish_part();
+    }
+  }
+};
+
+ThreadPool::ThreadPool(int num_threads)
+    : impl_(std::make_unique<Impl>()),
+      num_threads_(num_threads > 0 ? num_threads : available_cores()) {
+  if (num_threads < 0) {
+    throw InvalidArgument("num_threads is " + std::to_string(num_threads) +
+                          ": give a positive number, or 0 for all cores");
+  }
+  impl_->oversubscribed = num_threads_ > available_cores();
+  for (int i = 1; i < num_threads_; ++i) {
+    impl_->threads.emplace_back([impl = impl_.get(), i] { impl->worker(i); });
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  impl_->stop = true;
+  impl_->announce(num_threads_ - 1);
+  for (std::thread& thread : impl_->threads) thread.join();
+}
+
+void ThreadPool::run_raw(RawFn fn, void* arg) {
+  if (num_threads_ == 1) {
+    fn(arg, 0);
+    return;
+  }
+  std::lock_guard<std::mutex> one_loop_at_a_time(impl_->run_mutex);
+  impl_->fn = fn;
+  impl_->arg = arg;
+  impl_->announce(num_threads_ - 1);
+  fn(arg, 0);
+  impl_->wait_until_done();
+}
+
+}  // namespace fastpage

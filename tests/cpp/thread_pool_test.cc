@@ -1,0 +1,115 @@
+#include "fastpage/thread_pool.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <numeric>
+#include <thread>
+#include <vector>
+
+namespace fastpage {
+namespace {
+
+TEST(ThreadPool, RunsEveryThreadOnce) {
+  for (const int n : {1, 2, 3, 8}) {
+    ThreadPool pool(n);
+    ASSERT_EQ(pool.num_threads(), n);
+    std::vector<int> calls(static_cast<size_t>(n), 0);
+    const std::thread::id caller = std::this_thread::get_id();
+    std::thread::id first;
+    pool.run([&](int t) {
+      ++calls[static_cast<size_t>(t)];
+      if (t == 0) first = std::this_thread::get_id();
+    });
+    EXPECT_EQ(calls, std::vector<int>(static_cast<size_t>(n), 1));
+    EXPECT_EQ(first, caller);
+  }
+}
+
+TEST(ThreadPool, DefaultsToTheCoresAndRefusesNegativeNumbers) {
+  EXPECT_GE(ThreadPool().num_threads(), 1);
+  EXPECT_THROW(ThreadPool(-1), InvalidArgument);
+}
+
+TEST(ThreadPool, ParallelForCoversTheRangeInWholeGrains) {
+  for (const int threads : {1, 2, 3, 5}) {
+    ThreadPool pool(threads);
+    for (const int64_t n : {0, 1, 7, 16, 17, 100, 1000}) {
+      for (const int64_t grain : {1, 7, 16, 2000}) {
+        std::vector<std::atomic<int>> seen(static_cast<size_t>(n));
+        std::atomic<int> bad{0};
+        pool.parallel_for(n, grain, [&](int64_t begin, int64_t end, int t) {
+          if (begin % grain != 0 || (end % grain != 0 && end != n)) ++bad;
+          if (begin >= end || t < 0 || t >= threads) ++bad;
+          for (int64_t i = begin; i < end; ++i) ++seen[static_cast<size_t>(i)];
+        });
+        EXPECT_EQ(bad, 0);
+        for (const auto& count : seen) EXPECT_EQ(count, 1);
+      }
+    }
+  }
+}
+
+// Loops of every kind of gap: back to back (workers spin), and far enough apart for them to sleep.
+TEST(ThreadPool, ManyTinyLoopsAlsoWithMoreThreadsThanCores) {
+  for (const int threads : {2, 4, 16}) {
+    ThreadPool pool(threads);
+    std::vector<int64_t> sums(static_cast<size_t>(threads), 0);
+    const int loops = threads == 2 ? 20000 : 2000;
+    for (int i = 0; i < loops; ++i) {
+      pool.run([&](int t) { sums[static_cast<size_t>(t)] += i; });
+      if (i % 500 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      if (i % 100 == 0) std::this_thread::sleep_for(std::chrono::microseconds(80));
+    }
+    const int64_t want = static_cast<int64_t>(loops) * (loops - 1) / 2;
+    for (const int64_t sum : sums) EXPECT_EQ(sum, want);
+  }
+}
+
+TEST(ThreadPool, TheCallerWaitsForASlowWorker) {
+  ThreadPool pool(3);
+  std::atomic<int> done{0};
+  pool.run([&](int t) {
+    if (t > 0) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    ++done;
+  });
+  EXPECT_EQ(done, 3);
+}
+
+TEST(ThreadPool, SeveralCallersTakeTurns) {
+  ThreadPool pool(2);
+  std::atomic<int> inside{0};
+  std::atomic<int> most{0};
+  std::atomic<int64_t> calls{0};
+  std::vector<std::thread> callers;
+  for (int c = 0; c < 4; ++c) {
+    callers.emplace_back([&] {
+      for (int i = 0; i < 500; ++i) {
+        pool.run([&](int) {
+          const int now = ++inside;
+          int before = most;
+          while (now > before && !most.compare_exchange_weak(before, now)) {
+          }
+          ++calls;
+          --inside;
+        });
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_EQ(calls, 4 * 500 * 2);
+  EXPECT_LE(most, 2);
+}
+
+TEST(ThreadPool, ComesAndGoes) {
+  for (int i = 0; i < 200; ++i) {
+    ThreadPool pool(1 + i % 4);
+    std::atomic<int> calls{0};
+    if (i % 3 != 0) pool.run([&](int) { ++calls; });
+    EXPECT_EQ(calls, i % 3 == 0 ? 0 : pool.num_threads());
+  }
+}
+
+}  // namespace
+}  // namespace fastpage

@@ -1,0 +1,496 @@
+"""Every CPU op against float64 numpy, and the promise that a row's result depends on nothing else.
+
+The tests run on the best instruction set of the machine, and once more in a process of their own
+for each lower one.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from fastpage import _C
+from fastpage._C import ops
+
+RTOL = {"float32": 2e-6, "bfloat16": 2e-6, "float16": 2e-6}  # of values already rounded
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+@pytest.fixture(scope="module")
+def pools():
+    return [_C.ThreadPool(n) for n in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def pool(pools):
+    return pools[1]
+
+
+def bf16_bits(x):
+    u = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def rounded(x, dtype):
+    """x as it is once stored as dtype, in float32."""
+    if dtype == "bfloat16":
+        return (bf16_bits(x).astype(np.uint32) << 16).view(np.float32)
+    return x.astype(dtype).astype(np.float32)
+
+
+def assert_close(got, want, scale, rtol=2e-6):
+    """scale: what the terms of the sum add up to in magnitude."""
+    assert got.dtype == np.float32 and got.shape == want.shape
+    assert np.all(np.isfinite(got))
+    error = np.abs(got - want) / (np.asarray(scale) + 1e-30)
+    assert error.size == 0 or error.max() <= rtol, f"relative error {error.max()}"
+
+
+# ---------------------------------------------------------------- linear
+
+LINEAR_SHAPES = [
+    # rows, in, out
+    (1, 1, 1), (0, 8, 8), (1, 576, 960), (2, 17, 33), (3, 31, 64), (5, 64, 31), (7, 100, 257),
+    (12, 48, 32), (13, 576, 192), (25, 33, 65), (64, 130, 96), (193, 40, 50), (400, 16, 24),
+    (4, 2500, 40), (30, 1100, 70), (1, 3000, 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+def test_linear(pools, shape, dtype):
+    rows, n_in, n_out = shape
+    rng = np.random.default_rng(hash(shape) % 2**32)
+    x = rng.standard_normal((rows, n_in), np.float32)
+    w = rng.standard_normal((n_out, n_in), np.float32)
+    bias = rng.standard_normal(n_out).astype(np.float32)
+    want = x.astype(np.float64) @ rounded(w, dtype).astype(np.float64).T
+    scale = np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64).T + 1
+    results = []
+    for pool in pools:
+        packed = ops.PackedWeight(w, dtype, pool)
+        assert (packed.in_features, packed.out_features, packed.dtype) == (n_in, n_out, dtype)
+        assert packed.nbytes >= w.size * (4 if dtype == "float32" else 2)
+        got = ops.linear(pool, x, packed)
+        assert_close(got, want, scale)
+        assert_close(ops.linear(pool, x, packed, bias), want + bias, scale + np.abs(bias))
+        np.testing.assert_array_equal(ops.linear(pool, x, packed, bias), got + bias)
+        results.append(got)
+    for got in results[1:]:
+        np.testing.assert_array_equal(got, results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_row_does_not_depend_on_batch(pool, dtype):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((230, 1300), np.float32)
+    w = ops.PackedWeight(rng.standard_normal((75, 1300), np.float32), dtype, pool)
+    whole = ops.linear(pool, x, w)
+    for rows in [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 23, 64, 200]:
+        at = int(rng.integers(0, 230 - rows))
+        np.testing.assert_array_equal(ops.linear(pool, x[at : at + rows], w), whole[at : at + rows])
+
+
+def test_linear_takes_strided_rows_and_all_sources(pool):
+    rng = np.random.default_rng(2)
+    wide = rng.standard_normal((9, 100), np.float32)
+    w = rng.standard_normal((40, 60)).astype(np.float32)
+    packed = ops.PackedWeight(w[:, 10:50], "float32", pool)
+    want = wide[:, 20:60].astype(np.float64) @ w[:, 10:50].astype(np.float64).T
+    assert_close(ops.linear(pool, wide[:, 20:60], packed), want, 40.0)
+    x = wide[:, :60]
+    for dtype in DTYPES:  # stored as it came, it is packed without loss
+        if dtype == "bfloat16":
+            source = ops.PackedWeight(bf16_bits(w), dtype, pool, source_dtype="bfloat16")
+        else:
+            source = ops.PackedWeight(w.astype(dtype), dtype, pool)
+        again = ops.PackedWeight(rounded(w, dtype), dtype, pool)
+        np.testing.assert_array_equal(ops.linear(pool, x, source), ops.linear(pool, x, again))
+
+
+def test_rounding_of_weights(pool):
+    """float32 -> bf16 / fp16 and back, with ties, subnormals, infinities and NaN."""
+    rng = np.random.default_rng(3)
+    bits = rng.integers(0, 2**32, 4000, dtype=np.uint64).astype(np.uint32)
+    special = np.array(
+        [0.0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.9, 65520, 1e-8, 2.0**-24, 2.0**-25,
+         3 * 2.0**-25, 2.0**-14, 6.1e-5, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11,
+         1 + 3 * 2.0**-11, 3.4e38], np.float32)  # fmt: skip
+    x = np.concatenate([special, -special, bits.view(np.float32)])
+    x = np.concatenate([x, (rng.standard_normal(4000) * 1e-5).astype(np.float32)])[None, :]
+    for dtype in DTYPES:
+        with np.errstate(over="ignore", invalid="ignore"):
+            want = rounded(x, dtype)
+        packed = ops.PackedWeight(np.ascontiguousarray(x.T), dtype, pool)
+        ids = np.arange(x.size)
+        finite = ~np.isnan(x[0])
+        got = ops.embed(pool, ids, packed)[:, 0]
+        np.testing.assert_array_equal(got[finite], want[0][finite])
+        assert np.isnan(got[~finite]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed(pools, dtype):
+    rng = np.random.default_rng(4)
+    table = rng.standard_normal((101, 77)).astype(np.float32)
+    ids = rng.integers(0, 101, 300)
+    want = rounded(table, dtype)[ids]
+    for pool in pools:
+        packed = ops.PackedWeight(table, dtype, pool)
+        np.testing.assert_array_equal(ops.embed(pool, ids, packed), want)
+        if dtype != "bfloat16":
+            np.testing.assert_array_equal(ops.embed(pool, ids, table.astype(dtype)), want)
+    assert ops.embed(pool, np.zeros(0, np.int64), packed).shape == (0, 77)
+
+
+# ---------------------------------------------------------------- elementwise
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 576), (3, 1), (5, 37), (64, 130), (200, 512)])
+def test_rms_norm(pools, shape):
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal(shape, np.float32) * 3
+    rows, cols = shape
+    for group in {cols, cols // 2 if cols % 2 == 0 else cols}:
+        w = rng.standard_normal(group).astype(np.float32)
+        grouped = x.astype(np.float64).reshape(rows, cols // group, group)
+        want = grouped / np.sqrt((grouped**2).mean(-1, keepdims=True) + 1e-5) * w
+        want = want.reshape(shape)
+        results = [ops.rms_norm(pool, x, w, 1e-5, group) for pool in pools]
+        for got in results:
+            assert_close(got, want, np.abs(want) + 1e-6)
+            np.testing.assert_array_equal(got, results[0])
+        for i in range(rows):
+            np.testing.assert_array_equal(
+                ops.rms_norm(pools[0], x[i : i + 1], w, 1e-5, group)[0], results[0][i]
+            )
+
+
+@pytest.mark.parametrize("style", ["neox", "interleaved"])
+@pytest.mark.parametrize("head_dim,rotary_dim", [(64, 64), (80, 32), (6, 2), (10, 6), (128, 128)])
+def test_rotary(pools, style, head_dim, rotary_dim):
+    rng = np.random.default_rng(6)
+    heads, rows, half = 3, 70, rotary_dim // 2
+    x = rng.standard_normal((rows, heads * head_dim), np.float32)
+    positions = rng.integers(0, 500, rows)
+    angles = np.arange(500)[:, None] * 10000.0 ** (-np.arange(half) / half)
+    cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    c = cos_sin[positions, None, :half].astype(np.float64)
+    s = cos_sin[positions, None, half:].astype(np.float64)
+    want = x.astype(np.float64).reshape(rows, heads, head_dim).copy()
+    if style == "neox":
+        first, second = slice(0, half), slice(half, rotary_dim)
+    else:
+        first, second = slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
+    x0, x1 = want[..., first].copy(), want[..., second].copy()
+    want[..., first] = x0 * c - x1 * s
+    want[..., second] = x1 * c + x0 * s
+    results = [ops.rotary(pool, x, positions, cos_sin, head_dim, style) for pool in pools]
+    for got in results:
+        assert_close(got, want.reshape(x.shape), 4.0, 1e-6)
+        np.testing.assert_array_equal(got, results[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (1, 1536), (7, 33), (90, 700)])
+def test_silu_add_gather(pools, shape):
+    rng = np.random.default_rng(7)
+    rows, cols = shape
+    x = (rng.standard_normal((rows, 2 * cols)) * 20).astype(np.float32)
+    gate, up = x[:, :cols].astype(np.float64), x[:, cols:].astype(np.float64)
+    want = gate / (1 + np.exp(-gate)) * up
+    for pool in pools:
+        assert_close(ops.silu_and_mul(pool, x), want, np.abs(want) + 1e-30, 2e-6)
+        a, b = x[:, :cols], x[:, cols:]
+        np.testing.assert_array_equal(ops.add(pool, a, b), a + b)
+        indices = rng.integers(0, rows, 50) if rows else np.zeros(0, np.int32)
+        np.testing.assert_array_equal(ops.gather_rows(pool, a, indices), a[indices])
+
+
+def test_silu_at_the_ends(pool):
+    gate = np.array([-3e38, -200, -88, -87.2, -1e-30, 0, 1e-30, 88, 200, 3e38], np.float32)
+    x = np.concatenate([gate, np.ones_like(gate)])[None, :]
+    want = gate.astype(np.float64) / (1 + np.exp(-np.clip(gate.astype(np.float64), -700, 700)))
+    got = ops.silu_and_mul(pool, x)[0]
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-35)
+
+
+# ---------------------------------------------------------------- attention
+
+
+class Sequences:
+    """Random sequences in a paged cache, blocks shuffled; the first `shared` are common to all."""
+
+    def __init__(self, rng, pool, lens, kv_heads, head_dim, dtype, block_size=16, shared=0):
+        self.dtype, self.kv_heads, self.head_dim = dtype, kv_heads, head_dim
+        self.block_size = block_size
+        self.k = [rng.standard_normal((n, kv_heads * head_dim)).astype(np.float32) for n in lens]
+        self.v = [rng.standard_normal((n, kv_heads * head_dim)).astype(np.float32) for n in lens]
+        for n in range(1, len(lens)):
+            common = min(shared * block_size, lens[0], lens[n])
+            self.k[n][:common] = self.k[0][:common]
+            self.v[n][:common] = self.v[0][:common]
+        width = max(-(-n // block_size) for n in lens) + 1
+        free = iter(rng.permutation(width * len(lens) + 3))
+        self.tables = np.full((len(lens), width), -1, np.int32)
+        for i, n in enumerate(lens):
+            for b in range(-(-n // block_size)):
+                can_share = i > 0 and b < shared and (b + 1) * block_size <= min(n, lens[0])
+                self.tables[i, b] = self.tables[0, b] if can_share else next(free)
+        self.cache = ops.KvCache(width * len(lens) + 3, kv_heads, head_dim, block_size, dtype)
+        # Memory that holds no token may hold anything.
+        nan = np.nan if dtype == "float32" else 0x7FFF
+        self.cache.k[...] = nan
+        self.cache.v[...] = nan
+        for i, n in enumerate(lens):
+            at = np.arange(n)
+            slots = self.tables[i, at // block_size] * block_size + at % block_size
+            ops.reshape_and_cache(pool, self.k[i], self.v[i], slots, self.cache)
+
+    def reference(self, i, q, first, num_heads, scale, window=0, cap=0.0):
+        """Float64 attention of q's rows, at positions from `first` on, over sequence i."""
+        group, d = num_heads // self.kv_heads, self.head_dim
+        k = rounded(self.k[i], self.dtype).astype(np.float64).reshape(-1, self.kv_heads, d)
+        v = rounded(self.v[i], self.dtype).astype(np.float64).reshape(-1, self.kv_heads, d)
+        out = np.zeros((len(q), num_heads, d))
+        for r, row in enumerate(q.astype(np.float64).reshape(len(q), num_heads, d)):
+            position = first + r
+            low = max(0, position + 1 - window) if window else 0
+            for h in range(num_heads):
+                s = k[low : position + 1, h // group] @ row[h] * scale
+                if cap:
+                    s = cap * np.tanh(s / cap)
+                p = np.exp(s - s.max())
+                out[r, h] = p / p.sum() @ v[low : position + 1, h // group]
+        return out.reshape(len(q), num_heads * d)
+
+
+ATTENTION_CASES = [
+    # kv_heads, group, head_dim, dtype, block_size, window, cap
+    (3, 3, 64, "bfloat16", 16, 0, 0.0),
+    (1, 1, 64, "float32", 16, 0, 0.0),
+    (2, 7, 64, "float16", 32, 0, 0.0),
+    (2, 4, 128, "bfloat16", 16, 0, 0.0),
+    (1, 8, 80, "float32", 48, 0, 0.0),
+    (2, 2, 8, "float32", 16, 0, 0.0),
+    (1, 2, 24, "bfloat16", 16, 50, 0.0),
+    (2, 1, 96, "float16", 16, 0, 30.0),
+    (1, 3, 256, "bfloat16", 16, 130, 20.0),
+    (2, 2, 5, "bfloat16", 16, 1, 0.0),
+    (1, 16, 32, "bfloat16", 64, 0, 0.0),
+    (1, 130, 16, "float32", 16, 0, 0.0),
+]
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+def test_paged_attention(pools, case):
+    kv_heads, group, head_dim, dtype, block_size, window, cap = case
+    rng = np.random.default_rng(8)
+    lens = [1, 16, 17, 130, 300, 129, 45]
+    new = [1, 16, 3, 1, 1, 129, 0]
+    seqs = Sequences(rng, pools[1], lens, kv_heads, head_dim, dtype, block_size, shared=3)
+    heads = kv_heads * group
+    q = rng.standard_normal((sum(new), heads * head_dim)).astype(np.float32)
+    start = np.concatenate([[0], np.cumsum(new)])
+    want = [
+        seqs.reference(i, q[start[i] : start[i + 1]], lens[i] - new[i], heads, 0.3, window, cap)
+        for i in range(len(lens))
+    ]
+    args = (q, seqs.cache, start, np.array(lens), seqs.tables, heads, 0.3, window, cap)
+    results = [ops.paged_attention(pool, *args) for pool in pools]
+    for got in results:
+        assert_close(got, np.concatenate(want), 4.0, 3e-6)
+        np.testing.assert_array_equal(got, results[0])
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+def test_attention_row_does_not_depend_on_chunks_or_batch(pools, case):
+    kv_heads, group, head_dim, dtype, block_size, window, cap = case
+    rng = np.random.default_rng(9)
+    lens = [290, 150]
+    seqs = Sequences(rng, pools[1], lens, kv_heads, head_dim, dtype, block_size, shared=2)
+    heads = kv_heads * group
+    q = [rng.standard_normal((n, heads * head_dim)).astype(np.float32) for n in lens]
+
+    def attend(pool, *chunks):
+        """chunks: (sequence, first, last) of query tokens."""
+        start = np.cumsum([0] + [b - a for _, a, b in chunks])
+        return ops.paged_attention(
+            pool,
+            np.concatenate([q[i][a:b] for i, a, b in chunks]),
+            seqs.cache,
+            start,
+            np.array([b for _, _, b in chunks]),
+            seqs.tables[[i for i, _, _ in chunks]],
+            heads, 0.3, window, cap,
+        )  # fmt: skip
+
+    whole = np.concatenate([attend(pools[0], (i, 0, n)) for i, n in enumerate(lens)])
+    np.testing.assert_array_equal(attend(pools[2], (0, 0, 290), (1, 0, 150)), whole)
+    for pool in pools:
+        for size in (1, 23, 64):
+            chunked = [attend(pool, (0, at, min(290, at + size))) for at in range(0, 290, size)]
+            np.testing.assert_array_equal(np.concatenate(chunked), whole[:290])
+        mixed = attend(pool, (1, 149, 150), (0, 100, 290), (1, 0, 149), (0, 99, 100))
+        want = np.concatenate([whole[439:], whole[100:290], whole[290:439], whole[99:100]])
+        np.testing.assert_array_equal(mixed, want)
+
+
+def test_window_needs_no_blocks_before_it(pool):
+    rng = np.random.default_rng(10)
+    seqs = Sequences(rng, pool, [400], 2, 64, "bfloat16")
+    q = rng.standard_normal((20, 256)).astype(np.float32)
+    args = (pool, q, seqs.cache, np.array([0, 20]), np.array([400]))
+    want = ops.paged_attention(*args, seqs.tables, 4, 0.3, 100)
+    tables = seqs.tables.copy()
+    tables[0, : (400 - 20 - 99) // 16] = -1
+    np.testing.assert_array_equal(ops.paged_attention(*args, tables, 4, 0.3, 100), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [16, 48])
+def test_reshape_and_cache_and_copy_blocks(pools, dtype, block_size):
+    rng = np.random.default_rng(11)
+    kv_heads, head_dim, blocks = 3, 20, 9
+    for pool in pools:
+        cache = ops.KvCache(blocks, kv_heads, head_dim, block_size, dtype)
+        slots = rng.permutation(blocks * block_size)[:100].astype(np.int32)
+        slots[::9] = -1
+        k = rng.standard_normal((100, kv_heads * head_dim)).astype(np.float32)
+        v = rng.standard_normal((100, kv_heads * head_dim)).astype(np.float32)
+        ops.reshape_and_cache(pool, k, v, slots, cache)
+        want_k, want_v = np.zeros_like(cache.k), np.zeros_like(cache.v)
+        store = {"float32": lambda x: x, "bfloat16": bf16_bits,
+                 "float16": lambda x: x.astype(np.float16).view(np.uint16)}[dtype]  # fmt: skip
+        for i, slot in enumerate(slots):
+            if slot < 0:
+                continue
+            block, at = divmod(int(slot), block_size)
+            want_k[block, :, at // 16, :, at % 16] = store(k[i].reshape(kv_heads, head_dim))
+            want_v[block, :, at // 16, at % 16] = store(v[i].reshape(kv_heads, head_dim))
+        np.testing.assert_array_equal(cache.k, want_k)
+        np.testing.assert_array_equal(cache.v, want_v)
+        copies = np.array([[0, 1], [1, 2], [5, 5], [3, 0]])  # in order: 0 goes to 1 and to 2
+        ops.copy_blocks(pool, cache, copies)
+        for src, dst in copies:
+            want_k[dst], want_v[dst] = want_k[src], want_v[src]
+        np.testing.assert_array_equal(cache.k, want_k)
+        np.testing.assert_array_equal(cache.v, want_v)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def test_errors_name_the_argument(pool):
+    x = np.zeros((2, 8), np.float32)
+    w = ops.PackedWeight(np.zeros((4, 8), np.float32), "float32", pool)
+    for call, words in [
+        (lambda: ops.linear(pool, x.astype(np.float64), w), ["x", "64 bits"]),
+        (lambda: ops.linear(pool, x.astype(np.float16), w), ["x", "float16", "float32"]),
+        (lambda: ops.linear(pool, x[0], w), ["x", "1 dimensions"]),
+        (lambda: ops.linear(pool, x.T, w), ["x", "contiguous"]),
+        (lambda: ops.linear(pool, x[:, :5], w), ["5", "8"]),
+        (lambda: ops.linear(pool, [[1.0]], w), ["x", "list"]),
+        (lambda: ops.linear(pool, x, w, np.zeros(3, np.float32)), ["bias", "4"]),
+        (lambda: ops.PackedWeight(x.astype(np.uint16), "bfloat16", pool), ["weight", "uint16"]),
+        (lambda: ops.PackedWeight(x, "int8", pool), ["int8"]),
+        (lambda: ops.PackedWeight(x, "float8", pool), ["float8"]),
+        (lambda: ops.embed(pool, np.array([4]), w), ["ids", "4"]),
+        (lambda: ops.embed(pool, np.array([2**40]), w), ["ids", "32 bits"]),
+        (lambda: ops.rms_norm(pool, x, np.zeros(3, np.float32), 1e-5, 3), ["3", "8"]),
+        (lambda: ops.KvCache(2, 1, 8, 8, "float32"), ["block_size", "16"]),
+        (lambda: ops.copy_blocks(pool, ops.KvCache(2, 1, 8, 16, "float32"), np.array([[0, 2]])),
+         ["0 -> 2"]),
+        (lambda: _C.ThreadPool(-1), ["num_threads"]),
+    ]:  # fmt: skip
+        with pytest.raises(_C.InvalidArgument) as error:
+            call()
+        message = str(error.value)
+        assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_attention_arguments_are_checked(pool):
+    cache = ops.KvCache(4, 1, 8, 16, "float32")
+    q = np.zeros((2, 8), np.float32)
+
+    def attend(start=(0, 2), lens=(20,), tables=((0, 1),), heads=1):
+        args = [np.array(a, np.int32) for a in (start, lens, tables)]
+        return ops.paged_attention(pool, q, cache, *args, heads, 1.0)
+
+    assert attend().shape == (2, 8)
+    for bad in [
+        {"start": (0, 1)}, {"start": (0, 1, 2)}, {"lens": (1,)}, {"lens": (33,)},
+        {"tables": ((0, 4),)}, {"heads": 2},
+    ]:  # fmt: skip
+        with pytest.raises(_C.InvalidArgument):
+            attend(**bad)
+
+
+def test_read_only_and_dlpack_sources(pool):
+    x = np.arange(16, dtype=np.float32).reshape(2, 8)
+    x.flags.writeable = False
+
+    class Exporter:
+        """DLPack without numpy's type; `versions`: whether it knows max_version."""
+
+        def __init__(self, versions):
+            self.versions = versions
+
+        def __dlpack__(self, **kwargs):
+            if kwargs and not self.versions:
+                raise TypeError("unexpected keyword argument")
+            return x.copy().__dlpack__(**kwargs)
+
+        def __dlpack_device__(self):
+            return (1, 0)
+
+    class OnGpu(Exporter):
+        def __dlpack_device__(self):
+            return (2, 0)
+
+    want = x + x
+    np.testing.assert_array_equal(ops.add(pool, x, x), want)
+    np.testing.assert_array_equal(ops.add(pool, Exporter(True), Exporter(False)), want)
+    with pytest.raises(_C.InvalidArgument, match=r"^b is not in CPU memory"):
+        ops.add(pool, x, OnGpu(True))
+
+
+def test_torch_tensors(pool):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(12)
+    w = rng.standard_normal((40, 30)).astype(np.float32)
+    x = rng.standard_normal((3, 30)).astype(np.float32)
+    packed = ops.PackedWeight(torch.from_numpy(w).to(torch.bfloat16), "bfloat16", pool)
+    same = ops.PackedWeight(w, "bfloat16", pool)
+    np.testing.assert_array_equal(
+        ops.linear(pool, torch.from_numpy(x), packed), ops.linear(pool, x, same)
+    )
+    np.testing.assert_array_equal(
+        ops.embed(pool, torch.tensor([3, 1]), torch.from_numpy(w)), w[[3, 1]]
+    )
+    with pytest.raises(_C.InvalidArgument, match=r"^x is bfloat16"):
+        ops.linear(pool, torch.zeros(3, 30, dtype=torch.bfloat16), packed)
+    with pytest.raises(_C.InvalidArgument, match=r"^x "):
+        ops.linear(pool, torch.zeros(3, 30, device="meta"), packed)
+
+
+# ---------------------------------------------------------------- instruction sets
+
+
+def test_cpu_isa():
+    wanted = os.environ.get("FASTPAGE_CPU_ISA", "")
+    assert ops.cpu_isa() == wanted if wanted else ops.cpu_isa() in ("portable", "avx2", "avx512")
+
+
+@pytest.mark.skipif("FASTPAGE_CPU_ISA" in os.environ, reason="this is such a run")
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_other_instruction_sets(isa):
+    env = {**os.environ, "FASTPAGE_CPU_ISA": isa}
+    lower = {"portable": [], "avx2": ["portable"], "avx512": ["portable", "avx2"]}
+    if isa not in lower[ops.cpu_isa()]:
+        pytest.skip(f"{isa} is not below {ops.cpu_isa()}")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:]
