@@ -272,9 +272,9 @@ void Engine::State::step(StepOutput* out) {
   drain();
   const Clock::time_point start = Clock::now();
   const SchedulerOutput& step = scheduler.schedule();
+  refresh_snapshot();  // whoever was just admitted waits no longer
   if (step.sequences.empty()) {
     take_pending(out);
-    refresh_snapshot();
     return;
   }
   try {

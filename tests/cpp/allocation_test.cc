@@ -1,0 +1,67 @@
+// A steady decode step allocates nothing on the heap.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "fastpage/scheduler.h"
+
+namespace {
+
+std::atomic<int64_t> num_allocations{0};
+
+void* counted(size_t size) {
+  ++num_allocations;
+  void* p = std::malloc(size);
+  if (p == nullptr) throw std::bad_alloc();
+  return p;
+}
+
+}  // namespace
+
+void* operator new(size_t size) { return counted(size); }
+void* operator new[](size_t size) { return counted(size); }
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete[](void* p) noexcept { std::free(p); }
+void operator delete(void* p, size_t) noexcept { std::free(p); }
+void operator delete[](void* p, size_t) noexcept { std::free(p); }
+
+namespace fastpage {
+namespace {
+
+TEST(Allocation, TheCounterCounts) {
+  const int64_t before = num_allocations;
+  std::vector<int>* leak = new std::vector<int>(10);
+  EXPECT_EQ(num_allocations - before, 2);
+  delete leak;
+}
+
+// 300 steps cross block boundaries, where blocks are taken, hashed and published.
+TEST(Allocation, ASteadyDecodeStepAllocatesNothing) {
+  SchedulerConfig config;
+  config.num_blocks = 4096;
+  config.max_num_seqs = 64;
+  Scheduler scheduler(config);
+  for (int32_t i = 0; i < 64; ++i) {
+    SequenceRequest request;
+    request.prompt_token_ids.assign(20 + i, i);
+    request.params.max_tokens = 400;
+    scheduler.add_request(std::move(request));
+  }
+  InputBatch batch;
+  std::vector<TokenId> tokens(64, 3);
+  const auto step = [&] {
+    const SchedulerOutput& output = scheduler.schedule();
+    scheduler.prepare(output, &batch);
+    scheduler.update(output, {tokens.data(), batch.sampling_rows.size()});
+    return output.sequences.size();
+  };
+  for (int i = 0; i < 4; ++i) step();
+  const int64_t before = num_allocations;
+  for (int i = 0; i < 300; ++i) ASSERT_EQ(step(), 64u);
+  EXPECT_EQ(num_allocations - before, 0);
+}
+
+}  // namespace
+}  // namespace fastpage

@@ -1,0 +1,446 @@
+#include "fastpage/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <map>
+#include <mutex>
+#include <set>
+#include <thread>
+
+#include "fake_model.h"
+
+namespace fastpage {
+namespace {
+
+constexpr int32_t kVocabSize = 50;
+
+EngineConfig small_config() {
+  EngineConfig config;
+  config.scheduler.num_blocks = 32;
+  config.scheduler.block_size = 4;
+  config.scheduler.max_num_seqs = 8;
+  config.scheduler.max_num_batched_tokens = 32;
+  config.scheduler.max_model_len = 64;
+  config.scheduler.eos_token_ids = {0};
+  config.vocab_size = kVocabSize;
+  return config;
+}
+
+Request request(std::vector<TokenId> prompt, int32_t max_tokens = 6) {
+  Request out;
+  out.prompt_token_ids = std::move(prompt);
+  out.params.max_tokens = max_tokens;
+  out.params.ignore_eos = true;
+  out.params.temperature = 0;
+  return out;
+}
+
+// The fake model, with a gate before it and accidents on demand.
+class GatedModel : public ModelRunner {
+ public:
+  explicit GatedModel(const EngineConfig& config)
+      : fake_(config.scheduler.num_blocks, config.scheduler.block_size, config.vocab_size) {}
+
+  void execute(const InputBatch& batch) override {
+    std::unique_lock<std::mutex> lock(mutex_);
+    inside_ = true;
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return open_; });
+    inside_ = false;
+    if (fail_in_execute) throw std::runtime_error("out of luck");
+    fake_.execute(batch);
+  }
+  const ModelRunnerOutput& wait(int64_t step_id) override {
+    if (fail_in_wait) throw std::runtime_error("out of luck");
+    output_ = fake_.wait(step_id);
+    if (tamper) tamper(&output_);
+    return output_;
+  }
+
+  void close() { set_open(false); }
+  void open() { set_open(true); }
+  void wait_until_inside() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [this] { return inside_; });
+  }
+
+  bool fail_in_execute = false;
+  bool fail_in_wait = false;
+  std::function<void(ModelRunnerOutput*)> tamper;
+
+ private:
+  void set_open(bool open) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    open_ = open;
+    changed_.notify_all();
+  }
+
+  FakeModel fake_;
+  ModelRunnerOutput output_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool open_ = true;
+  bool inside_ = false;
+};
+
+struct Fixture {
+  explicit Fixture(EngineConfig config = small_config())
+      : model(std::make_shared<GatedModel>(config)), engine(config, model) {}
+
+  // All that comes until nothing is left, by (request, index).
+  std::map<std::pair<RequestId, int32_t>, std::vector<RequestOutput>> drain() {
+    std::map<std::pair<RequestId, int32_t>, std::vector<RequestOutput>> all;
+    while (engine.has_unfinished()) {
+      for (RequestOutput& output : engine.step().outputs) {
+        all[{output.request_id, output.index}].push_back(output);
+      }
+      engine.check_integrity();
+    }
+    EXPECT_EQ(engine.stats().scheduler.num_free_blocks, 32);
+    return all;
+  }
+
+  std::shared_ptr<GatedModel> model;
+  Engine engine;
+};
+
+std::vector<TokenId> tokens_of(const std::vector<RequestOutput>& outputs) {
+  std::vector<TokenId> tokens;
+  for (const RequestOutput& output : outputs) {
+    tokens.insert(tokens.end(), output.new_token_ids.begin(), output.new_token_ids.end());
+  }
+  return tokens;
+}
+
+template <typename E, typename F>
+std::string error_of(F&& f) {
+  try {
+    f();
+  } catch (const E& e) {
+    return e.what();
+  }
+  return "no error";
+}
+
+TEST(Engine, RunsARequestToItsEnd) {
+  Fixture f;
+  const Request r = request({1, 2, 3, 4, 5});
+  const RequestId id = f.engine.add_request(r);
+  EXPECT_TRUE(f.engine.has_unfinished());
+  const auto outputs = f.drain()[{id, 0}];
+  EXPECT_EQ(tokens_of(outputs),
+            fake_completion(r.prompt_token_ids, r.params, 0, {}, 64, kVocabSize).tokens);
+  EXPECT_EQ(outputs.back().finish_reason, FinishReason::kLength);
+  EXPECT_EQ(outputs.back().num_prompt_tokens, 5);
+  EXPECT_EQ(outputs.back().num_output_tokens, 6);
+  const EngineStats stats = f.engine.stats();
+  EXPECT_EQ(stats.num_steps, 6);
+  EXPECT_EQ(stats.num_computed_tokens, 10);
+  EXPECT_EQ(stats.num_generated_tokens, 6);
+  EXPECT_GT(stats.schedule_seconds, 0);
+  EXPECT_GT(stats.model_seconds, 0);
+  EXPECT_FALSE(f.engine.abort(id));
+  EXPECT_EQ(f.engine.step().step_id, -1);
+}
+
+TEST(Engine, RefusesBadRequestsInTheCallersThread) {
+  Fixture f;
+  f.model->close();  // a step in progress must not matter
+  f.engine.add_request(request({1}));
+  std::thread stepper([&] { f.engine.step(); });
+  f.model->wait_until_inside();
+  const auto add = [&](Request r) {
+    return error_of<InvalidArgument>([&] { f.engine.add_request(std::move(r)); });
+  };
+  EXPECT_EQ(add(request({})), "the prompt is empty: it needs at least one token");
+  EXPECT_EQ(add(request({1, kVocabSize})), "prompt token 1 is 50: not in [0, 50)");
+  EXPECT_EQ(add(request({-1})), "prompt token 0 is -1: not in [0, 50)");
+  EXPECT_EQ(add(request({1, 2}, 63)), "prompt 2 + max_tokens 63 > max_model_len 64");
+  Request bad = request({1});
+  bad.params.temperature = -1;
+  EXPECT_NE(add(bad).find("temperature"), std::string::npos);
+  f.model->open();
+  stepper.join();
+}
+
+TEST(Engine, AFullQueueIsRefused) {
+  EngineConfig config = small_config();
+  config.scheduler.max_num_waiting = 3;
+  Fixture f(config);
+  f.engine.add_request(request({1}));
+  Request two = request({2});
+  two.params.n = 2;
+  f.engine.add_request(two);
+  EXPECT_EQ(f.engine.stats().scheduler.num_waiting, 3);
+  EXPECT_EQ(error_of<ResourceExhausted>([&] { f.engine.add_request(request({3})); }),
+            "the queue is full: 3 waiting, max_num_waiting 3: try again later");
+  f.engine.step();
+  EXPECT_EQ(f.engine.stats().scheduler.num_waiting, 0);
+  f.engine.add_request(request({3}));
+  f.drain();
+}
+
+TEST(Engine, SamplesOfOneRequestDifferBySeedAndIndexOnly) {
+  std::vector<std::vector<TokenId>> samples[2];
+  for (int run = 0; run < 2; ++run) {
+    Fixture f;
+    for (int other = 0; other < run * 5; ++other) f.engine.add_request(request({9, 9}));
+    Request r = request({1, 2, 3}, 10);
+    r.params.temperature = 1;
+    r.params.seed = 7;
+    r.params.n = 3;
+    const RequestId id = f.engine.add_request(r);
+    auto all = f.drain();
+    for (int32_t i = 0; i < 3; ++i) samples[run].push_back(tokens_of(all[{id, i}]));
+    r.params.n = 1;
+    EXPECT_EQ(samples[run][0], fake_completion({1, 2, 3}, r.params, 7, {}, 64, kVocabSize).tokens);
+  }
+  EXPECT_EQ(samples[0], samples[1]);
+  EXPECT_NE(samples[0][0], samples[0][1]);
+  EXPECT_NE(samples[0][1], samples[0][2]);
+}
+
+TEST(Engine, RequestsWithoutASeedGetOneFromTheConfigAndTheirNumber) {
+  const auto run = [](uint64_t seed) {
+    EngineConfig config = small_config();
+    config.seed = seed;
+    Fixture f(config);
+    std::vector<std::vector<TokenId>> outputs;
+    std::vector<RequestId> ids;
+    for (int i = 0; i < 2; ++i) {
+      Request r = request({1, 2, 3}, 10);
+      r.params.temperature = 1;
+      ids.push_back(f.engine.add_request(r));
+    }
+    auto all = f.drain();
+    for (const RequestId id : ids) outputs.push_back(tokens_of(all[{id, 0}]));
+    return outputs;
+  };
+  EXPECT_EQ(run(1), run(1));
+  EXPECT_NE(run(1), run(2));
+  EXPECT_NE(run(1)[0], run(1)[1]);
+}
+
+TEST(Engine, PromptLogprobsComeOnceAndForIndexZeroOnly) {
+  EngineConfig config = small_config();
+  config.scheduler.max_num_batched_tokens = 8;  // in chunks
+  Fixture f(config);
+  std::vector<TokenId> prompt(30);
+  for (int i = 0; i < 30; ++i) prompt[i] = i + 1;
+  f.engine.add_request(request(prompt));
+  f.drain();
+  Request r = request(prompt, 3);
+  r.params.n = 2;
+  r.params.prompt_logprobs = 0;
+  const RequestId id = f.engine.add_request(r);
+  auto all = f.drain();
+  std::vector<float> logprobs;
+  for (const RequestOutput& output : all[{id, 0}]) {
+    for (const TokenLogprobs& entry : output.prompt_logprobs) {
+      logprobs.push_back(entry.logprobs[0]);
+    }
+  }
+  EXPECT_EQ(logprobs, fake_completion(prompt, r.params, 0, {}, 64, kVocabSize).prompt_logprobs);
+  for (const RequestOutput& output : all[{id, 1}]) EXPECT_TRUE(output.prompt_logprobs.empty());
+}
+
+TEST(Engine, AbortFreesAtOnceWhenNoStepIsInProgress) {
+  Fixture f;
+  Request r = request({1, 2, 3, 4, 5}, 20);
+  r.params.n = 3;
+  const RequestId id = f.engine.add_request(r);
+  f.engine.step();
+  EXPECT_TRUE(f.engine.abort(id));
+  EXPECT_EQ(f.engine.stats().scheduler.num_free_blocks, 32);
+  EXPECT_TRUE(f.engine.has_unfinished()) << "its last outputs are still to be fetched";
+  EXPECT_TRUE(f.engine.wait_for_work(0));
+  const StepOutput last = f.engine.step();
+  EXPECT_EQ(last.step_id, -1);
+  ASSERT_EQ(last.outputs.size(), 3u);
+  for (const RequestOutput& output : last.outputs) {
+    EXPECT_EQ(output.finish_reason, FinishReason::kAbort);
+    EXPECT_EQ(output.num_output_tokens, 1);
+  }
+  EXPECT_FALSE(f.engine.has_unfinished());
+  EXPECT_FALSE(f.engine.abort(id));
+}
+
+TEST(Engine, AddsAndAbortsDoNotWaitForTheStepInProgress) {
+  Fixture f;
+  const RequestId a = f.engine.add_request(request({1, 2, 3}, 20));
+  const RequestId b = f.engine.add_request(request({4, 5, 6}, 20));
+  f.model->close();
+  StepOutput output;
+  std::thread stepper([&] { output = f.engine.step(); });
+  f.model->wait_until_inside();
+  EXPECT_TRUE(f.engine.abort(a));
+  const RequestId c = f.engine.add_request(request({7, 8}, 2));
+  EXPECT_EQ(f.engine.stats().scheduler.num_waiting, 1);
+  const RequestId d = f.engine.add_request(request({7, 8}, 2));
+  EXPECT_TRUE(f.engine.abort(d)) << "before the scheduler has heard of it";
+  f.model->open();
+  stepper.join();
+  f.engine.check_integrity();
+  EXPECT_EQ(f.engine.stats().scheduler.num_free_blocks, 31) << "a's block is free again";
+  int32_t num_aborted = 0;
+  for (const RequestOutput& o : output.outputs) {
+    if (o.request_id == b) {
+      EXPECT_EQ(o.new_token_ids.size(), 1u);
+    } else {
+      EXPECT_EQ(o.finish_reason, FinishReason::kAbort);
+      EXPECT_TRUE(o.new_token_ids.empty()) << "a late result came through";
+      ++num_aborted;
+    }
+  }
+  EXPECT_EQ(num_aborted, 2);
+  auto rest = f.drain();
+  EXPECT_EQ(tokens_of(rest[{c, 0}]).size(), 2u);
+  EXPECT_EQ(rest.count({a, 0}), 0u);
+}
+
+TEST(Engine, AFailingRunnerCostsTheRequestsOfItsStepOnly) {
+  for (const bool in_wait : {false, true}) {
+    EngineConfig config = small_config();
+    config.scheduler.max_num_seqs = 2;
+    Fixture f(config);
+    std::set<RequestId> lost;
+    for (int i = 0; i < 2; ++i) lost.insert(f.engine.add_request(request({1, 2, 3, 4, 5})));
+    const RequestId waiting = f.engine.add_request(request({1, 2, 3, 4, 5}));
+    f.engine.step();
+    (in_wait ? f.model->fail_in_wait : f.model->fail_in_execute) = true;
+    EXPECT_EQ(error_of<std::runtime_error>([&] { f.engine.step(); }), "out of luck");
+    (in_wait ? f.model->fail_in_wait : f.model->fail_in_execute) = false;
+    f.engine.check_integrity();
+    EXPECT_EQ(f.engine.stats().scheduler.num_free_blocks, 32);
+    auto all = f.drain();
+    for (const RequestId id : lost) {
+      const std::vector<RequestOutput>& outputs = all[{id, 0}];
+      ASSERT_EQ(outputs.size(), 1u);
+      EXPECT_EQ(outputs[0].finish_reason, FinishReason::kAbort);
+    }
+    EXPECT_EQ(tokens_of(all[{waiting, 0}]),
+              fake_completion({1, 2, 3, 4, 5}, request({}).params, 0, {}, 64, kVocabSize).tokens);
+  }
+}
+
+TEST(Engine, ARunnerThatAnswersNonsenseFailsLikeOneThatThrows) {
+  const std::pair<const char*, std::function<void(ModelRunnerOutput*)>> cases[] = {
+      {"the model runner returned 0 sampled_token_ids, not 1",
+       [](ModelRunnerOutput* o) { o->sampled_token_ids.clear(); }},
+      {"the model runner returned token 50, not in [0, 50)",
+       [](ModelRunnerOutput* o) { o->sampled_token_ids[0] = kVocabSize; }},
+      {"the model runner returned 1 prompt_logprobs, not 0",
+       [](ModelRunnerOutput* o) { o->prompt_logprobs.resize(1); }},
+      {"the model runner returned 2 logprobs, not 1",
+       [](ModelRunnerOutput* o) { o->logprobs.resize(2); }},
+  };
+  for (const auto& [message, tamper] : cases) {
+    Fixture f;
+    f.engine.add_request(request({1, 2, 3}));
+    f.model->tamper = tamper;
+    EXPECT_EQ(error_of<Error>([&] { f.engine.step(); }), message);
+    f.model->tamper = nullptr;
+    f.drain();
+  }
+}
+
+TEST(Engine, WaitForWorkWakesForARequestAndForWake) {
+  Fixture f;
+  EXPECT_FALSE(f.engine.wait_for_work(0));
+  EXPECT_FALSE(f.engine.wait_for_work(0.01));
+  std::thread waker([&] { f.engine.wake(); });
+  EXPECT_FALSE(f.engine.wait_for_work(1e300));
+  waker.join();
+  std::thread adder([&] { f.engine.add_request(request({1})); });
+  EXPECT_TRUE(f.engine.wait_for_work(1e300));
+  adder.join();
+  f.drain();
+}
+
+TEST(Engine, ResetPrefixCacheWhenIdle) {
+  Fixture f;
+  f.engine.add_request(request({1, 2, 3, 4, 5, 6, 7, 8, 9}));
+  f.engine.step();
+  EXPECT_FALSE(f.engine.reset_prefix_cache());
+  f.drain();
+  EXPECT_TRUE(f.engine.reset_prefix_cache());
+  const RequestId id = f.engine.add_request(request({1, 2, 3, 4, 5, 6, 7, 8, 9}));
+  auto all = f.drain();
+  EXPECT_EQ((all[{id, 0}].back().num_cached_tokens), 0);
+}
+
+TEST(Engine, RefusesAConfigThatMakesNoSense) {
+  EngineConfig config = small_config();
+  const auto model = std::make_shared<GatedModel>(config);
+  EXPECT_THROW(Engine(config, nullptr), InvalidArgument);
+  config.scheduler.eos_token_ids = {kVocabSize};
+  EXPECT_THROW(Engine(config, model), InvalidArgument);
+  config = small_config();
+  config.vocab_size = 0;
+  EXPECT_THROW(Engine(config, model), InvalidArgument);
+}
+
+// Threads add and abort while others step: everybody gets the right tokens or an abort, once.
+TEST(Engine, SurvivesManyThreads) {
+  Fixture f;
+  constexpr int kThreads = 4;
+  constexpr int kRequests = 150;
+  std::mutex mutex;
+  std::map<RequestId, Request> asked;
+  std::map<RequestId, std::vector<RequestOutput>> heard;
+  std::atomic<int> num_adding{kThreads};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < kRequests; ++i) {
+        const Request r = request({t, i % 7, 3, 4, 5, i % 3}, 1 + i % 9);
+        const RequestId id = f.engine.add_request(r);
+        {
+          std::lock_guard<std::mutex> lock(mutex);
+          asked.emplace(id, r);
+        }
+        if (i % 4 == 0) f.engine.abort(id);
+        if (i % 16 == 0) std::this_thread::yield();
+      }
+      --num_adding;
+      f.engine.wake();
+    });
+  }
+  for (int t = 0; t < 2; ++t) {
+    threads.emplace_back([&] {
+      while (num_adding > 0 || f.engine.has_unfinished()) {
+        f.engine.wait_for_work(0.01);
+        const StepOutput output = f.engine.step();
+        std::lock_guard<std::mutex> lock(mutex);
+        for (const RequestOutput& o : output.outputs) heard[o.request_id].push_back(o);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  f.engine.check_integrity();
+  EXPECT_EQ(f.engine.stats().scheduler.num_free_blocks, 32);
+  ASSERT_EQ(asked.size(), static_cast<size_t>(kThreads * kRequests));
+  for (auto& [id, r] : asked) {
+    std::vector<RequestOutput>& outputs = heard[id];
+    int32_t num_ends = 0;
+    for (const RequestOutput& o : outputs) num_ends += o.finish_reason != FinishReason::kNone;
+    ASSERT_EQ(num_ends, 1);
+    // Two steppers may hand in a request's outputs in either order.
+    std::sort(outputs.begin(), outputs.end(), [](const RequestOutput& a, const RequestOutput& b) {
+      return a.num_output_tokens < b.num_output_tokens;
+    });
+    const std::vector<TokenId> tokens = tokens_of(outputs);
+    std::vector<TokenId> expected =
+        fake_completion(r.prompt_token_ids, r.params, 0, {}, 64, kVocabSize).tokens;
+    const bool aborted = std::any_of(outputs.begin(), outputs.end(), [](const RequestOutput& o) {
+      return o.finish_reason == FinishReason::kAbort;
+    });
+    if (aborted) expected.resize(tokens.size());
+    ASSERT_EQ(tokens, expected);
+  }
+}
+
+}  // namespace
+}  // namespace fastpage
