@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -45,8 +46,19 @@ def test_installed_files(prefix: Path) -> None:
         assert str(REPOSITORY) not in path.read_text(), path.name
 
 
+def build_and_run(project: Path, prefix: Path, build: Path) -> str:
+    run("cmake", "-S", project, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}")
+    run("cmake", "--build", build)
+    return run(build / "consumer")
+
+
 def test_consumer(prefix: Path, tmp_path: Path) -> None:
-    source = REPOSITORY / "tests" / "consumer"
-    run("cmake", "-S", source, "-B", tmp_path, f"-DCMAKE_PREFIX_PATH={prefix}")
-    run("cmake", "--build", tmp_path)
-    print(run(tmp_path / "consumer"))
+    print(build_and_run(REPOSITORY / "tests" / "consumer", prefix, tmp_path))
+
+
+def test_readme(prefix: Path, tmp_path: Path) -> None:
+    """The C++ program in the README does what it says."""
+    readme = (REPOSITORY / "README.md").read_text()
+    (tmp_path / "main.cc").write_text(readme.split("```cpp\n")[1].split("```")[0])
+    shutil.copy(REPOSITORY / "tests" / "consumer" / "CMakeLists.txt", tmp_path)
+    assert build_and_run(tmp_path, prefix, tmp_path / "build").split() == "6 12 24 48 96".split()
