@@ -61,4 +61,4 @@ def test_readme(prefix: Path, tmp_path: Path) -> None:
     readme = (REPOSITORY / "README.md").read_text()
     (tmp_path / "main.cc").write_text(readme.split("```cpp\n")[1].split("```")[0])
     shutil.copy(REPOSITORY / "tests" / "consumer" / "CMakeLists.txt", tmp_path)
-    assert build_and_run(tmp_path, prefix, tmp_path / "build").split() == "6 12 24 48 96".split()
+    assert build_and_run(tmp_path, prefix, tmp_path / "build").strip() == "6 12 24 48 96"
