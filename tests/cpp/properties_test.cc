@@ -296,5 +296,48 @@ TEST(Properties, InvariantsHoldUnderRandomOperations) {
   EXPECT_GT(num_hits, 20000);
 }
 
+// Invariant 4, spelled out: one set of requests under every combination of settings.
+TEST(Properties, OutputIsTheSameForEverySetting) {
+  int64_t num_preempted = 0;
+  int64_t num_hits = 0;
+  for (const int32_t num_batched_tokens : {1, 7, 16, 512}) {
+    for (const int32_t num_blocks : {24, 25, 30, 1000}) {
+      for (const bool caching : {false, true}) {
+        for (const auto policy : {SchedulingPolicy::kFcfs, SchedulingPolicy::kPriority}) {
+          for (const uint64_t arrival : {0, 1, 2}) {
+            SchedulerConfig config;
+            config.num_blocks = num_blocks;
+            config.block_size = 4;
+            config.max_num_seqs = 8;
+            config.max_num_batched_tokens = num_batched_tokens;
+            config.max_model_len = 96;
+            config.enable_prefix_caching = caching;
+            config.policy = policy;
+            config.eos_token_ids = {0};
+            Driver driver(config);
+            Random random(11);  // the same requests each time
+            std::vector<SequenceRequest> requests;
+            for (int i = 0; i < 20; ++i) requests.push_back(random_request(&random, 48));
+            Random order(arrival);
+            if (arrival > 0) {
+              std::shuffle(requests.begin(), requests.end(), std::mt19937_64(arrival));
+            }
+            for (SequenceRequest& request : requests) {
+              ASSERT_TRUE(driver.add(std::move(request)));
+              if (arrival == 2 && order.one_in(2)) driver.step(nullptr);
+            }
+            driver.drain();
+            ASSERT_EQ(driver.num_finished, 20);
+            num_preempted += driver.num_preempted;
+            num_hits += driver.num_hits;
+          }
+        }
+      }
+    }
+  }
+  EXPECT_GT(num_preempted, 0);
+  EXPECT_GT(num_hits, 0);
+}
+
 }  // namespace
 }  // namespace fastpage

@@ -1,0 +1,368 @@
+"""The core through its bindings: Scheduler with arrays, Engine with a Python ModelRunner."""
+
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from fastpage import _C
+
+VOCAB_SIZE = 100
+
+
+def scheduler_config(**overrides):
+    settings = dict(
+        num_blocks=32,
+        block_size=4,
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        max_model_len=64,
+        eos_token_ids=[0],
+    )
+    return _C.SchedulerConfig(**{**settings, **overrides})
+
+
+def make_engine(runner, **overrides):
+    config = _C.EngineConfig(scheduler=scheduler_config(**overrides), vocab_size=VOCAB_SIZE)
+    return _C.Engine(config, runner)
+
+
+def params(**kwargs):
+    return _C.SamplingParams(**{"temperature": 0.0, "ignore_eos": True, "max_tokens": 4, **kwargs})
+
+
+class CountingRunner(_C.ModelRunner):
+    """Says the number after the last one, so that a mixed up batch shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.error = None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.inside = threading.Event()
+
+    def execute(self, batch):
+        self.inside.set()
+        self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        assert batch.num_tokens == len(batch.token_ids) == len(batch.positions)
+        assert batch.query_start_loc[-1] == batch.num_tokens
+        assert batch.block_tables.shape[0] == batch.num_seqs
+        for i in range(batch.num_seqs):
+            begin, end = batch.query_start_loc[i : i + 2]
+            positions = batch.positions[begin:end]
+            assert positions[-1] + 1 == batch.seq_lens[i]
+            slots = batch.block_tables[i][positions // 4] * 4 + positions % 4
+            assert np.array_equal(slots, batch.slot_mapping[begin:end])
+        self.output = _C.ModelRunnerOutput()
+        self.output.step_id = batch.step_id
+        self.output.sampled_token_ids = (batch.token_ids[batch.logits_indices] + 1) % VOCAB_SIZE
+
+    def wait(self, step_id):
+        assert step_id == self.output.step_id
+        return self.output
+
+
+def drain(engine):
+    tokens, reasons = {}, {}
+    while engine.has_unfinished():
+        for output in engine.step().outputs:
+            key = (output.request_id, output.index)
+            tokens.setdefault(key, []).extend(output.new_token_ids)
+            reasons[key] = output.finish_reason
+    return tokens, reasons
+
+
+# ---------------------------------------------------------------- Scheduler
+
+
+def test_scheduler_step_as_arrays():
+    scheduler = _C.Scheduler(scheduler_config())
+    a = scheduler.add_request([1, 2, 3, 4, 5], params(max_tokens=2))
+    b = scheduler.add_request(np.array([7, 8], np.int32), params(max_tokens=1))
+    batch = _C.InputBatch()
+    step = scheduler.schedule()
+    scheduler.prepare(step, batch)
+    assert step.request_ids.tolist() == [a, b]
+    assert step.request_ids.dtype == np.uint64
+    assert step.num_computed_tokens.tolist() == [0, 0]
+    assert step.num_new_tokens.tolist() == [5, 2]
+    assert step.samples.tolist() == [True, True]
+    assert step.samples.dtype == np.bool_
+    assert step.num_scheduled_tokens == 7
+    assert batch.token_ids.tolist() == [1, 2, 3, 4, 5, 7, 8]
+    assert batch.logits_indices.tolist() == [4, 6]
+    assert batch.block_copies.shape == (0, 2)
+
+    news = scheduler.update(step, np.array([50, 51], np.int32))
+    assert news.request_ids.tolist() == [a, b]
+    assert news.new_token_ids.tolist() == [50, 51]
+    assert news.finish_reasons.tolist() == [
+        _C.FinishReason.NONE.value,
+        _C.FinishReason.LENGTH.value,
+    ]
+    assert scheduler.abort(a)
+    assert not scheduler.abort(a)
+    assert not scheduler.has_unfinished()
+    assert scheduler.schedule().request_ids.size == 0
+    assert scheduler.stats().num_free_blocks == 32
+    scheduler.check_integrity()
+
+
+def test_arrays_are_read_only_and_keep_their_owner_alive():
+    scheduler = _C.Scheduler(scheduler_config())
+    scheduler.add_request([1, 2, 3], params())
+    step = scheduler.schedule()
+    batch = _C.InputBatch()
+    scheduler.prepare(step, batch)
+    ids, tokens = step.request_ids, batch.token_ids
+    with pytest.raises(ValueError):
+        ids[0] = 1
+    with pytest.raises(ValueError):
+        tokens[0] = 1
+    del scheduler, step
+    gc.collect()
+    assert tokens.tolist() == [1, 2, 3]
+    assert len(ids) == 1
+    assert batch.block_tables.shape[0] == 1
+
+
+def test_config_names_what_is_wrong():
+    with pytest.raises(TypeError, match="SchedulerConfig has no field 'num_block'"):
+        _C.SchedulerConfig(num_block=3)
+    with pytest.raises(ValueError, match="policy is 'lifo': must be 'fcfs' or 'priority'"):
+        _C.SchedulerConfig(policy="lifo")
+    with pytest.raises(_C.InvalidArgument, match="num_blocks is 0"):
+        _C.Scheduler(_C.SchedulerConfig())
+    assert _C.SchedulerConfig(policy="priority").policy == "priority"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ([], ValueError, "the prompt is empty"),
+        ("abc", TypeError, "must be a sequence of integers"),
+        (3, TypeError, "must be a sequence of integers"),
+        ([1, 2.5], TypeError, r"prompt_token_ids\[1\] must be an integer, got 2.5"),
+        ([1, None], TypeError, r"prompt_token_ids\[1\] must be an integer, got None"),
+        ([1, 10**30], ValueError, "out of range for a token id"),
+        ([2**31], ValueError, "2147483648 is out of range for a token id"),
+        ([-1], ValueError, r"prompt token 0 is -1: not in \[0, 100\)"),
+        ([1, 100], ValueError, r"prompt token 1 is 100: not in \[0, 100\)"),
+        (np.array([1.0]), TypeError, "float64"),
+        (np.array([[1]]), TypeError, "one-dimensional"),
+        (np.array([2**40]), ValueError, "out of range for a token id"),
+        ([1] * 61, ValueError, "prompt 61 \\+ max_tokens 4 > max_model_len 64"),
+    ],
+)
+def test_bad_prompts_are_refused(prompt, error, message):
+    engine = make_engine(CountingRunner())
+    with pytest.raises(error, match=message):
+        engine.add_request(prompt, params())
+    assert not engine.has_unfinished()
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [5, 6],
+        (5, 6),
+        np.array([5, 6], np.int32),
+        np.array([5, 6], np.int64),
+        np.array([5, 6], np.uint8),
+        np.array([5, 0, 6, 0], np.int32)[::2],
+        [np.int64(5), np.int32(6)],
+        range(5, 7),
+    ],
+)
+def test_prompts_of_every_integer_kind(prompt):
+    engine = make_engine(CountingRunner())
+    request = engine.add_request(prompt, params())
+    tokens, _ = drain(engine)
+    assert tokens[request, 0] == [7, 8, 9, 10]
+
+
+# ---------------------------------------------------------------- Engine
+
+
+def test_engine_with_a_python_runner():
+    engine = make_engine(CountingRunner())
+    requests = [engine.add_request([i, 10 * i], params(n=1 + i % 2)) for i in range(1, 10)]
+    tokens, reasons = drain(engine)
+    for i, request in enumerate(requests, start=1):
+        for index in range(1 + i % 2):
+            assert tokens[request, index] == [(10 * i + k) % VOCAB_SIZE for k in range(1, 5)]
+            assert reasons[request, index] == _C.FinishReason.LENGTH
+    stats = engine.stats()
+    assert stats.scheduler.num_free_blocks == stats.scheduler.num_blocks == 32
+    assert stats.num_generated_tokens == sum(map(len, tokens.values()))
+    engine.check_integrity()
+
+
+def test_stop_token():
+    engine = make_engine(CountingRunner())
+    engine.add_request([5], params(max_tokens=20, stop_token_ids=[8]))
+    outputs = []
+    while engine.has_unfinished():
+        outputs += engine.step().outputs
+    assert outputs[-1].finish_reason == _C.FinishReason.STOP
+    assert outputs[-1].finish_reason.name == "STOP"
+    assert outputs[-1].stop_token_id == 8
+    assert outputs[-1].num_output_tokens == 3
+
+
+def test_logprobs_of_a_python_runner_reach_the_output():
+    class Runner(CountingRunner):
+        def execute(self, batch):
+            super().execute(batch)
+            self.output.logprobs = [_C.TokenLogprobs([6, 7], [-0.5, -1.0], 1)]
+
+    engine = make_engine(Runner())
+    engine.add_request([5], params(max_tokens=1, logprobs=1))
+    (output,) = engine.step().outputs
+    assert output.logprobs[0].token_ids == [6, 7]
+    assert output.logprobs[0].logprobs == [-0.5, -1.0]
+    assert output.logprobs[0].rank == 1
+
+
+class Oops(Exception):
+    pass
+
+
+def test_exception_of_a_python_runner_reaches_the_caller_of_step():
+    runner = CountingRunner()
+    engine = make_engine(runner)
+    lost = engine.add_request([1, 2, 3], params())
+    runner.error = Oops("no luck")
+    with pytest.raises(Oops, match="no luck"):
+        engine.step()
+    runner.error = None
+    kept = engine.add_request([1, 2, 3], params())
+    tokens, reasons = drain(engine)
+    assert reasons[lost, 0] == _C.FinishReason.ABORT
+    assert tokens[kept, 0] == [4, 5, 6, 7]
+    assert engine.stats().scheduler.num_free_blocks == 32
+
+
+def test_runners_that_are_none():
+    class Silent(_C.ModelRunner):
+        def execute(self, batch):
+            pass
+
+        def wait(self, step_id):
+            return "nothing"
+
+    class Half(_C.ModelRunner):
+        pass
+
+    with pytest.raises(ValueError, match="runner is null"):
+        make_engine(None)
+    engine = make_engine(Silent())
+    engine.add_request([1], params())
+    with pytest.raises(TypeError, match="must return a ModelRunnerOutput, got <class 'str'>"):
+        engine.step()
+    engine = make_engine(Half())
+    engine.add_request([1], params())
+    with pytest.raises(_C.Error, match=r"ModelRunner.execute\(\) is not implemented"):
+        engine.step()
+
+
+def test_the_engine_keeps_its_runner_alive():
+    engine = make_engine(CountingRunner())
+    gc.collect()
+    engine.add_request([1], params())
+    tokens, _ = drain(engine)
+    assert list(tokens.values()) == [[2, 3, 4, 5]]
+
+
+def test_a_full_queue():
+    engine = make_engine(CountingRunner(), max_num_waiting=1)
+    engine.add_request([1], params())
+    with pytest.raises(_C.ResourceExhausted, match="the queue is full: 1 waiting"):
+        engine.add_request([1], params())
+
+
+def test_priority_policy():
+    engine = make_engine(CountingRunner(), policy="priority", max_num_seqs=1)
+    late = engine.add_request([1], params(max_tokens=1), priority=5)
+    soon = engine.add_request([2], params(max_tokens=1), priority=-5)
+    order = []
+    while engine.has_unfinished():
+        order += [output.request_id for output in engine.step().outputs]
+    assert order == [soon, late]
+
+
+def test_calls_from_other_threads_while_a_step_runs():
+    runner = CountingRunner()
+    engine = make_engine(runner)
+    first = engine.add_request([1, 2], params(max_tokens=30))
+    runner.gate.clear()
+    stepper = threading.Thread(target=engine.step)
+    stepper.start()
+    assert runner.inside.wait(10)
+    second = engine.add_request([3], params())
+    assert engine.abort(first)
+    assert engine.stats().scheduler.num_waiting == 1
+    runner.gate.set()
+    stepper.join()
+    tokens, _ = drain(engine)
+    assert tokens[second, 0] == [4, 5, 6, 7]
+    assert engine.stats().scheduler.num_free_blocks == 32
+
+
+def test_wait_for_work_and_wake():
+    engine = make_engine(CountingRunner())
+    assert not engine.wait_for_work(0)
+    threading.Timer(0.02, engine.wake).start()
+    assert not engine.wait_for_work(60)
+    threading.Timer(0.02, lambda: engine.add_request([1], params())).start()
+    assert engine.wait_for_work(60)
+
+
+def test_threads_add_and_abort_while_another_steps():
+    engine = make_engine(CountingRunner())
+    news, expected, aborted = {}, {}, set()
+    done = threading.Event()
+
+    def step():
+        while not done.is_set() or engine.has_unfinished():
+            engine.wait_for_work(0.01)
+            for output in engine.step().outputs:
+                tokens, reasons = news.setdefault(output.request_id, ([], []))
+                tokens.extend(output.new_token_ids)
+                if output.finish_reason != _C.FinishReason.NONE:
+                    reasons.append(output.finish_reason)
+
+    def add(thread):
+        for i in range(100):
+            prompt = [thread, i % 50, (thread + i) % VOCAB_SIZE]
+            request = engine.add_request(prompt, params())
+            expected[request] = [(prompt[-1] + k) % VOCAB_SIZE for k in range(1, 5)]
+            if i % 4 == 0 and engine.abort(request):
+                aborted.add(request)
+            if i % 10 == 0:
+                time.sleep(0.001)
+
+    stepper = threading.Thread(target=step)
+    adders = [threading.Thread(target=add, args=(t,)) for t in range(3)]
+    for thread in [stepper, *adders]:
+        thread.start()
+    for thread in adders:
+        thread.join()
+    done.set()
+    engine.wake()
+    stepper.join()
+
+    assert set(news) == set(expected)
+    for request, (tokens, reasons) in news.items():
+        assert len(reasons) == 1
+        if request in aborted:  # or it ended while it was being aborted
+            assert reasons[0] in (_C.FinishReason.ABORT, _C.FinishReason.LENGTH)
+            assert tokens == expected[request][: len(tokens)]
+        else:
+            assert tokens == expected[request]
+    assert engine.stats().scheduler.num_free_blocks == 32
+    engine.check_integrity()
