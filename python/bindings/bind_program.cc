@@ -1,7 +1,12 @@
-// Program: a model as plain data.
+// Program, its CPU executor and the runner made of both.
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include "fastpage/program.h"
+#include <algorithm>
+#include <optional>
+
+#include "dlpack.h"
+#include "fastpage/executor.h"
 #include "module.h"
 
 namespace fastpage {
@@ -82,11 +87,97 @@ void bind_program_class(py::module_& m) {
       .def("__str__", &Program::to_string);
 }
 
+// All logits of a step in one new array.
+py::array_t<float> forward(CpuExecutor& executor, const InputBatch& batch) {
+  const auto vocab_size = static_cast<py::ssize_t>(executor.program().vocab_size());
+  py::array_t<float> logits({static_cast<py::ssize_t>(batch.num_logits()), vocab_size});
+  float* out = logits.mutable_data();
+  py::gil_scoped_release release;
+  executor.check_batch(batch);
+  executor.forward(batch, [&](int32_t first_row, Matrix<float> slice) {
+    for (int64_t i = 0; i < slice.rows; ++i) {
+      std::copy_n(slice.row(i), slice.cols, out + (first_row + i) * vocab_size);
+    }
+  });
+  return logits;
+}
+
+py::array_t<float> forward_arrays(CpuExecutor& executor, py::handle token_ids, py::handle positions,
+                                  py::handle slot_mapping, py::handle query_start_loc,
+                                  py::handle seq_lens, py::handle block_tables,
+                                  py::handle logits_indices) {
+  InputBatch batch;
+  batch.token_ids = import_indices(token_ids, "token_ids");
+  batch.positions = import_indices(positions, "positions");
+  batch.slot_mapping = import_indices(slot_mapping, "slot_mapping");
+  batch.query_start_loc = import_indices(query_start_loc, "query_start_loc");
+  batch.seq_lens = import_indices(seq_lens, "seq_lens");
+  batch.logits_indices = import_indices(logits_indices, "logits_indices");
+  batch.num_seqs = static_cast<int32_t>(batch.seq_lens.size());
+  int64_t stride = 0;
+  const std::vector<BlockId> tables = import_indices(block_tables, "block_tables", &stride);
+  if (static_cast<int64_t>(tables.size()) != batch.num_seqs * stride) {
+    throw InvalidArgument("block_tables must have a row per sequence");
+  }
+  batch.block_tables = tables.data();
+  batch.block_table_stride = static_cast<int32_t>(stride);
+  for (int32_t i = 0; i < batch.num_seqs; ++i) batch.block_table_rows.push_back(i);
+  return forward(executor, batch);
+}
+
+void bind_executor(py::module_& m) {
+  py::class_<CpuExecutor, std::shared_ptr<CpuExecutor>>(m, "CpuExecutor")
+      .def(py::init([](const Program& program, int32_t num_kv_blocks,
+                       const std::string& weight_dtype, const std::string& kv_cache_dtype,
+                       int32_t block_size, int32_t max_num_tokens, int32_t max_num_logits,
+                       std::shared_ptr<ThreadPool> pool) {
+             ExecutorConfig config;
+             config.weight_dtype = dtype_from_name(weight_dtype);
+             config.kv_cache_dtype = dtype_from_name(kv_cache_dtype);
+             config.num_kv_blocks = num_kv_blocks;
+             config.block_size = block_size;
+             config.max_num_tokens = max_num_tokens;
+             config.max_num_logits = max_num_logits;
+             return std::make_shared<CpuExecutor>(program, config, std::move(pool));
+           }),
+           "program"_a, py::kw_only(), "num_kv_blocks"_a, "weight_dtype"_a = "bfloat16",
+           "kv_cache_dtype"_a = "bfloat16", "block_size"_a = 16, "max_num_tokens"_a = 2048,
+           "max_num_logits"_a = 256, "pool"_a = nullptr)
+      .def(
+          "load_weight",
+          [](CpuExecutor& executor, const std::string& name, py::object weight,
+             const std::optional<std::string>& source_dtype) {
+            const ImportedTensor tensor(weight, "weight", source_dtype);
+            py::gil_scoped_release release;
+            executor.load_weight(name, tensor.view());
+          },
+          "name"_a, "weight"_a, "source_dtype"_a = std::nullopt)
+      .def("finish_loading", &CpuExecutor::finish_loading, py::call_guard<py::gil_scoped_release>())
+      .def("forward", &forward, "batch"_a)
+      .def("forward_arrays", &forward_arrays, "token_ids"_a, "positions"_a, "slot_mapping"_a,
+           "query_start_loc"_a, "seq_lens"_a, "block_tables"_a, "logits_indices"_a)
+      .def_property_readonly("weight_bytes", &CpuExecutor::weight_bytes)
+      .def_property_readonly("kv_cache_bytes", &CpuExecutor::kv_cache_bytes)
+      .def_static(
+          "kv_block_bytes",
+          [](int32_t num_layers, int32_t num_kv_heads, int32_t head_dim, const std::string& dtype,
+             int32_t block_size) {
+            return CpuExecutor::kv_block_bytes({num_layers, num_kv_heads, head_dim},
+                                               dtype_from_name(dtype), block_size);
+          },
+          "num_layers"_a, "num_kv_heads"_a, "head_dim"_a, "dtype"_a, "block_size"_a)
+      .def("set_profiling", &CpuExecutor::set_profiling, "on"_a)
+      .def("profile", &CpuExecutor::profile);
+  py::class_<ProgramRunner, ModelRunner, std::shared_ptr<ProgramRunner>>(m, "ProgramRunner")
+      .def(py::init<std::shared_ptr<CpuExecutor>>(), "executor"_a);
+}
+
 }  // namespace
 
 void bind_program(py::module_& m) {
   bind_data(m);
   bind_program_class(m);
+  bind_executor(m);
 }
 
 }  // namespace fastpage

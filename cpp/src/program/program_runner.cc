@@ -16,7 +16,6 @@ void ProgramRunner::execute(const InputBatch& batch) {
     }
   }
   sampler_.begin(batch, &output_);
-  output_.step_id = batch.step_id;
   executor_->forward(batch, [this, &batch](int32_t first_row, Matrix<float> logits) {
     sampler_.sample(logits, first_row, batch, &output_);
   });

@@ -1,6 +1,6 @@
 #include "program/weights.h"
 
-#include <cstring>
+#include <numeric>
 
 #include "program/op_checks.h"
 
@@ -8,46 +8,17 @@ namespace fastpage {
 
 namespace {
 
-float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-float half_to_float(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  const uint32_t exponent = (half >> 10) & 0x1f;
-  const uint32_t mantissa = half & 0x3ff;
-  if (exponent == 0) {
-    const float value = static_cast<float>(mantissa) * (1.0f / (1 << 24));
-    return sign != 0 ? -value : value;
+// ops::embed widens rows of any float type: here all of them, in order.
+std::vector<float> to_float32(TensorView view, ThreadPool& pool) {
+  if (view.ndim == 1) {
+    view.shape = {1, view.shape[0]};
+    view.strides = {view.shape[1], 1};
+    view.ndim = 2;
   }
-  const uint32_t wide_exponent = exponent == 31 ? 255 : exponent + 112;
-  return bits_to_float(sign | wide_exponent << 23 | mantissa << 13);
-}
-
-float element(const TensorView& view, int64_t index) {
-  switch (view.dtype) {
-    case DType::kFloat32:
-      return view.as<const float>()[index];
-    case DType::kBFloat16:
-      return bits_to_float(static_cast<uint32_t>(view.as<const uint16_t>()[index]) << 16);
-    default:
-      return half_to_float(view.as<const uint16_t>()[index]);
-  }
-}
-
-std::vector<float> to_float32(const TensorView& view) {
-  const int64_t rows = view.ndim == 2 ? view.shape[0] : 1;
-  const int64_t cols = view.shape[view.ndim - 1];
-  std::vector<float> values;
-  values.reserve(static_cast<size_t>(rows * cols));
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t begin = view.ndim == 2 ? i * view.strides[0] : 0;
-    for (int64_t j = 0; j < cols; ++j) {
-      values.push_back(element(view, begin + j * view.strides[view.ndim - 1]));
-    }
-  }
+  std::vector<TokenId> rows(static_cast<size_t>(view.shape[0]));
+  std::iota(rows.begin(), rows.end(), 0);
+  std::vector<float> values(static_cast<size_t>(view.numel()));
+  ops::embed(pool, rows, view, {values.data(), view.shape[0], view.shape[1]});
   return values;
 }
 
@@ -81,12 +52,15 @@ void WeightStore::load(const std::string& name, const TensorView& weight, Thread
     throw InvalidArgument("weight '" + name + "' is " + dtype_name(weight.dtype) +
                           ": one of float32, bfloat16, float16 needed");
   }
+  if (weight.strides[weight.ndim - 1] != 1 && expected.back() > 1) {
+    throw InvalidArgument("weight '" + name + "' must be contiguous within a row");
+  }
   Entry& entry = entries_[it->second];
   if (entry.is_loaded) throw InvalidArgument("weight '" + name + "' is loaded twice");
   if (entry.is_packed) {
     entry.packed = ops::PackedWeight::pack(weight, dtype_, pool);
   } else {
-    entry.values = to_float32(weight);
+    entry.values = to_float32(weight, pool);
   }
   entry.is_loaded = true;
 }

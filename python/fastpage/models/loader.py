@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastpage._C import Program
+from fastpage.checkpoints import Checkpoint
 from fastpage.errors import CheckpointError, InvalidArgument
 from fastpage.models.architectures.config import Config
 from fastpage.models.decoder import decoder
@@ -21,17 +22,6 @@ from fastpage.models.spec import DecoderSpec
 _COS_SIN = "rotary.cos_sin"
 # Tensors that old checkpoints carry and no model reads.
 _HARMLESS_SUFFIXES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-
-
-class Checkpoint(Protocol):
-    """A model's files, whatever their format, with Hugging Face tensor names."""
-
-    config: dict[str, Any]
-
-    def names(self) -> Sequence[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def tensor(self, name: str) -> tuple[npt.NDArray[Any], str]:
-        """The values and their dtype's name; bfloat16 comes as uint16."""
 
 
 class Executor(Protocol):

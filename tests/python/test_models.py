@@ -1,0 +1,271 @@
+"""Every architecture against transformers, on tiny random checkpoints of odd sizes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from paging import relative_error, run_in_chunks
+
+from fastpage._C import CpuExecutor
+from fastpage.checkpoints import open_checkpoint
+from fastpage.errors import CheckpointError, InvalidArgument, UnsupportedArchitecture
+from fastpage.models import Model, build_model
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+NUM_BLOCKS, BLOCK_SIZE = 12, 16
+NUM_TOKENS = 75
+CHUNKS = (1, 1, 17, 40, 15, 1)
+
+SMALL = {
+    "vocab_size": 131,
+    "hidden_size": 54,
+    "intermediate_size": 77,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.5}
+QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-derived-heads": ("Llama", {"head_dim": None, "hidden_size": 48}),
+    "llama-one-head": (
+        "Llama",
+        {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1},
+    ),
+    "llama-llama3-rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-yarn-rope": ("Llama", {"rope_parameters": YARN_ROPE}),
+    "llama-linear-rope": ("Llama", {"rope_parameters": LINEAR_ROPE}),
+    "mistral": ("Mistral", {"sliding_window": 7}),
+    "mistral-no-window": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", QWEN_WINDOW),
+    "qwen3": ("Qwen3", {}),
+    "qwen3-biases-window": ("Qwen3", {"attention_bias": True, **QWEN_WINDOW}),
+}
+
+MakeCheckpoint = Callable[[str], tuple[Path, Any]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """Makes the checkpoint of a case, once: its directory, and transformers' model."""
+    made: dict[str, tuple[Path, Any]] = {}
+
+    def make(case: str) -> tuple[Path, Any]:
+        if case not in made:
+            family, changes = CASES[case]
+            config = getattr(transformers, f"{family}Config")(**{**SMALL, **changes})
+            config._attn_implementation = "eager"
+            torch.manual_seed(len(made))
+            model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+            with torch.no_grad():  # biases start at zero and norms at one, which would hide them
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * (0.3 / parameter.shape[-1] ** 0.5))
+            path = tmp_path_factory.mktemp(case)
+            model.save_pretrained(path)
+            made[case] = path, model
+        return made[case]
+
+    return make
+
+
+def load(path: Path, executor_type: str) -> Any:
+    checkpoint = open_checkpoint(path)
+    model = build_model(checkpoint.config)
+    executor = make_executor(model, executor_type)
+    model.load_weights(checkpoint, executor)
+    return executor
+
+
+def make_executor(model: Model, executor_type: str) -> Any:
+    if executor_type == "torch":
+        from fastpage.executors.torch import TorchExecutor
+
+        return TorchExecutor(model.program, num_kv_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+    return CpuExecutor(
+        model.program,
+        num_kv_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        weight_dtype="float32",
+        kv_cache_dtype="float32",
+        max_num_tokens=NUM_TOKENS,
+        max_num_logits=32,
+    )
+
+
+@pytest.mark.parametrize("executor_type", ["cpu", "torch"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(
+    case: str, executor_type: str, checkpoint: MakeCheckpoint
+) -> None:
+    path, oracle = checkpoint(case)
+    tokens = np.random.default_rng(1).integers(0, SMALL["vocab_size"], NUM_TOKENS)
+    with torch.no_grad():
+        expected = oracle(torch.from_numpy(tokens)[None]).logits[0].numpy()
+    for chunks in [(NUM_TOKENS,), CHUNKS]:
+        executor = load(path, executor_type)
+        logits = run_in_chunks(executor, tokens, chunks, NUM_BLOCKS, BLOCK_SIZE)
+        assert relative_error(logits, expected) < 1e-4
+
+
+def test_windows_of_the_cases_matter(checkpoint: MakeCheckpoint) -> None:
+    """The sliding windows above are short enough to change the logits."""
+    path, _ = checkpoint("mistral")
+    tokens = list(range(NUM_TOKENS))
+    config = json.loads((path / "config.json").read_text())
+    opened = open_checkpoint(path)
+    results = []
+    for window in (7, None):
+        model = build_model({**config, "sliding_window": window})
+        executor = make_executor(model, "cpu")
+        model.load_weights(opened, executor)
+        results.append(run_in_chunks(executor, tokens, (NUM_TOKENS,), NUM_BLOCKS, BLOCK_SIZE))
+    assert relative_error(results[0][:7], results[1][:7]) < 1e-5
+    assert relative_error(results[0][7:], results[1][7:]) > 1e-3
+
+
+def test_older_rope_fields_mean_the_same(checkpoint: MakeCheckpoint) -> None:
+    path, _ = checkpoint("llama-llama3-rope")
+    config = json.loads((path / "config.json").read_text())
+    rope = dict(config.pop("rope_parameters"))
+    new = build_model({**config, "rope_parameters": rope})
+    theta = rope.pop("rope_theta")
+    old = build_model({**config, "rope_theta": theta, "rope_scaling": rope})
+    assert new.spec == old.spec
+    assert new.spec.rotary.scaling == "llama3"
+    legacy = {"type": "linear", "factor": 2.0}  # as transformers < 4.43 wrote it
+    spec = build_model({**config, "rope_theta": 7.0, "rope_scaling": legacy}).spec
+    assert (spec.rotary.scaling, spec.rotary.factor, spec.rotary.theta) == ("linear", 2.0, 7.0)
+
+
+# ---- what does not fit
+
+
+class FakeCheckpoint:
+    """Tensors in a dict, to be tampered with."""
+
+    def __init__(self, path: Path) -> None:
+        opened = open_checkpoint(path)
+        self.config = opened.config
+        self.tensors = {name: opened.tensor(name) for name in opened.names()}
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name][0].shape
+
+    def tensor(self, name: str) -> tuple[np.ndarray, str]:
+        return self.tensors[name]
+
+
+def test_load_names_all_that_does_not_fit(checkpoint: MakeCheckpoint) -> None:
+    fake = FakeCheckpoint(checkpoint("llama")[0])
+    del fake.tensors["model.norm.weight"]
+    del fake.tensors["model.layers.1.self_attn.k_proj.weight"]
+    fake.tensors["model.layers.3.mlp.up_proj.weight"] = (np.zeros((2, 2), np.float32), "float32")
+    fake.tensors["model.layers.0.mlp.down_proj.weight"] = (np.zeros((5, 4), np.float32), "float32")
+    model = build_model(fake.config)
+    with pytest.raises(CheckpointError) as error:
+        model.load_weights(fake, make_executor(model, "cpu"))
+    message = str(error.value)
+    assert "4 fault(s)" in message
+    assert "missing model.norm.weight" in message
+    assert "missing model.layers.1.self_attn.k_proj.weight" in message
+    assert "surplus model.layers.3.mlp.up_proj.weight" in message
+    assert "model.layers.0.mlp.down_proj.weight [5, 4] should make layers.0.mlp.down [54, 77]" in (
+        message
+    )
+    assert "\n" not in message
+
+
+def test_harmless_surplus_is_ignored(checkpoint: MakeCheckpoint) -> None:
+    fake = FakeCheckpoint(checkpoint("llama-tied")[0])
+    fake.tensors["lm_head.weight"] = fake.tensors["model.embed_tokens.weight"]
+    fake.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = (
+        np.zeros(5, np.float32),
+        "float32",
+    )
+    model = build_model(fake.config)
+    steps: list[tuple[int, int]] = []
+    model.load_weights(
+        fake, make_executor(model, "cpu"), progress=lambda done, total: steps.append((done, total))
+    )
+    assert steps[-1][0] == steps[-1][1] == len(steps)
+
+
+def test_bfloat16_and_mixed_dtypes(checkpoint: MakeCheckpoint) -> None:
+    """bfloat16 arrives as uint16; parts of one weight may differ in dtype."""
+    path, _ = checkpoint("llama")
+    fake = FakeCheckpoint(path)
+    rounded = FakeCheckpoint(path)
+    for name, (values, _) in fake.tensors.items():
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+        rounded.tensors[name] = ((bits.astype(np.uint32) << 16).view(np.float32), "float32")
+        if "k_proj" not in name:
+            fake.tensors[name] = bits, "bfloat16"
+        else:
+            fake.tensors[name] = rounded.tensors[name]
+    tokens = list(range(40))
+    results = []
+    for source in (fake, rounded):
+        model = build_model(source.config)
+        executor = make_executor(model, "cpu")
+        model.load_weights(source, executor)
+        results.append(run_in_chunks(executor, tokens, (40,), NUM_BLOCKS, BLOCK_SIZE))
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+def test_unknown_architecture_is_named() -> None:
+    with pytest.raises(UnsupportedArchitecture, match=r"MambaForCausalLM.*LlamaForCausalLM"):
+        build_model({"architectures": ["MambaForCausalLM"]})
+    with pytest.raises(UnsupportedArchitecture, match="none given"):
+        build_model({})
+
+
+def test_unsupported_options_are_named() -> None:
+    config = {**SMALL, "architectures": ["LlamaForCausalLM"]}
+    with pytest.raises(UnsupportedArchitecture, match="hidden_act is 'gelu'"):
+        build_model({**config, "hidden_act": "gelu"})
+    with pytest.raises(UnsupportedArchitecture, match="rope_type is 'longrope'"):
+        build_model({**config, "rope_scaling": {"rope_type": "longrope"}})
+    with pytest.raises(CheckpointError, match="no hidden_size"):
+        build_model({**config, "hidden_size": None})
+
+
+def test_max_model_len_bounds_positions() -> None:
+    config = {**SMALL, "architectures": ["LlamaForCausalLM"]}
+    model = build_model(config, max_model_len=33)
+    shapes = {b.name: b.shape for b in model.program.buffers}
+    assert shapes["rotary.cos_sin"] == [33, 10]
+    for wrong in (0, 129):
+        with pytest.raises(InvalidArgument, match=f"max_model_len is {wrong}"):
+            build_model(config, max_model_len=wrong)

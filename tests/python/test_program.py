@@ -1,0 +1,331 @@
+"""Programs: their text, their errors, and the CPU executor against the torch reference executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from paging import PagedSequences, relative_error
+
+from fastpage import ops
+from fastpage._C import CpuExecutor, Operand, Program
+from fastpage.errors import InvalidArgument, ResourceExhausted
+from fastpage.models import DecoderSpec, RotarySpec, decoder
+from fastpage.models.rotary import cos_sin_table
+
+TorchExecutor = pytest.importorskip("fastpage.executors.torch").TorchExecutor
+
+NUM_BLOCKS, MAX_POSITION, VOCAB = 24, 96, 61
+
+GOLDEN = """\
+weight table [7, 6]
+weight norm [6]
+weight proj [8, 6]
+weight proj.bias [8]
+weight cos_sin [5, 2]
+weight head [7, 4]
+%0: tokens x 6 = embed(table)
+%1: tokens x 6 = norm(%0, norm, eps=1e-05, group=6, kind="rms")
+%2: tokens x 8 = linear(%1, proj, proj.bias)
+%3: tokens x 6 = rotary(%2[0:6], cos_sin, head_dim=2, style="neox")
+write_cache(%3[4:6], %2[6:8], layer=0)
+%5: tokens x 4 = attend(%3[0:4], head_dim=2, layer=0, num_heads=2, num_kv_heads=1, \
+scale=0.5, sliding_window=3, soft_cap=0)
+%6: tokens x 2 = activate(%5, kind="silu_and_mul")
+%7: tokens x 2 = add(%6, %5[2:4])
+%8: logits x 4 = gather_rows(%5)
+%9: logits x 7 = linear(%8, head)
+output %9
+"""
+
+
+def small_program() -> Program:
+    with ops.trace() as program:
+        x = ops.embed(ops.weight("table", (7, 6)))
+        x = ops.norm(x, ops.weight("norm", (6,)), eps=1e-5)
+        x = ops.linear(x, ops.weight("proj", (8, 6)), ops.weight("proj.bias", (8,)))
+        qk, v = ops.split(x, (6, 2))
+        q, k = ops.split(ops.rotary(qk, ops.weight("cos_sin", (5, 2)), head_dim=2), (4, 2))
+        ops.write_cache(k, v, layer=0)
+        x = ops.attend(
+            q, layer=0, num_heads=2, num_kv_heads=1, head_dim=2, scale=0.5, sliding_window=3
+        )
+        ops.add(ops.activate(x), ops.split(x, (2, 2))[1])
+        ops.output(ops.linear(ops.gather_rows(x), ops.weight("head", (7, 4))))
+    return program
+
+
+def test_text_of_a_program() -> None:
+    program = small_program()
+    assert str(program) == GOLDEN
+    assert program.kv_cache_spec == (1, 1, 2)
+    assert program.vocab_size == 7
+    attend = program.ops[5]
+    assert attend.kind == "attend"
+    assert attend.attrs["sliding_window"] == 3 and attend.attrs["scale"] == 0.5
+    assert (attend.inputs[0].offset, attend.inputs[0].cols) == (0, 4)
+
+
+def test_tracing_errors() -> None:
+    with pytest.raises(RuntimeError, match=r"with ops.trace\(\)"):
+        ops.weight("w", (2,))
+    with pytest.raises(ValueError, match="do not add up to 6"), ops.trace():
+        ops.split(ops.embed(ops.weight("table", (7, 6))), (3, 2))
+    with pytest.raises(InvalidArgument, match="has no output"), ops.trace():
+        ops.embed(ops.weight("table", (7, 6)))
+    with pytest.raises(InvalidArgument, match="unknown op 'softmax'"):
+        Program().add_op("softmax", [Operand(0)], [], {})
+
+
+# ---- the two executors side by side
+
+
+class Pair:
+    """The CPU executor and the reference, with the same weights and steps."""
+
+    def __init__(self, program: Program, dtype: str, block_size: int, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        options = {"num_kv_blocks": NUM_BLOCKS, "block_size": block_size}
+        options |= {"weight_dtype": dtype, "kv_cache_dtype": dtype}
+        self.cpu = CpuExecutor(program, max_num_tokens=128, max_num_logits=13, **options)
+        self.torch = TorchExecutor(program, **options)
+        for buffer in program.buffers:
+            if buffer.kind != "weight":
+                continue
+            values = random.standard_normal(buffer.shape, np.float32)
+            if "cos_sin" in buffer.name:
+                values = cos_sin_table(RotarySpec(buffer.shape[1]), buffer.shape[0])
+            elif len(buffer.shape) == 2 and buffer.name != "embed":
+                values /= buffer.shape[1] ** 0.5
+            for executor in (self.cpu, self.torch):
+                executor.load_weight(buffer.name, values)
+        self.cpu.finish_loading()
+        self.torch.finish_loading()
+
+    def error(self, step: dict[str, Any]) -> float:
+        return relative_error(self.cpu.forward_arrays(**step), self.torch.forward_arrays(**step))
+
+
+def random_tokens(random: np.random.Generator, lengths: list[int]) -> list[list[int]]:
+    return [random.integers(0, VOCAB, length).tolist() for length in lengths]
+
+
+def mixed_steps(paged: PagedSequences, random: np.random.Generator) -> list[dict[str, Any]]:
+    """Lets every sequence catch up: some by single tokens, some by chunks, some pausing."""
+    steps = []
+    while True:
+        left = {
+            row: len(tokens) - done
+            for row, (tokens, done) in enumerate(
+                zip(paged.sequences, paged.num_computed, strict=True)
+            )
+            if done < len(tokens)
+        }
+        if not left:
+            return steps
+        rows = [row for row in left if random.random() < 0.8] or list(left)
+        new = {row: int(min(left[row], random.choice([1, 1, 5, 16, 33]))) for row in rows}
+        total = sum(new.values())
+        wanted = np.flatnonzero(random.random(total) < 0.6)
+        steps.append(paged.step(new, wanted if len(wanted) else [total - 1]))
+
+
+HIDDEN = 24
+OPS: dict[str, Callable[[ops.Tensor], ops.Tensor]] = {
+    "embed": lambda x: x,
+    "norm": lambda x: ops.norm(x, ops.weight("w", (HIDDEN,)), 1e-3),
+    "norm-groups": lambda x: ops.norm(x, ops.weight("w", (8,)), 1e-3),
+    "norm-columns": lambda x: ops.norm(ops.split(x, (5, 19))[1], ops.weight("w", (19,)), 1e-3),
+    "linear": lambda x: ops.linear(x, ops.weight("w", (37, HIDDEN))),
+    "linear-bias": lambda x: ops.linear(x, ops.weight("w", (37, HIDDEN)), ops.weight("b", (37,))),
+    "linear-columns": lambda x: ops.linear(ops.split(x, (7, 17))[1], ops.weight("w", (16, 17))),
+    "rotary": lambda x: ops.rotary(x, ops.weight("cos_sin", (MAX_POSITION, 8)), 8),
+    "rotary-partial": lambda x: ops.rotary(x, ops.weight("cos_sin", (MAX_POSITION, 6)), 12),
+    "rotary-interleaved": lambda x: ops.rotary(
+        ops.split(x, (8, 16))[1], ops.weight("cos_sin", (MAX_POSITION, 8)), 8, "interleaved"
+    ),
+    "activate": lambda x: ops.activate(x),
+    "add": lambda x: ops.add(*ops.split(x, (12, 12))),
+    "attend": lambda x: attention(x, num_heads=2, num_kv_heads=2, head_dim=4),
+    "attend-grouped": lambda x: attention(x, num_heads=6, num_kv_heads=2, head_dim=5),
+    "attend-window": lambda x: attention(
+        x, num_heads=2, num_kv_heads=1, head_dim=16, sliding_window=11
+    ),
+    "attend-soft-cap": lambda x: attention(
+        x, num_heads=3, num_kv_heads=1, head_dim=8, scale=1.5, soft_cap=2.0
+    ),
+}
+
+
+def attention(
+    x: ops.Tensor, num_heads: int, num_kv_heads: int, head_dim: int, **more: Any
+) -> ops.Tensor:
+    widths = [heads * head_dim for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    q, k, v = ops.split(ops.linear(x, ops.weight("qkv", (sum(widths), x.cols))), widths)
+    ops.write_cache(k, v, layer=0)
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    return ops.attend(q, layer=0, **heads, **more)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_by_op(name: str) -> None:
+    with ops.trace() as program:
+        x = OPS[name](ops.embed(ops.weight("embed", (VOCAB, HIDDEN))))
+        ops.output(ops.gather_rows(x))
+    random = np.random.default_rng(3)
+    pair = Pair(program, "float32", block_size=16, seed=4)
+    paged = PagedSequences(random_tokens(random, [40, 1, 90, 17]), NUM_BLOCKS, 16)
+    for step in mixed_steps(paged, random):
+        assert pair.error(step) < 1e-5
+
+
+def random_spec(random: np.random.Generator) -> DecoderSpec:
+    num_layers = int(random.integers(1, 4))
+    num_kv_heads = int(random.integers(1, 4))
+    head_dim = 2 * int(random.integers(2, 20))
+    windows = tuple(int(w) for w in random.choice([0, 5, 30], num_layers))
+    coin = lambda: bool(random.random() < 0.5)  # noqa: E731
+    return DecoderSpec(
+        vocab_size=VOCAB,
+        hidden_size=int(random.integers(5, 90)),
+        intermediate_size=int(random.integers(5, 150)),
+        num_layers=num_layers,
+        num_heads=num_kv_heads * int(random.integers(1, 5)),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        norm_eps=1e-5,
+        max_position_embeddings=MAX_POSITION,
+        rotary=RotarySpec(dim=2 * int(random.integers(1, head_dim // 2 + 1))),
+        qkv_bias=coin(),
+        o_bias=coin(),
+        mlp_bias=coin(),
+        qk_norm=coin(),
+        tie_embeddings=coin(),
+        sliding_windows=windows if coin() else (),
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_models(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    spec = random_spec(random)
+    block_size = int(random.choice([16, 32]))
+    pair = Pair(decoder(spec), "float32", block_size, seed)
+    paged = PagedSequences(random_tokens(random, [70, 3, 33, 90]), NUM_BLOCKS, block_size, seed)
+    for step in mixed_steps(paged, random):
+        assert pair.error(step) < 1e-5, spec
+
+
+# What rounding keys and values can do: an ulp of the input may move them by one step of the dtype.
+TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("seed", range(20, 24))
+def test_random_models_in_half_precision(seed: int, dtype: str) -> None:
+    random = np.random.default_rng(seed)
+    pair = Pair(decoder(random_spec(random)), dtype, 16, seed)
+    paged = PagedSequences(random_tokens(random, [70, 3, 33, 90]), NUM_BLOCKS, 16, seed)
+    for step in mixed_steps(paged, random):
+        assert pair.error(step) < TOLERANCES[dtype]
+
+
+def test_rows_do_not_depend_on_their_batch() -> None:
+    """Bitwise: alone and among others, in one chunk and in several, sliced logits or not."""
+    random = np.random.default_rng(7)
+    program = decoder(random_spec(random))
+    sequences = random_tokens(random, [50, 80, 9, 30])
+    alone, together = (Pair(program, "bfloat16", 16, seed=1).cpu for _ in range(2))
+    expected = [
+        alone.forward_arrays(**PagedSequences([tokens], NUM_BLOCKS, 16).step({0: len(tokens)}))
+        for tokens in sequences
+    ]
+    paged = PagedSequences(sequences, NUM_BLOCKS, 16, seed=5)
+    found: list[list[np.ndarray]] = [[] for _ in sequences]
+    for new in ({0: 7, 1: 1, 3: 30}, {0: 43, 2: 9, 1: 60}, {1: 19}):
+        logits = together.forward_arrays(**paged.step(new))
+        starts = np.cumsum([0, *new.values()])
+        for row, begin, end in zip(new, starts, starts[1:], strict=False):
+            found[row].append(logits[begin:end])
+    for row, parts in enumerate(found):
+        np.testing.assert_array_equal(np.concatenate(parts), expected[row])
+
+
+# ---- errors
+
+
+def test_loading_errors() -> None:
+    executor = CpuExecutor(small_program(), num_kv_blocks=2)
+    with pytest.raises(InvalidArgument, match="no weight 'nonsense'"):
+        executor.load_weight("nonsense", np.zeros(3, np.float32))
+    with pytest.raises(InvalidArgument, match=r"'table' has shape \[6, 7\].*wants \[7, 6\]"):
+        executor.load_weight("table", np.zeros((6, 7), np.float32))
+    with pytest.raises(InvalidArgument, match="'norm' is int32"):
+        executor.load_weight("norm", np.zeros(6, np.int32))
+    executor.load_weight("norm", np.zeros(6, np.float32))
+    with pytest.raises(InvalidArgument, match="'norm' is loaded twice"):
+        executor.load_weight("norm", np.zeros(6, np.float32))
+    with pytest.raises(InvalidArgument, match=r"5 weight\(s\) not loaded: cos_sin, head"):
+        executor.finish_loading()
+
+
+def test_configuration_errors() -> None:
+    program = small_program()
+    for options, words in (
+        ({"num_kv_blocks": 0}, "num_kv_blocks is 0"),
+        ({"num_kv_blocks": 2, "block_size": 24}, "block_size is 24: a multiple of 16"),
+        ({"num_kv_blocks": 2, "max_num_logits": 0}, "max_num_logits is 0"),
+        ({"num_kv_blocks": 2, "weight_dtype": "int32"}, "weight_dtype is int32"),
+        ({"num_kv_blocks": 2, "kv_cache_dtype": "float8"}, "unknown dtype 'float8'"),
+    ):
+        with pytest.raises(InvalidArgument, match=words):
+            CpuExecutor(program, **options)
+
+
+def test_a_cache_that_does_not_fit_is_refused() -> None:
+    executor = CpuExecutor(small_program(), num_kv_blocks=2**31 - 1, block_size=16384)
+    for buffer in small_program().buffers:
+        if buffer.kind == "weight":
+            executor.load_weight(buffer.name, np.zeros(buffer.shape, np.float32))
+    with pytest.raises(ResourceExhausted, match=r"the KV cache needs \d+ MiB"):
+        executor.finish_loading()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("token_ids", [1, VOCAB], f"token_ids holds {VOCAB}"),
+        ("positions", [0, MAX_POSITION], f"positions holds {MAX_POSITION}"),
+        ("slot_mapping", [0, NUM_BLOCKS * 16], "slot_mapping holds"),
+        ("query_start_loc", [0, 3], "query_start_loc must run from 0 to 2"),
+        ("seq_lens", [1], "has 2 new tokens of 1"),
+        ("seq_lens", [40], "needs 3 blocks, its block table has 1"),
+        ("block_tables", [[NUM_BLOCKS]], "block_tables holds"),
+        ("logits_indices", [2], "logits_indices holds 2"),
+        ("positions", [0], "positions has 1 entries, 2 needed"),
+    ],
+)
+def test_batches_out_of_range_are_refused(field: str, value: list[Any], words: str) -> None:
+    spec = random_spec(np.random.default_rng(0))
+    executor = Pair(decoder(spec), "float32", 16, seed=0).cpu
+    step = PagedSequences([[1, 2]], NUM_BLOCKS, 16).step({0: 2})
+    with pytest.raises(InvalidArgument, match=words):
+        executor.forward_arrays(**{**step, field: np.asarray(value, np.int32)})
+    assert np.isfinite(executor.forward_arrays(**step)).all()
+
+
+def test_profile_by_op_kind() -> None:
+    executor = Pair(decoder(random_spec(np.random.default_rng(0))), "float32", 16, seed=0).cpu
+    paged = PagedSequences([list(range(20))], NUM_BLOCKS, 16)
+    executor.forward_arrays(**paged.step({0: 10}))
+    assert set(executor.profile().values()) == {0.0}
+    executor.set_profiling(True)
+    executor.forward_arrays(**paged.step({0: 10}))
+    profile = executor.profile()
+    assert all(profile[op.kind] > 0 for op in executor_ops())
+
+
+def executor_ops() -> list[Any]:
+    return list(decoder(random_spec(np.random.default_rng(0))).ops)
