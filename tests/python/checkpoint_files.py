@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +12,9 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as QuantType
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+# Text enough to learn some thousand tokens from.
+CORPUS = [Path(argparse.__file__).read_text(encoding="utf-8")]
 
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, LAYERS = 256, 4, 2, 512, 2
 HEAD_DIM = {"qwen3": 128}  # transformers does not read it from Qwen3 files, but assumes this

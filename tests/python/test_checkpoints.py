@@ -279,6 +279,44 @@ def test_gguf_of_an_unknown_architecture_or_with_unknown_tensors(tmp_path):
     assert_one_line(error, "blk.0.attn_qkv.weight", "no place in a llama model")
 
 
+@pytest.mark.parametrize(
+    ("kinds", "dtype"),
+    [
+        ([QuantType.F32], "float32"),
+        ([QuantType.F16], "float16"),
+        ([QuantType.BF16], "bfloat16"),
+        ([QuantType.Q8_0, QuantType.F16], "bfloat16"),
+    ],
+)
+def test_gguf_source_dtype(tmp_path, kinds, dtype):
+    path = tmp_path / "a.gguf"
+    write_gguf(path, "llama", model_tensors("llama", 40, kinds), model_metadata("llama"))
+    assert open_checkpoint(path).source_dtype == dtype
+
+
+def test_broken_gguf_file(tmp_path):
+    path = tiny_gguf(tmp_path / "a.gguf")
+    whole = path.read_bytes()
+    table = whole.index(b"blk.0.attn_v.weight")
+    offset = table + len(b"blk.0.attn_v.weight") + 4 + 2 * 8 + 4  # after dimensions and type
+    for content, words in (
+        (b"", "cannot be read"),
+        (whole[:10], "truncated within the header"),
+        (whole[: table + 3], "truncated"),
+        (whole[:-1], "the file has"),
+        (b"GGML" + whole[4:], "not a GGUF file"),
+        (whole[:4] + b"\x01" + whole[5:], "GGUF version 1"),
+        (whole[:4] + b"\x00\x00\x00\x03" + whole[8:], "versions 2 and 3, little-endian"),
+        (whole[:offset] + bytes(8) + whole[offset + 8 :], "overlaps the one before it"),
+        (whole[:table] + b"blk.0.attn_k" + whole[table + 12 :], "is there twice"),
+        (whole[: offset - 4] + b"\xff" + whole[offset - 3 :], "is of type 255"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError) as error:
+            open_checkpoint(path)
+        assert_one_line(error, "a.gguf", words)
+
+
 def test_gguf_pieces_and_heads_that_do_not_divide(tmp_path):
     path = tmp_path / "split.gguf"
     weights = model_tensors("llama", 40, [QuantType.F16])
@@ -402,18 +440,21 @@ def entry(dtype: Any = "F32", shape: Any = (2, 2), offsets: Any = (0, 16)) -> di
         (b'{"x": 1, "x": 2}', "duplicate key 'x'"),
         (json.dumps({"__metadata__": {"a": {"b": "c"}}}).encode(), "__metadata__"),
         (json.dumps({"__metadata__": 3}).encode(), "__metadata__"),
-        (json.dumps({"x": 3}).encode(), "tensor 'x': expected dtype, shape and data_offsets"),
-        (json.dumps({"x": {**entry(), "extra": 1}}).encode(), "tensor 'x': expected dtype"),
-        (json.dumps({"x": entry(dtype="F33")}).encode(), "tensor 'x': unknown dtype 'F33'"),
-        (json.dumps({"x": entry(dtype=["F32"])}).encode(), "tensor 'x': unknown dtype"),
-        (json.dumps({"x": entry(shape=[2, -2])}).encode(), "tensor 'x': shape or data_offsets"),
-        (json.dumps({"x": entry(shape=[2, True])}).encode(), "tensor 'x': shape or data_offsets"),
-        (json.dumps({"x": entry(shape=4)}).encode(), "tensor 'x': shape or data_offsets"),
-        (json.dumps({"x": entry(offsets=[0, 16, 32])}).encode(), "tensor 'x': shape or data_offs"),
-        (json.dumps({"x": entry(shape=[2, 3])}).encode(), "tensor 'x': F32 of shape [2, 3]"),
+        (json.dumps({"x": 3}).encode(), "tensor 'x' needs dtype, shape and data_offsets"),
+        (json.dumps({"x": {**entry(), "extra": 1}}).encode(), "tensor 'x' needs dtype"),
+        (json.dumps({"x": entry(dtype="F33")}).encode(), "tensor 'x' is of unknown dtype 'F33'"),
+        (json.dumps({"x": entry(dtype=["F32"])}).encode(), "tensor 'x' is of unknown dtype"),
+        (json.dumps({"x": entry(shape=[2, -2])}).encode(), "tensor 'x' has no lists of counts"),
+        (json.dumps({"x": entry(shape=[2, True])}).encode(), "tensor 'x' has no lists of counts"),
+        (json.dumps({"x": entry(shape=4)}).encode(), "tensor 'x' has no lists of counts"),
+        (
+            json.dumps({"x": entry(offsets=[0, 16, 32])}).encode(),
+            "tensor 'x' has no lists of counts",
+        ),
+        (json.dumps({"x": entry(shape=[2, 3])}).encode(), "tensor 'x' as F32 of shape [2, 3]"),
         (
             json.dumps({"x": entry(shape=[2**62, 2**62])}).encode(),
-            "'x': shape [4611686018427387904",
+            "is too large: [4611686018427387904",
         ),
         (json.dumps({"x": entry(shape=[0, 2**62])}).encode(), "is too large"),
         (json.dumps({"x": entry(shape=[1] * 99)}).encode(), "is too large"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tokenizers
 from checkpoint_files import (
+    CORPUS,
     byte_level_vocabulary,
     model_metadata,
     sentencepiece_vocabulary,
@@ -144,7 +145,7 @@ PRE_TYPES = {"gpt-2": "llama", "llama-bpe": "llama", "tekken": "llama", "qwen2":
 def test_byte_level_gguf_equals_transformers(tmp_path, pre, add_bos):
     import transformers
 
-    metadata = byte_level_vocabulary(TEXTS) | {
+    metadata = byte_level_vocabulary(CORPUS, 2000) | {
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.add_bos_token": add_bos,
     }
@@ -155,7 +156,7 @@ def test_byte_level_gguf_equals_transformers(tmp_path, pre, add_bos):
     if pre == "qwen2":  # of the model's own tokenizer, and lost on the way through a GGUF file
         theirs.backend_tokenizer.normalizer = tokenizers.normalizers.NFC()
     ours = Tokenizer.from_gguf_metadata(GgufFile(path).metadata, "tiny.gguf")
-    assert_same(ours, theirs, TEXTS + random_texts(100))
+    assert_same(ours, theirs, TEXTS + CORPUS + random_texts(100))
     assert ours.bos_token_id == theirs.bos_token_id
     assert (ours.encode("x")[0] == ours.bos_token_id) == add_bos
 
@@ -164,20 +165,20 @@ def test_byte_level_gguf_equals_transformers(tmp_path, pre, add_bos):
 def test_sentencepiece_gguf_equals_transformers(tmp_path, add_bos):
     import transformers
 
-    metadata = sentencepiece_vocabulary(TEXTS)
+    metadata = sentencepiece_vocabulary(CORPUS, 2000)
     if add_bos is not None:
         metadata["tokenizer.ggml.add_bos_token"] = add_bos
     path = tmp_path / "tiny.gguf"
     write_gguf(path, "llama", {}, model_metadata("llama") | metadata)
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path), gguf_file=path.name)
     ours = Tokenizer.from_gguf_metadata(GgufFile(path).metadata, "tiny.gguf")
-    assert_same(ours, theirs, TEXTS + random_texts(100))
+    assert_same(ours, theirs, TEXTS + CORPUS + random_texts(100))
     assert (ours.encode("x")[0] == 1) == (add_bos is None)
     assert ours.decode(ours.encode("one  two 🤗\n")) == "one  two 🤗\n"
 
 
 def test_gguf_without_a_space_before(tmp_path):
-    metadata = sentencepiece_vocabulary(TEXTS) | {"tokenizer.ggml.add_space_prefix": False}
+    metadata = sentencepiece_vocabulary(CORPUS, 2000) | {"tokenizer.ggml.add_space_prefix": False}
     write_gguf(tmp_path / "a.gguf", "llama", {}, metadata)
     ours = Tokenizer.from_gguf_metadata(GgufFile(tmp_path / "a.gguf").metadata, "a.gguf")
     assert ours.decode(ours.encode(" Hello")) == " Hello"
@@ -264,7 +265,7 @@ def test_directory_equals_transformers(saved):
 
     ours = Tokenizer.from_directory(saved)
     theirs = transformers.AutoTokenizer.from_pretrained(str(saved))
-    assert_same(ours, theirs, TEXTS + random_texts(100))
+    assert_same(ours, theirs, TEXTS + CORPUS + random_texts(100))
     assert (ours.bos_token_id, ours.eos_token_ids) == (1, [2])
     assert ours.chat_template == theirs.chat_template
     assert ours.special_tokens["eos_token"] == "<|im_end|>"
@@ -273,13 +274,13 @@ def test_directory_equals_transformers(saved):
 def test_directory_of_a_sentencepiece_tokenizer_equals_transformers(tmp_path):
     import transformers
 
-    metadata = sentencepiece_vocabulary(TEXTS)
+    metadata = sentencepiece_vocabulary(CORPUS, 2000)
     (tmp_path / "gguf").mkdir()
     write_gguf(tmp_path / "gguf" / "a.gguf", "llama", {}, model_metadata("llama") | metadata)
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "gguf"), gguf_file="a.gguf")
     theirs.save_pretrained(tmp_path)
     ours = Tokenizer.from_directory(tmp_path)
-    assert_same(ours, transformers.AutoTokenizer.from_pretrained(str(tmp_path)), TEXTS)
+    assert_same(ours, transformers.AutoTokenizer.from_pretrained(str(tmp_path)), TEXTS + CORPUS)
     assert ours.encode("x")[0] == 1
 
 

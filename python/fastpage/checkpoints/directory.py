@@ -48,7 +48,7 @@ class DirectoryCheckpoint(Checkpoint):
 
     def _require(self, name: str) -> None:
         if name not in self._shards:
-            raise CheckpointError(f"{self.path}: there is no tensor '{name}'")
+            raise CheckpointError(f"{self.path}: there is no tensor {name!r:.80}")
 
     def _most_common_dtype(self) -> str:
         weight: Counter[str] = Counter()

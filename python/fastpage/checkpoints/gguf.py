@@ -75,7 +75,7 @@ class GgufCheckpoint(Checkpoint):
 
     def _stored_name(self, name: str) -> str:
         if name not in self._stored_names:
-            raise CheckpointError(f"{self.path}: there is no tensor '{name}'")
+            raise CheckpointError(f"{self.path}: there is no tensor {name!r:.80}")
         return self._stored_names[name]
 
     def _translate_name(self, stored: str) -> str:
@@ -87,7 +87,7 @@ class GgufCheckpoint(Checkpoint):
             return f"{_TOP[base]}.weight"
         architecture = self._file.metadata["general.architecture"]
         raise CheckpointError(
-            f"{self.path}: tensor '{stored:.80}' has no place in a {architecture} model"
+            f"{self.path}: tensor {stored!r:.80} has no place in a {architecture} model"
         )
 
     def _interleaved_heads(self, name: str) -> int | None:
@@ -102,7 +102,7 @@ class GgufCheckpoint(Checkpoint):
         """From rotary pairs (2i, 2i + 1), llama.cpp's order, to pairs (i, i + head_dim / 2)."""
         if array.shape[0] % (2 * heads):
             raise CheckpointError(
-                f"{self.path}: tensor '{name}' of {array.shape[0]} rows does not divide into "
+                f"{self.path}: tensor {name!r:.80} of {array.shape[0]} rows does not divide into "
                 f"{heads} heads"
             )
         pairs = array.reshape(heads, -1, 2, *array.shape[1:])

@@ -32,7 +32,7 @@ def translate_config(file: GgufFile) -> dict[str, Any]:
     architecture = keys.architecture
     if architecture not in _ARCHITECTURES:
         raise UnsupportedArchitecture(
-            f"{file.path}: GGUF architecture '{architecture:.40}' is not supported; "
+            f"{file.path}: GGUF architecture {architecture!r:.40} is not supported; "
             f"these are: {', '.join(_ARCHITECTURES)}"
         )
     if keys.count("expert_count", 0):
@@ -144,7 +144,7 @@ def _rope_scaling(
             "factor": keys.real("rope.scaling.factor"),
             "original_max_position_embeddings": original,
         }
-    raise UnsupportedArchitecture(f"{file.path}: rope scaling '{kind!s:.40}' is not supported")
+    raise UnsupportedArchitecture(f"{file.path}: rope scaling {kind!r:.40} is not supported")
 
 
 def _llama3_scaling(file: GgufFile, config: dict[str, Any], rotary_dim: int) -> dict[str, Any]:

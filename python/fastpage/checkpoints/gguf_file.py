@@ -89,9 +89,7 @@ class GgufFile:
     def _dequantise(self, raw: np.ndarray, dtype: str, name: str) -> np.ndarray:
         method = getattr(quants, dtype, None)
         if method is None:
-            raise CheckpointError(
-                f"{self.path}: tensor '{name}' is {dtype}, which the gguf package cannot dequantise"
-            )
+            raise self._broken(name, f"is {dtype}, which the gguf package cannot dequantise")
         method.init_grid()
         block_values, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[dtype]]
         blocks = raw.reshape(-1, block_bytes)
@@ -125,7 +123,7 @@ class GgufFile:
     def _read_key(self) -> None:
         key = self._string("a metadata key")
         if key in self.metadata:
-            raise CheckpointError(f"{self.path}: metadata key '{key:.80}' is there twice")
+            raise CheckpointError(f"{self.path}: metadata key {key!r:.80} is there twice")
         kind = self._u32()
         if kind == _STRING:
             self.metadata[key] = self._string(key)
@@ -146,18 +144,18 @@ class GgufFile:
             (length,) = unpack(data, position)
             position += 8
             if length > size - position:
-                raise CheckpointError(f"{self.path}: metadata key '{key:.80}': truncated")
+                raise CheckpointError(f"{self.path}: metadata key {key!r:.80}: truncated")
             raw.append(data[position : position + length])
             position += length
         self._position = position
         try:
             return [item.decode() for item in raw]
         except UnicodeDecodeError:
-            raise CheckpointError(f"{self.path}: metadata key '{key:.80}': not UTF-8") from None
+            raise CheckpointError(f"{self.path}: metadata key {key!r:.80}: not UTF-8") from None
 
     def _numbers(self, key: str, kind: int, count: int) -> np.ndarray:
         if kind not in _SCALARS:
-            raise CheckpointError(f"{self.path}: metadata key '{key:.80}' is of type {kind}")
+            raise CheckpointError(f"{self.path}: metadata key {key!r:.80} is of type {kind}")
         dtype = _SCALARS[kind]
         array = np.frombuffer(
             self._map, dtype, self._bounded(count, dtype.itemsize), self._position
@@ -169,7 +167,7 @@ class GgufFile:
         name = self._string("a tensor's name")
         num_dims = self._u32()
         if num_dims > _MAX_DIMS:
-            raise CheckpointError(f"{self.path}: tensor '{name:.80}' has {num_dims} dimensions")
+            raise self._broken(name, f"has {num_dims} dimensions")
         dims = [self._u64() for _ in range(num_dims)]
         return name, dims, self._u32(), self._u64()
 
@@ -180,13 +178,12 @@ class GgufFile:
         data_begin = -(-self._position // alignment) * alignment
         for name, dims, kind, offset in table:
             if name in self.entries:
-                raise CheckpointError(f"{self.path}: tensor '{name:.80}' is there twice")
+                raise self._broken(name, "is there twice")
             dtype, size = self._tensor_size(name, dims, kind)
             begin = data_begin + offset
             if begin + size > self._size:
-                raise CheckpointError(
-                    f"{self.path}: tensor '{name:.80}' ends at byte {begin + size}, the file has "
-                    f"{self._size}: truncated"
+                raise self._broken(
+                    name, f"ends at byte {begin + size}, the file has {self._size}: truncated"
                 )
             self.entries[name] = TensorEntry(dtype, tuple(reversed(dims)), begin, begin + size)
         self._check_overlaps()
@@ -196,23 +193,21 @@ class GgufFile:
             dtype = GGMLQuantizationType(kind)
             block_values, block_bytes = GGML_QUANT_SIZES[dtype]
         except (ValueError, KeyError):
-            raise CheckpointError(
-                f"{self.path}: tensor '{name:.80}' is of type {kind}, which the installed gguf "
-                "package does not know"
+            raise self._broken(
+                name, f"is of type {kind}, which the installed gguf package does not know"
             ) from None
         if not dims or 0 in dims or dims[0] % block_values:
-            raise CheckpointError(
-                f"{self.path}: tensor '{name:.80}' cannot be {dtype.name} of dimensions {dims}"
-            )
+            raise self._broken(name, f"cannot be {dtype.name} of dimensions {dims}")
         return dtype.name, math.prod(dims) // block_values * block_bytes
+
+    def _broken(self, name: str, fault: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: tensor {name!r:.80} {fault}")
 
     def _check_overlaps(self) -> None:
         position = 0
         for name, entry in sorted(self.entries.items(), key=lambda item: item[1].begin):
             if entry.begin < position:
-                raise CheckpointError(
-                    f"{self.path}: tensor '{name:.80}' overlaps the one before it"
-                )
+                raise self._broken(name, "overlaps the one before it")
             position = entry.end
 
     # ------------------------------------------------------------ primitives
@@ -240,4 +235,4 @@ class GgufFile:
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            raise CheckpointError(f"{self.path}: {what:.80}: not UTF-8") from None
+            raise CheckpointError(f"{self.path}: {what!r:.80}: not UTF-8") from None

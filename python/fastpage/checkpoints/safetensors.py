@@ -61,9 +61,8 @@ class SafetensorsFile:
     def tensor(self, name: str) -> tuple[np.ndarray, str]:
         entry = self.entries[name]
         if entry.dtype not in _READABLE:
-            raise CheckpointError(
-                f"{self.path}: tensor '{name}' is {entry.dtype}; only F32, F16 and BF16 can be "
-                "used as weights"
+            raise self._broken(
+                name, f"is {entry.dtype}; only F32, F16 and BF16 can be used as weights"
             )
         dtype, dtype_name = _READABLE[entry.dtype]
         count = (entry.end - entry.begin) // dtype.itemsize
@@ -97,38 +96,35 @@ class SafetensorsFile:
 
     def _read_entry(self, name: str, fields: Any, data_begin: int) -> TensorEntry:
         if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-            raise CheckpointError(
-                f"{self.path}: tensor '{name}': expected dtype, shape and data_offsets"
-            )
+            raise self._broken(name, "needs dtype, shape and data_offsets")
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _BITS:
-            raise CheckpointError(f"{self.path}: tensor '{name}': unknown dtype {dtype!r:.40}")
+            raise self._broken(name, f"is of unknown dtype {dtype!r:.40}")
         if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
-            raise CheckpointError(
-                f"{self.path}: tensor '{name}': shape or data_offsets are not lists of counts"
-            )
+            raise self._broken(name, "has no lists of counts as shape and data_offsets")
         if len(shape) > _MAX_DIMS or math.prod(dim or 1 for dim in shape) > _MAX_EXTENT:
-            raise CheckpointError(f"{self.path}: tensor '{name}': shape {shape!s:.80} is too large")
+            raise self._broken(name, f"has a shape that is too large: {shape!s:.80}")
         begin, end = offsets
         bits = _BITS[dtype] * math.prod(shape)
         if end - begin != (bits + 7) // 8:
-            raise CheckpointError(
-                f"{self.path}: tensor '{name}': {dtype} of shape {shape!s:.80} does not fill "
-                f"bytes {begin} to {end}"
+            raise self._broken(
+                name, f"as {dtype} of shape {shape!s:.80} does not fill bytes {begin} to {end}"
             )
         return TensorEntry(dtype, tuple(shape), data_begin + begin, data_begin + end)
+
+    def _broken(self, name: str, fault: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: tensor {name!r:.80} {fault}")
 
     def _check_layout(self, entries: dict[str, TensorEntry], data_begin: int, size: int) -> None:
         position = data_begin
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
             if entry.end > size:
-                raise CheckpointError(
-                    f"{self.path}: tensor '{name}' ends at byte {entry.end}, the file has {size}: "
-                    "truncated"
+                raise self._broken(
+                    name, f"ends at byte {entry.end}, the file has {size}: truncated"
                 )
             if entry.begin != position:
                 fault = "overlaps the one before it" if entry.begin < position else "follows a gap"
-                raise CheckpointError(f"{self.path}: tensor '{name}' {fault}")
+                raise self._broken(name, fault)
             position = entry.end
         if position != size:
             raise CheckpointError(f"{self.path}: {size - position} bytes belong to no tensor")
@@ -159,11 +155,11 @@ def _open_indexed(index: Path) -> dict[str, SafetensorsFile]:
     files: dict[str, SafetensorsFile] = {}
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name:
-            raise CheckpointError(f"{index}: '{file_name}' is not the name of a file beside it")
+            raise CheckpointError(f"{index}: {file_name!r:.80} is not the name of a file beside it")
         files[file_name] = SafetensorsFile(index.parent / file_name)
     for name, file_name in weight_map.items():
         if name not in files[file_name].entries:
-            raise CheckpointError(f"{index}: tensor '{name}' is not in {file_name}")
+            raise CheckpointError(f"{index}: tensor {name!r:.80} is not in {file_name}")
     return {name: files[file_name] for name, file_name in weight_map.items()}
 
 
@@ -182,7 +178,7 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
         if len(fields) != len(pairs):
             keys = [key for key, _ in pairs]
             key = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"duplicate key '{key:.80}'")
+            raise ValueError(f"duplicate key {key!r:.80}")
         return fields
 
     try:

@@ -9,7 +9,7 @@ import tokenizers
 
 from fastpage.checkpoints.safetensors import read_json
 from fastpage.errors import CheckpointError
-from fastpage.tokenizer.tokenizer import Tokenizer, surround_texts
+from fastpage.tokenizer.tokenizer import Tokenizer, surround_texts, tokenizers_errors
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
@@ -21,10 +21,8 @@ def build_tokenizer(path: Path) -> Tokenizer:
             f"{path}: no tokenizer.json; make one with transformers: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    try:
+    with tokenizers_errors(lambda reason: CheckpointError(f"{file}: not a tokenizer: {reason}")):
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise CheckpointError(f"{file}: not a tokenizer: {error!s:.200}") from None
     config = _read_optional(path / "tokenizer_config.json")
     _add_missing_tokens(backend, config)
     named = _named_tokens(_read_optional(path / "special_tokens_map.json") | config)

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from fastpage.errors import CheckpointError
-from fastpage.tokenizer.tokenizer import Tokenizer, surround_texts
+from fastpage.tokenizer.tokenizer import Tokenizer, surround_texts, tokenizers_errors
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
 
@@ -108,10 +108,10 @@ class _Builder:
 
     def _bpe(self, merges: list[tuple[str, str]], **options: Any) -> tokenizers.Tokenizer:
         vocab = {token: token_id for token_id, token in enumerate(self._tokens)}
-        try:
+        with tokenizers_errors(
+            lambda reason: self._error(f"does not fit the tokens: {reason}", "merges")
+        ):
             return tokenizers.Tokenizer(models.BPE(vocab, merges, **options))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise self._error(f"does not fit the tokens: {error!s:.200}", "merges") from None
 
     def _pairs_by_score(self) -> list[tuple[str, str]]:
         """SentencePiece joins the pair whose result scores highest: BPE merges in that order."""

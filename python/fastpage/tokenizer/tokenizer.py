@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,21 @@ class Tokenizer:
             raise InvalidArgument("the model has no chat template: send a plain prompt instead")
         variables = {**self.special_tokens, **kwargs}
         return template.render(messages, tools, add_generation_prompt, variables)
+
+
+@contextmanager
+def tokenizers_errors(make_error: Callable[[str], Exception]) -> Iterator[None]:
+    """Within it, what the `tokenizers` library raises becomes `make_error(reason)`.
+
+    That is plain Exception, or for some broken files a Rust panic, which is not even one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        raise make_error(f"{reason:.200}") from None
 
 
 def surround_texts(
