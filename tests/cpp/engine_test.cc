@@ -267,6 +267,49 @@ TEST(Engine, AbortFreesAtOnceWhenNoStepIsInProgress) {
   EXPECT_FALSE(f.engine.abort(id));
 }
 
+TEST(Engine, AbortOfOneSampleLetsTheOthersGoOn) {
+  Fixture f;
+  Request r = request({1, 2, 3}, 8);
+  r.params.n = 3;
+  const RequestId id = f.engine.add_request(r);
+  f.engine.step();
+  EXPECT_TRUE(f.engine.abort(id, 1));
+  EXPECT_FALSE(f.engine.abort(id, 1)) << "finished";
+  EXPECT_FALSE(f.engine.abort(id, 3));
+  EXPECT_FALSE(f.engine.abort(id, -1));
+  EXPECT_FALSE(f.engine.abort(id + 1, 0));
+  auto all = f.drain();
+  EXPECT_EQ((all[{id, 0}].back().num_output_tokens), 8);
+  EXPECT_EQ((all[{id, 1}].size()), 1u);
+  EXPECT_EQ((all[{id, 1}].back().finish_reason), FinishReason::kAbort);
+  EXPECT_EQ((all[{id, 2}].back().num_output_tokens), 8);
+
+  const RequestId other = f.engine.add_request(r);
+  f.engine.step();
+  for (int32_t i = 0; i < 3; ++i) EXPECT_TRUE(f.engine.abort(other, i));
+  EXPECT_FALSE(f.engine.abort(other)) << "its last sample was its end";
+  f.drain();
+}
+
+TEST(Engine, LogprobsComeWithEveryTokenTheLastOneToo) {
+  Fixture f;
+  f.model->tamper = [](ModelRunnerOutput* o) {
+    o->logprobs.assign(o->sampled_token_ids.size(), TokenLogprobs{});
+    o->logprobs[0] = {{o->sampled_token_ids[0]}, {-0.25f}, 1};  // the other asked for none
+  };
+  Request r = request({1, 2, 3}, 4);
+  r.params.logprobs = 0;
+  const RequestId id = f.engine.add_request(r);
+  r.params.logprobs = SamplingParams::kNoLogprobs;
+  const RequestId other = f.engine.add_request(r);
+  auto all = f.drain();
+  for (const RequestOutput& output : all[{id, 0}]) {
+    ASSERT_EQ(output.logprobs.size(), 1u);
+    EXPECT_EQ(output.logprobs[0].token_ids, output.new_token_ids);
+  }
+  for (const RequestOutput& output : all[{other, 0}]) EXPECT_TRUE(output.logprobs.empty());
+}
+
 TEST(Engine, AddsAndAbortsDoNotWaitForTheStepInProgress) {
   Fixture f;
   const RequestId a = f.engine.add_request(request({1, 2, 3}, 20));

@@ -69,7 +69,7 @@ class Engine {
   // Its blocks are free once the step in progress, if any, is done. An aborted request gets one
   // last output per unfinished sample (kAbort). False if unknown or finished.
   bool abort(RequestId id);
-  // Ends one sample of it; the others go on.
+  // Ends one sample of it; the others go on. False if it is finished, or there is none such.
   bool abort(RequestId id, int32_t index);
   // Schedule, prepare, forward, sample, update: one whole step. Calls from several threads take
   // turns. If the runner throws, every request of that step ends with kAbort at the next step and

@@ -66,8 +66,8 @@ struct Group {
 struct Sample {
   Group* group;
   int32_t index;
-  RequestId seq_id = 0;  // the scheduler's
-  bool finished = false;
+  RequestId seq_id = 0;   // the scheduler's
+  bool finished = false;  // set with both locks held: either will do to read it
   int32_t num_output_tokens = 0;
   int32_t num_cached_tokens = 0;
 };
@@ -178,13 +178,14 @@ bool Engine::State::abort(RequestId id, int32_t index) {
     std::lock_guard<std::mutex> lock(mutex);
     const auto it = live.find(id);
     if (it == live.end()) return false;
+    Group& group = *it->second;
     if (index == kAllSamples) {
-      if (!it->second->abort_asked) aborts.push_back({id, index});
-      it->second->abort_asked = true;
-    } else if (index >= 0 && static_cast<size_t>(index) < it->second->samples.size()) {
-      aborts.push_back({id, index});
+      if (!group.abort_asked) aborts.push_back({id, index});
+      group.abort_asked = true;
     } else {
-      return false;
+      if (index < 0 || static_cast<size_t>(index) >= group.samples.size()) return false;
+      if (group.samples[index].finished) return false;
+      aborts.push_back({id, index});
     }
   }
   help();
@@ -249,17 +250,19 @@ void Engine::State::admit(Arrival* arrival) {
 
 void Engine::State::abort_group(Group* group, int32_t index) {
   std::vector<RequestOutput> news;
+  std::vector<Sample*> ended;
   for (Sample& sample : group->samples) {
     if (sample.finished || (index != kAllSamples && sample.index != index)) continue;
     scheduler.abort(sample.seq_id);
-    sample.finished = true;
-    --group->num_unfinished;
     news.push_back(news_of(sample, FinishReason::kAbort));
+    ended.push_back(&sample);
   }
-  std::lock_guard<std::mutex> lock(mutex);
-  std::move(news.begin(), news.end(), std::back_inserter(pending));
-  if (group->num_unfinished == 0) live.erase(group->id);
-  work.notify_all();
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    std::move(news.begin(), news.end(), std::back_inserter(pending));
+    work.notify_all();
+  }
+  for (Sample* sample : ended) finish(sample);  // the last one takes the group with it
 }
 
 Group* Engine::State::find(RequestId id) {
@@ -374,10 +377,10 @@ RequestOutput Engine::State::news_of(const Sample& sample, FinishReason reason) 
 }
 
 void Engine::State::finish(Sample* sample) {
-  sample->finished = true;
-  if (--sample->group->num_unfinished > 0) return;
   std::lock_guard<std::mutex> lock(mutex);
-  live.erase(sample->group->id);
+  sample->finished = true;
+  Group* group = sample->group;
+  if (--group->num_unfinished == 0) live.erase(live.find(group->id));
 }
 
 void Engine::State::take_pending(StepOutput* out) {
