@@ -1,7 +1,7 @@
-"""Where the time of one step goes: seconds by op kind, at several numbers of sequences.
+"""Where the time of one step goes, by op kind: decode steps of several sizes, and one prompt.
 
-Decode steps: every sequence has `--context` tokens in the cache and computes one more. The last
-line is one JSON object.
+A decode step computes one more token of each sequence, all with `--context` tokens in the cache;
+the prompt of `--prompt` tokens is one chunk. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fastpage.models import build_model
 BLOCK_SIZE = 16
 
 
-def load(path: Path, dtype: str, sequences: int, context: int, threads: int) -> CpuExecutor:
+def load(path: Path, dtype: str, num_blocks: int, threads: int) -> CpuExecutor:
     checkpoint = open_checkpoint(path)
     model = build_model(checkpoint.config)
     executor = CpuExecutor(
         model.program,
-        num_kv_blocks=sequences * blocks(context),
+        num_kv_blocks=num_blocks,
         weight_dtype=dtype,
         kv_cache_dtype=dtype,
         pool=ThreadPool(threads),
@@ -52,6 +52,20 @@ def decode_step(sequences: int, context: int) -> dict[str, Any]:
         "seq_lens": np.full(sequences, context + 1, np.int32),
         "block_tables": tables,
         "logits_indices": each,
+    }
+
+
+def prompt_step(length: int) -> dict[str, Any]:
+    """The arguments of forward_arrays for the whole prompt of one sequence."""
+    each = np.arange(length, dtype=np.int32)
+    return {
+        "token_ids": each + 100,
+        "positions": each,
+        "slot_mapping": each,
+        "query_start_loc": np.asarray([0, length], np.int32),
+        "seq_lens": np.asarray([length], np.int32),
+        "block_tables": np.arange(blocks(length), dtype=np.int32)[None],
+        "logits_indices": np.asarray([length - 1], np.int32),
     }
 
 
@@ -83,29 +97,31 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--prompt", type=int, default=2000)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
 
-    executor = load(
-        options.model or packaged_gguf(),
-        options.dtype,
-        max(options.sequences),
-        options.context,
-        options.threads,
-    )
-    results = {
-        sequences: measure(executor, decode_step(sequences, options.context), options.runs)
+    steps = {
+        f"decode {sequences}": decode_step(sequences, options.context)
         for sequences in options.sequences
     }
-    print(f"milliseconds of one step, the fastest of {options.runs}, {options.dtype}, ", end="")
-    print(f"context {options.context}; linear weights {executor.weight_bytes / 1e6:.1f} MB")
-    print(f"{'sequences':>16}" + "".join(f"{sequences:>9}" for sequences in results))
-    for kind in next(iter(results.values()))["by_kind_ms"]:
+    steps[f"prompt {options.prompt}"] = prompt_step(options.prompt)
+    num_blocks = max(max(options.sequences) * blocks(options.context), blocks(options.prompt))
+    model = options.model or packaged_gguf()
+    executor = load(model, options.dtype, num_blocks, options.threads)
+    results = {
+        name: measure(executor, step, options.runs if name.startswith("decode") else 5)
+        for name, step in steps.items()
+    }
+    print(f"milliseconds of a step at best, {options.dtype}, context {options.context}, ", end="")
+    print(f"linear weights {executor.weight_bytes / 1e6:.1f} MB")
+    print(f"{'':>12}" + "".join(f"{name:>13}" for name in results))
+    for kind in executor.profile():
         times = (result["by_kind_ms"][kind] for result in results.values())
-        print(f"{kind:>16}" + "".join(f"{ms:>9.3f}" for ms in times))
-    print(f"{'whole step':>16}" + "".join(f"{r['step_ms']:>9.3f}" for r in results.values()))
-    print(json.dumps({"weight_bytes": executor.weight_bytes, "sequences": results}))
+        print(f"{kind:>12}" + "".join(f"{ms:>13.3f}" for ms in times))
+    print(f"{'whole step':>12}" + "".join(f"{r['step_ms']:>13.3f}" for r in results.values()))
+    print(json.dumps({"weight_bytes": executor.weight_bytes, "steps": results}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,3 +40,14 @@ def smollm2_hf(smollm2_gguf: Path) -> TransformersModel:
     }
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     return TransformersModel(model.eval(), transformers.AutoTokenizer.from_pretrained(**source))
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """For tiny models: torch's threads would cost more to wake than they compute."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -18,6 +18,7 @@ from fastpage.models import Model, build_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 NUM_BLOCKS, BLOCK_SIZE = 12, 16
 NUM_TOKENS = 75

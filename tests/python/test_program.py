@@ -16,6 +16,7 @@ from fastpage.models import DecoderSpec, RotarySpec, decoder
 from fastpage.models.rotary import cos_sin_table
 
 TorchExecutor = pytest.importorskip("fastpage.executors.torch").TorchExecutor
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 NUM_BLOCKS, MAX_POSITION, VOCAB = 24, 96, 61
 

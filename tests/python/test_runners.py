@@ -12,6 +12,7 @@ from fastpage.models import DecoderSpec, RotarySpec, decoder
 from fastpage.models.rotary import cos_sin_table
 
 reference = pytest.importorskip("fastpage.executors.torch")
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 NUM_BLOCKS, VOCAB, MAX_LEN = 9, 67, 100
 
