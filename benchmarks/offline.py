@@ -186,11 +186,11 @@ def report(args: argparse.Namespace, machine: dict[str, Any], runners: list[Runn
     print_table(list(rows.values()))
     ours = rows.pop("fastpage")
     ours["weight_bytes"] = runners[0].ready["weight_bytes"]
-    bound_ms = 1e-6 * ours["weight_bytes"] / machine["read_gb_s"]
+    bound_ms = 1e-6 * ours["weight_bytes"] / machine["read_gbs"]
     ours["w2_tpot_over_read_bound"] = ratio(ours["w2_tpot_ms"], bound_ms)
     print(
-        f"{args.threads} threads read {machine['read_gb_s']:.1f} GB/s and compute"
-        f" {machine['fma_gflop_s']:.0f} fp32 GFLOP/s;"
+        f"{args.threads} threads read {machine['read_gbs']:.1f} GB/s and compute"
+        f" {machine['fma_gflops']:.0f} fp32 GFLOP/s;"
         f" {1e-6 * ours['weight_bytes']:.0f} MB of weights take {bound_ms:.2f} ms to read"
     )
     result = {

@@ -23,6 +23,17 @@ Matrix<float> matrix(Array& array) {
   return {array.mutable_data(), array.shape(0), array.shape(1)};
 }
 
+// `out`, checked, or a new array.
+Array result_array(const std::optional<Array>& out, int64_t rows, int64_t cols) {
+  if (!out) return new_array(rows, cols);
+  const bool fits = out->ndim() == 2 && out->shape(0) == rows && out->shape(1) == cols;
+  if (!fits || !out->writeable() || !(out->flags() & py::array::c_style)) {
+    throw InvalidArgument("out must be a writable, contiguous float32 array of " +
+                          std::to_string(rows) + " x " + std::to_string(cols));
+  }
+  return *out;
+}
+
 struct KvCache {
   ops::KvCacheView view;
   py::array k;
@@ -57,13 +68,13 @@ struct KvCache {
 };
 
 Array linear(ThreadPool& pool, py::object x_arg, const ops::PackedWeight& weight,
-             const OptionalArg& bias_arg) {
+             const OptionalArg& bias_arg, const std::optional<Array>& out) {
   const ImportedTensor x(x_arg, "x");
   std::unique_ptr<ImportedTensor> bias;
   if (bias_arg) bias = std::make_unique<ImportedTensor>(*bias_arg, "bias");
   const Matrix<const float> xm = x.matrix();
   const float* b = bias ? bias->vector(weight.out_features()) : nullptr;
-  Array y = new_array(xm.rows, weight.out_features());
+  Array y = result_array(out, xm.rows, weight.out_features());
   const Matrix<float> ym = matrix(y);
   py::gil_scoped_release release;
   ops::linear(pool, xm, weight, b, ym);
@@ -220,7 +231,7 @@ void check_batch(const std::vector<int32_t>& query_start_loc, const std::vector<
 Array paged_attention(ThreadPool& pool, py::object q_arg, const KvCache& cache,
                       py::object query_start_loc_arg, py::object seq_lens_arg,
                       py::object block_tables_arg, int32_t num_heads, float scale,
-                      int32_t sliding_window, float soft_cap) {
+                      int32_t sliding_window, float soft_cap, const std::optional<Array>& out_arg) {
   const ImportedTensor q(q_arg, "q");
   const Matrix<const float> qm = q.matrix();
   const std::vector<int32_t> query_start_loc =
@@ -244,7 +255,7 @@ Array paged_attention(ThreadPool& pool, py::object q_arg, const KvCache& cache,
   params.scale = scale;
   params.sliding_window = sliding_window;
   params.soft_cap = soft_cap;
-  Array out = new_array(qm.rows, qm.cols);
+  Array out = result_array(out_arg, qm.rows, qm.cols);
   const Matrix<float> om = matrix(out);
   py::gil_scoped_release release;
   ops::paged_attention(pool, qm, cache.view, batch, params, om);
@@ -295,7 +306,7 @@ void bind_ops(py::module_& m) {
       .def_readonly("v", &KvCache::v);
 
   o.def("linear", &linear, py::arg("pool"), py::arg("x"), py::arg("weight"),
-        py::arg("bias") = py::none());
+        py::arg("bias") = py::none(), py::arg("out").noconvert() = py::none());
   o.def("embed", &embed, py::arg("pool"), py::arg("ids"), py::arg("table"));
   o.def("rms_norm", &rms_norm, py::arg("pool"), py::arg("x"), py::arg("weight"), py::arg("eps"),
         py::arg("group") = 0);
@@ -309,7 +320,7 @@ void bind_ops(py::module_& m) {
   o.def("paged_attention", &paged_attention, py::arg("pool"), py::arg("q"), py::arg("cache"),
         py::arg("query_start_loc"), py::arg("seq_lens"), py::arg("block_tables"),
         py::arg("num_heads"), py::arg("scale"), py::arg("sliding_window") = 0,
-        py::arg("soft_cap") = 0.0f);
+        py::arg("soft_cap") = 0.0f, py::arg("out").noconvert() = py::none());
   o.def("copy_blocks", &copy_blocks, py::arg("pool"), py::arg("cache"), py::arg("copies"));
 }
 

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from fastpage import _C
 from fastpage._C import ops
 
@@ -76,6 +77,9 @@ def test_linear(pools, shape, dtype):
         assert_close(got, want, scale)
         assert_close(ops.linear(pool, x, packed, bias), want + bias, scale + np.abs(bias))
         np.testing.assert_array_equal(ops.linear(pool, x, packed, bias), got + bias)
+        out = np.empty_like(got)
+        assert ops.linear(pool, x, packed, out=out) is out
+        np.testing.assert_array_equal(out, got)
         results.append(got)
     for got in results[1:]:
         np.testing.assert_array_equal(got, results[0])
@@ -392,6 +396,7 @@ def test_errors_name_the_argument(pool):
         (lambda: ops.linear(pool, x[:, :5], w), ["5", "8"]),
         (lambda: ops.linear(pool, [[1.0]], w), ["x", "list"]),
         (lambda: ops.linear(pool, x, w, np.zeros(3, np.float32)), ["bias", "4"]),
+        (lambda: ops.linear(pool, x, w, out=np.zeros((2, 5), np.float32)), ["out", "2 x 4"]),
         (lambda: ops.PackedWeight(x.astype(np.uint16), "bfloat16", pool), ["weight", "uint16"]),
         (lambda: ops.PackedWeight(x, "int8", pool), ["int8"]),
         (lambda: ops.PackedWeight(x, "float8", pool), ["float8"]),

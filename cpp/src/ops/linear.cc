@@ -11,6 +11,8 @@ namespace {
 
 // In features per pass: the part of a panel that all row tiles share stays in the L1/L2 caches.
 constexpr int64_t kDepthBlock = 1024;
+// How far ahead of the arithmetic weights are fetched, in bytes.
+constexpr int64_t kLookahead = 8192;
 // Rows per pass over the panels: their packed copy stays in the caches.
 constexpr int64_t kRowBlock = 192;
 
@@ -74,18 +76,15 @@ void compute_share(const RowTiles& tiles, const PackedWeight::Impl& w, const flo
         const int64_t k0 = tiles.depth * d / depth_blocks;
         const int64_t k1 = tiles.depth * (d + 1) / depth_blocks;
         const char* block = w.panel(p) + k0 * row_bytes;
-        const int64_t block_bytes = (k1 - k0) * row_bytes;
         tile.panel = block;
         tile.k = k1 - k0;
         tile.accumulate = d > 0;
         tile.bias = bias != nullptr && d + 1 == depth_blocks ? bias + column : nullptr;
-        // The passes over a block share in fetching the next one.
-        tile.prefetch_step = row_bytes / (t1 - t0);
         for (int64_t t = t0; t < t1; ++t) {
           const int m = tiles.height(t);
-          const char* next =
-              t1 - t0 == 1 ? block + 4096 : block + block_bytes * (1 + (t - t0) / (t1 - t0));
-          tile.prefetch = std::min(next, end_of_weights - 64);
+          // The first pass brings the block from memory, the others find it in a cache.
+          tile.prefetch = t == t0 ? std::min(block + kLookahead, end_of_weights - 64) : block;
+          tile.prefetch_step = t == t0 ? row_bytes : 0;
           tile.a = tiles.tile(t) + k0 * m;
           tile.y = y.row(tiles.first(t)) + column;
           table.linear_tile[w.type][m - 1](tile);

@@ -18,7 +18,11 @@ class PackedWeight:
         """source_dtype="bfloat16": `weight` is a uint16 array that holds bfloat16 bits."""
 
 def linear(
-    pool: ThreadPool, x: DLPackTensor, weight: PackedWeight, bias: DLPackTensor | None = None
+    pool: ThreadPool,
+    x: DLPackTensor,
+    weight: PackedWeight,
+    bias: DLPackTensor | None = None,
+    out: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32]: ...
 def embed(
     pool: ThreadPool, ids: DLPackTensor, table: DLPackTensor | PackedWeight
@@ -63,5 +67,6 @@ def paged_attention(
     scale: float,
     sliding_window: int = 0,
     soft_cap: float = 0.0,
+    out: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32]: ...
 def copy_blocks(pool: ThreadPool, cache: KvCache, copies: DLPackTensor) -> None: ...

@@ -26,14 +26,31 @@ struct PanelF16 {
   }
 };
 
+// The last panel may be wider than y: it is computed beside y, and what exists is copied.
+static void linear_edge_tile(void (*linear_tile)(const LinearTile&), int m, const LinearTile& t) {
+  float y[kRowTile * kPanel] = {};
+  float bias[kPanel] = {};
+  const size_t bytes = static_cast<size_t>(t.n) * sizeof(float);
+  LinearTile whole = t;
+  whole.n = kPanel;
+  whole.y = y;
+  whole.y_stride = kPanel;
+  if (t.bias != nullptr) {
+    __builtin_memcpy(bias, t.bias, bytes);
+    whole.bias = bias;
+  }
+  if (t.accumulate) {
+    for (int i = 0; i < m; ++i) __builtin_memcpy(y + i * kPanel, t.y + i * t.y_stride, bytes);
+  }
+  linear_tile(whole);
+  for (int i = 0; i < m; ++i) __builtin_memcpy(t.y + i * t.y_stride, y + i * kPanel, bytes);
+}
+
 template <int M, typename Panel>
 void linear_tile(const LinearTile& t) {
+  if (t.n < kPanel) return linear_edge_tile(linear_tile<M, Panel>, M, t);
   V acc[M][2];
-  const bool whole = t.n == kPanel;
-  if (!t.accumulate) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = vzero();
-  } else if (whole) {
+  if (t.accumulate) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       acc[m][0] = vload(t.y + m * t.y_stride);
@@ -41,10 +58,7 @@ void linear_tile(const LinearTile& t) {
     }
   } else {
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      acc[m][0] = vload_partial(t.y + m * t.y_stride, t.n);
-      acc[m][1] = vload_partial(t.y + m * t.y_stride + kLanes, t.n - kLanes);
-    }
+    for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = vzero();
   }
 
   const float* a = t.a;
@@ -68,26 +82,18 @@ void linear_tile(const LinearTile& t) {
   }
 
   if (t.bias != nullptr) {
-    const V c0 = vload_partial(t.bias, t.n);
-    const V c1 = vload_partial(t.bias + kLanes, t.n - kLanes);
+    const V c0 = vload(t.bias);
+    const V c1 = vload(t.bias + kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       acc[m][0] = vadd(acc[m][0], c0);
       acc[m][1] = vadd(acc[m][1], c1);
     }
   }
-  if (whole) {
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      vstore(t.y + m * t.y_stride, acc[m][0]);
-      vstore(t.y + m * t.y_stride + kLanes, acc[m][1]);
-    }
-  } else {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      vstore_partial(t.y + m * t.y_stride, acc[m][0], t.n);
-      vstore_partial(t.y + m * t.y_stride + kLanes, acc[m][1], t.n - kLanes);
-    }
+  for (int m = 0; m < M; ++m) {
+    vstore(t.y + m * t.y_stride, acc[m][0]);
+    vstore(t.y + m * t.y_stride + kLanes, acc[m][1]);
   }
 }
 

@@ -1,0 +1,221 @@
+"""How near the CPU kernels come to the machine's limits.
+
+Linear layers of SmolLM2-135M and of a 1B model, attention over a paged cache in decode and prefill,
+each as a share of a plain C read loop and a plain C FMA loop (probe.c) measured just before and
+after it: whichever bounds it at that many rows. Weights and caches are walked through memory, as a
+model's layers are, so that nothing is found in a cache that a model would not find there.
+
+The last line is one JSON object; a `linear_..._share` is that of the model that does worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+import probe
+
+from fastpage import _C
+from fastpage._C import ops
+
+# in_features, out_features, and how many of it one layer (or, for the logits, the model) has
+SHAPES = {
+    "135M": [(576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152)],
+    "1B": [(2048, 8192), (8192, 2048), (2048, 2048)],
+}
+ROWS = [1, 2, 4, 16, 64, 256, 1024]
+WALK_BYTES = 192 << 20
+
+
+def best_seconds(call: Callable[[int], None], count: int, overhead: float, budget: float) -> float:
+    """The least mean time of a round of calls: call(0), ..., call(count - 1), or part of a round if
+    that alone takes long."""
+    best = float("inf")
+    deadline = time.perf_counter() + budget
+    rounds = 0
+    while rounds < 3 or time.perf_counter() < deadline:
+        began = time.perf_counter()
+        done = 0
+        while done < count and (done == 0 or time.perf_counter() - began < 0.05):
+            call(done)
+            done += 1
+        best = min(best, (time.perf_counter() - began) / done)
+        rounds += 1
+    return best - overhead
+
+
+class Machine:
+    """The probe, taken again around every group of measurements."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.readings = [probe.measure(threads)]
+
+    def around(self, measure: Callable[[], float]) -> tuple[float, dict[str, float]]:
+        """A measurement, and the better of the readings before and after it."""
+        before = self.readings[-1]
+        value = measure()
+        after = probe.measure(self.threads, repeats=3)
+        self.readings.append(after)
+        return value, {key: max(before[key], after[key]) for key in before}
+
+    def median(self, key: str) -> float:
+        return float(np.median([reading[key] for reading in self.readings]))
+
+
+def linear_row(
+    pool: _C.ThreadPool, machine: Machine, shape: tuple[int, int], dtype: str, budget: float
+) -> list[tuple[float, float, float]]:
+    """Per number of rows: seconds, and the seconds that reading and that arithmetic alone take."""
+    n_in, n_out = shape
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((n_out, n_in), np.float32)
+    first = ops.PackedWeight(weight, dtype, pool)
+    copies = max(1, min(400, WALK_BYTES // first.nbytes))
+    weights = [first] + [ops.PackedWeight(weight, dtype, pool) for _ in range(copies - 1)]
+    nothing = np.zeros((0, n_in), np.float32)
+    no_rows = np.zeros((0, n_out), np.float32)
+
+    def call_nothing(_: int) -> None:
+        ops.linear(pool, nothing, first, None, no_rows)
+
+    overhead = best_seconds(call_nothing, 100, 0.0, 0.01)
+    results = []
+    for rows in ROWS:
+        x = rng.standard_normal((rows, n_in), np.float32)
+        y = np.zeros((rows, n_out), np.float32)
+
+        def call(i: int, x: np.ndarray = x, y: np.ndarray = y) -> None:
+            ops.linear(pool, x, weights[i], None, y)
+
+        seconds, limits = machine.around(lambda f=call: best_seconds(f, copies, overhead, budget))
+        read = weight.size * (4 if dtype == "float32" else 2) / limits["read_gbs"] * 1e-9
+        results.append((seconds, read, 2 * rows * weight.size / limits["fma_gflops"] * 1e-9))
+    return results
+
+
+def print_linear(dtype: str, rows_by_shape: dict[tuple[int, int], list]) -> None:
+    print(f"\nlinear, {dtype}: GFLOP/s (share of the bound)")
+    print(f"{'in x out':>14}" + "".join(f"{rows:>13}" for rows in ROWS))
+    for shape, results in rows_by_shape.items():
+        cells = []
+        for rows, (seconds, read, flops) in zip(ROWS, results, strict=True):
+            gflops = 2e-9 * rows * shape[0] * shape[1] / seconds
+            cells.append(f"{gflops:>7.0f} {max(read, flops) / seconds:>4.0%} ")
+        print(f"{shape[0]:>6} x {shape[1]:>5}" + "".join(cells))
+
+
+def linear_shares(rows_by_shape: dict[tuple[int, int], list]) -> dict[int, float]:
+    """Of all layers of a model together; at 1 and 2 rows of bandwidth, from 16 on of FMA, between
+    them of whichever bounds more."""
+    shares = {}
+    for i, rows in enumerate(ROWS):
+        seconds, read, flops = (sum(r[i][j] for r in rows_by_shape.values()) for j in range(3))
+        bound = read if rows <= 2 else flops if rows >= 16 else max(read, flops)
+        shares[rows] = bound / seconds
+    return shares
+
+
+def attention(
+    pool: _C.ThreadPool,
+    machine: Machine,
+    num_seqs: int,
+    context: int,
+    new_tokens: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    budget: float,
+) -> tuple[float, float, float]:
+    """Seconds, and the seconds that reading the cache and that arithmetic alone take."""
+    group = 3 if head_dim == 64 else 4
+    heads = kv_heads * group
+    blocks = -(-context // 16)
+    rng = np.random.default_rng(0)
+    tables = rng.permutation(num_seqs * blocks).astype(np.int32).reshape(num_seqs, blocks)
+    one = num_seqs * blocks * kv_heads * 16 * head_dim * 2 * (4 if dtype == "float32" else 2)
+    caches = []
+    for _ in range(max(1, min(30, WALK_BYTES // one))):
+        cache = ops.KvCache(num_seqs * blocks, kv_heads, head_dim, 16, dtype)
+        tokens = rng.standard_normal((1024, kv_heads * head_dim)).astype(np.float32)
+        for at in range(0, num_seqs * blocks * 16, 1024):
+            slots = np.arange(at, min(at + 1024, num_seqs * blocks * 16), dtype=np.int32)
+            part = tokens[: len(slots)]
+            ops.reshape_and_cache(pool, part, part, slots, cache)
+        caches.append(cache)
+    start = np.arange(num_seqs + 1, dtype=np.int32) * new_tokens
+    lens = np.full(num_seqs, context, np.int32)
+    q = rng.standard_normal((num_seqs * new_tokens, heads * head_dim)).astype(np.float32)
+    out = np.zeros_like(q)
+
+    def call(i: int) -> None:
+        ops.paged_attention(pool, q, caches[i], start, lens, tables, heads, head_dim**-0.5, out=out)
+
+    seconds, limits = machine.around(lambda: best_seconds(call, len(caches), 0.0, budget))
+    before = context - new_tokens
+    pairs = num_seqs * (new_tokens * before + new_tokens * (new_tokens + 1) / 2)
+    read = num_seqs * context * kv_heads * head_dim * 2 * (4 if dtype == "float32" else 2)
+    flops = 4 * pairs * heads * head_dim
+    return seconds, read / limits["read_gbs"] * 1e-9, flops / limits["fma_gflops"] * 1e-9
+
+
+def print_attention(name: str, result: tuple[float, float, float]) -> None:
+    seconds, read, flops = result
+    print(f"{name:<48}{seconds * 1e3:>9.3f} ms{read / seconds:>8.0%}{flops / seconds:>8.0%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--dtypes", default="bfloat16", help="of weights, separated by commas")
+    parser.add_argument("--kv-dtype", default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
+    args = parser.parse_args()
+    pool = _C.ThreadPool(args.threads)
+    machine = Machine(args.threads)
+    result: dict[str, float | str | int] = {"isa": ops.cpu_isa(), "threads": args.threads}
+
+    for dtype in args.dtypes.split(","):
+        tables = {
+            model: {s: linear_row(pool, machine, s, dtype, args.seconds) for s in shapes}
+            for model, shapes in SHAPES.items()
+        }
+        print_linear(dtype, {s: r for rows in tables.values() for s, r in rows.items()})
+        shares = [linear_shares(rows) for rows in tables.values()]
+        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
+        for rows in ROWS:
+            result[f"linear_{short}_m{rows}_share"] = round(min(s[rows] for s in shares), 3)
+
+    print(f"\n{f'attention, {args.kv_dtype} KV':<60}{'read':>8}{'FMA':>8}")
+    cases = {
+        # num_seqs, context, new_tokens, kv_heads, head_dim
+        "decode, 64 x 1000 tokens, 3 KV heads of 64": (64, 1000, 1, 3, 64),
+        "decode, 64 x 1000 tokens, 8 KV heads of 128": (64, 1000, 1, 8, 128),
+        "decode, 1 x 2048 tokens, 3 KV heads of 64": (1, 2048, 1, 3, 64),
+        "prefill, 2048 tokens, 3 KV heads of 64": (1, 2048, 2048, 3, 64),
+        "prefill, 2048 tokens, 8 KV heads of 128": (1, 2048, 2048, 8, 128),
+    }
+    timed = {
+        name: attention(pool, machine, *case, args.kv_dtype, args.seconds)
+        for name, case in cases.items()
+    }
+    for name, (seconds, read, flops) in timed.items():
+        print_attention(name, (seconds, read, flops))
+    decode, prefill = "decode, 64 x 1000", "prefill"
+    result["attn_decode_share"] = round(
+        min(r / s for name, (s, r, _) in timed.items() if name.startswith(decode)), 3
+    )
+    result["attn_prefill_share"] = round(
+        min(f / s for name, (s, _, f) in timed.items() if name.startswith(prefill)), 3
+    )
+    result["read_gbs"] = round(machine.median("read_gbs"), 1)
+    result["fma_gflops"] = round(machine.median("fma_gflops"), 1)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

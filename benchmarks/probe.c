@@ -1,0 +1,101 @@
+// What the machine can do at most: a plain read loop and a plain FMA loop, on all threads.
+// Built at run time by probe.py with the flags of the machine; vectors are the compiler's own.
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#if defined(__AVX512F__)
+enum { kLanes = 16 };
+#elif defined(__AVX__)
+enum { kLanes = 8 };
+#else
+enum { kLanes = 4 };
+#endif
+enum { kChains = 12, kMaxThreads = 1024 };
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+
+typedef struct {
+  const Vec* data;
+  size_t count;  // vectors to read, or rounds of multiply-adds
+  float result;  // so that the work is not dropped
+} Part;
+
+static void* read_part(void* argument) {
+  Part* part = argument;
+  Vec sum[8] = {0};
+  for (size_t i = 0; i + 8 <= part->count; i += 8) {
+    for (int j = 0; j < 8; ++j) sum[j] += part->data[i + j];
+  }
+  for (int j = 0; j < 8; ++j) part->result += sum[j][0];
+  return NULL;
+}
+
+static void* fma_part(void* argument) {
+  Part* part = argument;
+  Vec sum[kChains];
+  for (int j = 0; j < kChains; ++j) sum[j] = (Vec){0} + (float)j;
+  const Vec factor = (Vec){0} + 0.999f;
+  const Vec term = (Vec){0} + 0.5f;
+  for (size_t i = 0; i < part->count; ++i) {
+    for (int j = 0; j < kChains; ++j) sum[j] = sum[j] * factor + term;
+  }
+  for (int j = 0; j < kChains; ++j) part->result += sum[j][0];
+  return NULL;
+}
+
+static double seconds(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+static double run(void* (*work)(void*), Part* parts, int threads) {
+  pthread_t ids[kMaxThreads];
+  const double began = seconds();
+  for (int t = 1; t < threads; ++t) pthread_create(&ids[t], NULL, work, &parts[t]);
+  work(&parts[0]);
+  for (int t = 1; t < threads; ++t) pthread_join(ids[t], NULL);
+  return seconds() - began;
+}
+
+// GB/s of reading `bytes` of memory once, the best of `repeats`; 0 if memory is short.
+double probe_read_gbs(int threads, size_t bytes, int repeats) {
+  static Vec* data;
+  static size_t size;
+  if (threads < 1 || threads > kMaxThreads) return 0;
+  if (size != bytes) {
+    free(data);
+    size = 0;
+    data = aligned_alloc(1 << 21, bytes >> 21 << 21);
+    if (data == NULL) return 0;
+    memset(data, 0, bytes >> 21 << 21);
+    size = bytes;
+  }
+  static Part parts[kMaxThreads];
+  const size_t each = bytes / sizeof(Vec) / (size_t)threads / 8 * 8;
+  for (int t = 0; t < threads; ++t) parts[t] = (Part){data + (size_t)t * each, each, 0};
+  double best = 0;
+  for (int i = 0; i < repeats; ++i) {
+    const double gbs =
+        (double)each * sizeof(Vec) * threads / run(read_part, parts, threads) * 1e-9;
+    if (gbs > best) best = gbs;
+  }
+  return best;
+}
+
+// GFLOP/s in fp32 (a multiply-add counts two), the best of `repeats`.
+double probe_fma_gflops(int threads, size_t rounds, int repeats) {
+  if (threads < 1 || threads > kMaxThreads) return 0;
+  static Part parts[kMaxThreads];
+  for (int t = 0; t < threads; ++t) parts[t] = (Part){NULL, rounds, 0};
+  double best = 0;
+  for (int i = 0; i < repeats; ++i) {
+    const double gflops =
+        2.0 * kChains * kLanes * rounds * threads / run(fma_part, parts, threads) * 1e-9;
+    if (gflops > best) best = gflops;
+  }
+  return best;
+}
