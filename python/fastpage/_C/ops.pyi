@@ -8,10 +8,14 @@ from . import DLPackTensor, ThreadPool
 def cpu_isa() -> str: ...
 
 class PackedWeight:
-    in_features: int
-    out_features: int
-    dtype: str
-    nbytes: int
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
     def __init__(
         self, weight: DLPackTensor, dtype: str, pool: ThreadPool, source_dtype: str | None = None
     ) -> None:
@@ -47,8 +51,10 @@ def gather_rows(
 class KvCache:
     """One layer's cache, zeroed; .k and .v are its storage as uint8, uint16 or float32 arrays."""
 
-    k: np.ndarray
-    v: np.ndarray
+    @property
+    def k(self) -> np.ndarray: ...
+    @property
+    def v(self) -> np.ndarray: ...
     def __init__(
         self, num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: str
     ) -> None: ...
