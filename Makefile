@@ -122,7 +122,7 @@ bench: $(DEV_DONE)  ## offline throughput, one stream and a long prompt, against
 	@$(PY) benchmarks/offline.py --peers transformers
 
 bench-kernels: $(PACKAGE_DONE)  ## the CPU kernels against this machine's bandwidth and FMA limits
-	@$(PY) benchmarks/kernels.py
+	@$(PY) benchmarks/kernels_cpu.py
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist
