@@ -204,10 +204,10 @@ def _logit_bias(value: Any) -> dict[int, float] | None:
 
 def _tokenize_words(words: list[str], tokenizer: Encoder | None) -> list[list[int]]:
     """Each word as at the beginning of a text, and as after a space where that is another token."""
-    if words and tokenizer is None:
-        raise InvalidArgument(
-            "bad_words need a tokenizer: give their token ids to the core instead"
-        )
+    if not words:
+        return []
+    if tokenizer is None:
+        raise InvalidArgument("bad_words need a tokenizer, and there is none")
     sequences: list[list[int]] = []
     for word in words:
         bare = list(tokenizer.encode(word.lstrip(), add_special_tokens=False))

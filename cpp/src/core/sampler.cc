@@ -26,8 +26,13 @@ void size_logprobs(int32_t k, int32_t vocab_size, TokenLogprobs* out) {
 TokenId sample_row(Span<float> logits, const SamplingRow& row, Scratch* scratch,
                    TokenLogprobs* logprobs) {
   const bool processed = sampling::needs_processing(row);
-  const Span<float> raw(scratch->raw_logits.data(), logits.size());
-  if (processed || logprobs) std::copy(logits.begin(), logits.end(), raw.begin());
+  // A draw leaves weights where the logits were.
+  const bool overwritten = processed || !row.params->greedy();
+  Span<float> raw = logits;
+  if (processed || (logprobs && overwritten)) {
+    raw = {scratch->raw_logits.data(), logits.size()};
+    std::copy(logits.begin(), logits.end(), raw.begin());
+  }
   if (processed) sampling::process_logits(logits, row, scratch);
 
   TokenId token;

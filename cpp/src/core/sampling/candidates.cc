@@ -38,7 +38,7 @@ Candidates keep_min_p_and_top_k(Span<float> logits, float greatest, const Sampli
     bound = std::max(bound, greatest + params.temperature * std::log(params.min_p));
   }
   const int64_t k = top_k ? params.top_k : vocab_size;
-  const int64_t size = gather_top_k({logits.data(), logits.size()}, k, bound, scratch);
+  const int64_t size = gather_top_k({logits.data(), logits.size()}, greatest, k, bound, scratch);
   return {scratch->values.data(), scratch->ids.data(), size};
 }
 
@@ -80,7 +80,8 @@ TokenId argmax(Span<const float> logits, Scratch* scratch) {
   return static_cast<TokenId>(begin + kernel.find(logits.data() + begin, n - begin, greatest));
 }
 
-int64_t gather_top_k(Span<const float> logits, int64_t k, float bound, Scratch* scratch) {
+int64_t gather_top_k(Span<const float> logits, float greatest, int64_t k, float bound,
+                     Scratch* scratch) {
   const Kernels& kernel = kernels();
   const auto n = static_cast<int64_t>(logits.size());
   float* values = scratch->values.data();
@@ -88,15 +89,15 @@ int64_t gather_top_k(Span<const float> logits, int64_t k, float bound, Scratch* 
   float* search = scratch->search.data();
   // At least k logits are as great as the k-th of the maxima; few more, while k is small.
   if (k < n) {
-    const float kth = k <= num_maxima(n) / 4
-                          ? kth_greatest(scratch->maxima.data(), num_maxima(n), k, search)
-                          : kth_greatest(logits.data(), n, k, search);
+    const float kth = k <= num_maxima(n) / 2
+                          ? kth_greatest(scratch->maxima.data(), num_maxima(n), k, greatest, search)
+                          : kth_greatest(logits.data(), n, k, greatest, search);
     bound = std::max(bound, kth);
   }
   bound = std::max(bound, kLowest);
   const int64_t size = kernel.gather(logits.data(), n, bound, kInfinity, values, ids);
   if (size <= k) return size;
-  const float kth = kth_greatest(values, size, k, search);
+  const float kth = kth_greatest(values, size, k, greatest, search);
   int64_t kept = 0;
   for (int64_t i = 0; i < size; ++i) {
     if (values[i] < kth) continue;

@@ -18,7 +18,8 @@ TokenId draw(Span<float> logits, const SamplingParams& params, double uniform, S
 
 // The tokens of the k greatest logits and of those tied with the last, in vocabulary order, with
 // logits >= bound; fewer if others are -inf or NaN. Logits go to scratch->values, ids to
-// scratch->ids; returns their number. scratch->maxima is that of `logits`.
-int64_t gather_top_k(Span<const float> logits, int64_t k, float bound, Scratch* scratch);
+// scratch->ids; returns their number. scratch->maxima and `greatest` are those of `logits`.
+int64_t gather_top_k(Span<const float> logits, float greatest, int64_t k, float bound,
+                     Scratch* scratch);
 
 }  // namespace fastpage::sampling

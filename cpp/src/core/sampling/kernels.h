@@ -15,12 +15,10 @@ inline constexpr int64_t kChunk = 1024;  // values that share one partial sum, a
 constexpr int64_t num_chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
 constexpr int64_t num_maxima(int64_t n) { return num_chunks(n) * kLanes; }
 
-// What lies on either side of a pivot.
+// The values >= a pivot.
 struct Split {
-  double mass;      // sum of the values >= pivot
-  int64_t count;    // number of them
-  float least;      // the least of them, +inf if there is none
-  float next_less;  // the greatest value < pivot, -inf if there is none
+  double mass;    // their sum
+  int64_t count;  // their number
 };
 
 struct Kernels {
@@ -33,8 +31,9 @@ struct Kernels {
   // output may be null; `out_values` may be `values`.
   int64_t (*gather)(const float* values, int64_t n, float low, float high, float* out_values,
                     int32_t* out_indices);
-  // weights[i] = exp((values[i] - max) * scale), where values <= max; sums[c] = their sum in chunk
-  // c. `weights` may be null or `values`. Relative error < 2e-7, flushed to 0 below exp(-87).
+  // weights[i] = w = exp((values[i] - max) * scale), where values <= max; sums[c] = their sum in
+  // chunk c. `weights` may be null or `values`. Exactly 1 at max, relative error below
+  // 3e-7 * (1 - log(w)) down to 2^-126, and 0 below 2^-127.
   void (*weigh)(const float* values, int64_t n, float max, float scale, float* weights,
                 float* sums);
   // sums[c] = sum of the values >= bound in chunk c.

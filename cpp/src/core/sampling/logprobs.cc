@@ -18,9 +18,9 @@ bool possible(float logit) { return logit > -kInfinity; }  // false for NaN
 
 // The k most likely tokens, in descending order, in scratch->ids. Where fewer are possible,
 // impossible ones of the lowest ids follow.
-void rank_top_k(Span<const float> logits, int64_t k, Scratch* scratch) {
+void rank_top_k(Span<const float> logits, float greatest, int64_t k, Scratch* scratch) {
   std::vector<TokenId>& ids = scratch->ids;
-  int64_t size = gather_top_k(logits, k, -kInfinity, scratch);
+  int64_t size = gather_top_k(logits, greatest, k, -kInfinity, scratch);
   for (size_t i = 0; size < k && i < logits.size(); ++i) {
     if (!possible(logits[i])) ids[size++] = static_cast<TokenId>(i);
   }
@@ -55,7 +55,7 @@ void compute_logprobs(Span<float> logits, TokenId token, Scratch* scratch, Token
   out->logprobs[0] = logprob(token);
   const auto k = static_cast<int64_t>(out->token_ids.size()) - 1;
   if (k == 0) return;
-  rank_top_k({logits.data(), logits.size()}, k, scratch);
+  rank_top_k({logits.data(), logits.size()}, greatest, k, scratch);
   for (int64_t i = 0; i < k; ++i) {
     out->token_ids[i + 1] = scratch->ids[i];
     out->logprobs[i + 1] = logprob(scratch->ids[i]);

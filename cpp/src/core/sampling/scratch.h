@@ -1,6 +1,8 @@
 // What one thread needs to sample rows, allocated once.
 #pragma once
 
+#include <algorithm>
+
 #include "core/sampling/kernels.h"
 
 namespace fastpage::sampling {
@@ -10,7 +12,7 @@ struct Scratch {
       : raw_logits(vocab_size),
         values(vocab_size),
         ids(vocab_size),
-        search(vocab_size),
+        search(std::max<int64_t>(vocab_size, num_maxima(vocab_size))),
         maxima(num_maxima(vocab_size)),
         sums(num_chunks(vocab_size)),
         counts(vocab_size) {}

@@ -6,8 +6,9 @@
 
 namespace fastpage::sampling {
 
-// The k-th greatest value, -inf if there are fewer (a NaN is none). `search` has room for n values.
-float kth_greatest(const float* values, int64_t n, int64_t k, float* search);
+// The k-th greatest value, -inf if there are fewer (a NaN is none); `greatest` is the first.
+// `search` has room for n values.
+float kth_greatest(const float* values, int64_t n, int64_t k, float greatest, float* search);
 
 // The greatest weight t such that all weights >= t together reach `mass`. Weights are in [0, 1],
 // the greatest is 1; 0 < mass <= their sum `total`. `search` has room for n weights.
