@@ -92,7 +92,8 @@ struct Fixture {
   // All that comes until nothing is left, by (request, index).
   std::map<std::pair<RequestId, int32_t>, std::vector<RequestOutput>> drain() {
     std::map<std::pair<RequestId, int32_t>, std::vector<RequestOutput>> all;
-    while (engine.has_unfinished()) {
+    for (int i = 0; engine.has_unfinished(); ++i) {
+      if (i == 1000) throw std::logic_error("it does not come to an end");
       for (RequestOutput& output : engine.step().outputs) {
         all[{output.request_id, output.index}].push_back(output);
       }
@@ -453,7 +454,8 @@ TEST(Engine, SurvivesManyThreads) {
   }
   for (int t = 0; t < 2; ++t) {
     threads.emplace_back([&] {
-      while (num_adding > 0 || f.engine.has_unfinished()) {
+      for (int i = 0; num_adding > 0 || f.engine.has_unfinished(); ++i) {
+        if (i == 1000000) std::abort();  // it does not come to an end
         f.engine.wait_for_work(0.01);
         const StepOutput output = f.engine.step();
         std::lock_guard<std::mutex> lock(mutex);

@@ -107,7 +107,6 @@ void Scheduler::State::preempt_last() {
   running.pop_back();
   release_row(seq);
   seq->num_computed_tokens = 0;
-  seq->num_published_blocks = 0;
   waiting.insert(seq);
   ++output.num_preempted;
   ++stats.num_preemptions;
