@@ -114,7 +114,7 @@ def norm(x: Tensor, weight: Weight, eps: float) -> Tensor:
 
 def linear(x: Tensor, weight: Weight, bias: Weight | None = None) -> Tensor:
     """x [rows, in] times `weight` [out, in] transposed, plus `bias` [out]: [rows, out]."""
-    inputs = [x, weight] if bias is None else [x, weight, bias]
+    inputs: list[Tensor | Weight] = [x, weight] if bias is None else [x, weight, bias]
     return _append("linear", inputs, x.rows, weight.shape[0])
 
 

@@ -17,7 +17,10 @@ def spec(config: Config) -> DecoderSpec:
 
 
 def sources(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:
-    names = {"embed": ("model.embed_tokens.weight",), "final_norm": ("model.norm.weight",)}
+    names: dict[str, tuple[str, ...]] = {
+        "embed": ("model.embed_tokens.weight",),
+        "final_norm": ("model.norm.weight",),
+    }
     if not spec.tie_embeddings:
         names["lm_head"] = ("lm_head.weight",)
     for layer in range(spec.num_layers):
@@ -26,7 +29,7 @@ def sources(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:
 
 
 def _layer_sources(spec: DecoderSpec, ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
-    names = {
+    names: dict[str, tuple[str, ...]] = {
         f"{ours}.attn_norm": (f"{theirs}.input_layernorm.weight",),
         f"{ours}.mlp_norm": (f"{theirs}.post_attention_layernorm.weight",),
     }
