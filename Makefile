@@ -76,10 +76,11 @@ format: $(DEV_DONE)  ## format C++ and Python in place
 	@$(VENV)/bin/ruff format -q && $(VENV)/bin/ruff check -q --fix
 
 check-format: $(DEV_DONE)
-	@echo "-- format"
+	@echo "-- format and types"
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FORMATTED)
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/mypy
 
 # The C++ tests and the extension, warnings being errors. $(1): build directory, $(2): compiler, $(3): more options
 define build_and_ctest

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from fastpage.engine.args import EngineArgs
@@ -80,7 +80,8 @@ async def _serve(args: EngineArgs, host: str, port: int, phases: dict[str, float
 
     loading = _load_in_thread(args)
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
+    first: list[asyncio.Future[Any]] = [loading, stopping]
+    await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         # The loading thread is deep inside the weights: nothing that it has needs an orderly end.
         _say(f"{PROGRAM}: stopped while loading")
