@@ -117,6 +117,20 @@ def test_skipped_tokens_leave_no_trace(sentencepiece):
     assert "".join(pieces) == sentencepiece.decode(ids) == "the fox fox"
 
 
+def test_ids_without_a_token_leave_no_trace(sentencepiece):
+    words = sentencepiece.encode("the fox", add_special_tokens=False)
+    fox = words[len(sentencepiece.encode("the", add_special_tokens=False)) :]
+    absent = [sentencepiece.vocab_size + 7] * 40
+    ids = words + absent + fox + absent
+    assert "".join(stream(sentencepiece, ids)) == sentencepiece.decode(ids) == "the fox fox"
+
+
+def test_skipped_tokens_do_not_pile_up(smollm2):
+    detokenizer = IncrementalDetokenizer(smollm2)
+    assert {detokenizer.push([2]) for _ in range(1000)} == {""}
+    assert len(detokenizer._window) < 100
+
+
 @pytest.mark.parametrize("step", [1, 3])
 def test_sentencepiece_with_and_without_a_prompt(sentencepiece, step):
     text = "the quick  brown 🤗日本 fox\n\njumps"
