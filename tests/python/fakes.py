@@ -86,7 +86,8 @@ def load_alphabet(
     }
     scheduler = _C.SchedulerConfig(**options)
     config = _C.EngineConfig(scheduler=scheduler, vocab_size=len(VOCAB))
-    engine = _C.Engine(config, AlphabetRunner(before_step))
+    runner = AlphabetRunner(before_step)
+    engine = _C.Engine(config, runner)
     info = ModelInfo(
         served_model_name="alphabet",
         model="/models/alphabet",
@@ -106,4 +107,4 @@ def load_alphabet(
         num_threads=1,
         scheduling_policy=options.get("policy", "fcfs"),
     )
-    return LoadedModel(engine, letter_tokenizer(), info, {}, {})
+    return LoadedModel(engine, runner, letter_tokenizer(), info, {}, {})

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from fastpage.engine.memory import parse_bytes
 from fastpage.errors import InvalidArgument
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -155,6 +156,8 @@ class EngineArgs:
                 raise InvalidArgument(f"{name}={value!r} is not a whole number")
             if not least <= value < 2**31:
                 raise InvalidArgument(f"{name}={value}: must be at least {least} and below 2**31")
+        if self.kv_cache_memory is not None:
+            parse_bytes(self.kv_cache_memory, "kv_cache_memory")
         if not self.model or not isinstance(self.model, str):
             raise InvalidArgument(f"model={self.model!r} is not a path or the name of a model")
 

@@ -71,6 +71,7 @@ class ModelInfo:
 @dataclass
 class LoadedModel:
     engine: _C.Engine
+    runner: _C.ModelRunner  # the engine's
     tokenizer: Tokenizer
     info: ModelInfo
     generation_config: dict[str, Any]
@@ -112,7 +113,7 @@ def load_model(args: EngineArgs, progress: Callable[[int, int], None] | None = N
         runner = _load_runner(args, info, checkpoint, model, progress)
     with phase("engine"):
         engine = _C.Engine(_engine_config(args, info), runner)
-    return LoadedModel(engine, tokenizer, info, checkpoint.generation_config, phase.seconds)
+    return LoadedModel(engine, runner, tokenizer, info, checkpoint.generation_config, phase.seconds)
 
 
 def _open_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:

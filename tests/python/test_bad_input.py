@@ -1,0 +1,259 @@
+"""What cannot be served is refused in one line that names it, and costs nobody else anything."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from fakes import load_alphabet
+from test_grpc_server import collect, serve, text_request
+
+from fastpage import LLM, SamplingParams
+from fastpage.errors import InvalidArgument, ModelError, ResourceExhausted
+from fastpage.v1 import fastpage_pb2 as pb
+
+# ---------------------------------------------------------------- the command line
+
+
+def serve_command(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastpage.serving.cli", *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def refuse(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert result.returncode == code, result.stderr
+    assert result.stderr.startswith("fastpage-grpc: error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], ["--model"]),
+        (["--model"], ["--model"]),
+        (["--model", "x", "--no-such-option"], ["--no-such-option"]),
+        (["--model", "x", "--dtype", "int3"], ["--dtype", "int3"]),
+        (["--model", "x", "--port", "99999"], ["--port", "99999"]),
+        (["--model", "x", "--block-size", "0"], ["block_size=0"]),
+        (["--model", "x", "--max-num-seqs", "-4"], ["max_num_seqs=-4"]),
+        (["--model", "x", "--max-num-seqs", "many"], ["--max-num-seqs", "many"]),
+        (["--model", "x", "--kv-cache-memory", "plenty"], ["kv_cache_memory", "plenty"]),
+    ],
+)
+def test_options(options: list[str], words: list[str]) -> None:
+    refuse(serve_command(*options), 2, *words)
+
+
+def test_help_and_version() -> None:
+    result = serve_command("--help")
+    assert result.returncode == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for words in ("--kv-cache-memory", "Memory and batching", "50051"):
+        assert words in result.stdout
+    assert serve_command("--version").stdout.startswith("fastpage ")
+
+
+@pytest.mark.parametrize("model", ["/no/such/model.gguf", "no-such-model.gguf", "/no/such/dir"])
+def test_unknown_model(model: str) -> None:
+    refuse(serve_command("--port", "0", "--model", model), 1, model)
+
+
+def test_unsupported_architecture(tmp_path: Path) -> None:
+    write_model(tmp_path, {"architectures": ["MambaForCausalLM"], "model_type": "mamba"})
+    refuse(serve_command("--port", "0", "--model", str(tmp_path)), 1, "MambaForCausalLM")
+
+
+def test_broken_files(tmp_path: Path, smollm2_gguf: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(smollm2_gguf.read_bytes()[: 8 << 20])
+    refuse(serve_command("--port", "0", "--model", str(cut)), 1, "cut.gguf")
+    noise = tmp_path / "noise.gguf"
+    noise.write_bytes(np.random.default_rng(0).bytes(4096))
+    refuse(serve_command("--port", "0", "--model", str(noise)), 1, "noise.gguf")
+
+
+def test_port_in_use(smollm2_gguf: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = serve_command("--port", port, "--model", str(smollm2_gguf))
+    refuse(result, 1, f"127.0.0.1:{port}", "address already in use")
+
+
+def test_host_that_is_not_ours(smollm2_gguf: Path) -> None:
+    options = ("--host", "203.0.113.7", "--port", "0", "--model", str(smollm2_gguf))
+    refuse(serve_command(*options), 1, "203.0.113.7:0")
+
+
+def test_too_little_memory_for_one_sequence(smollm2_gguf: Path) -> None:
+    options = ("--kv-cache-memory", "1MiB", "--dtype", "bfloat16", "--max-model-len", "2048")
+    result = serve_command("--port", "0", "--model", str(smollm2_gguf), *options)
+    # 30 layers, keys and values, 3 heads of 64, 2 bytes: 23,040 bytes a token.
+    refuse(result, 1, "kv_cache_memory=1MiB", "max_model_len=2048", str(23040 * 2048))
+
+
+def write_model(folder: Path, config: dict[str, Any]) -> None:
+    """A safetensors checkpoint with one tensor that nobody needs."""
+    (folder / "config.json").write_text(json.dumps(config))
+    header = {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+
+
+# ---------------------------------------------------------------- gRPC
+
+BAD_SAMPLING = [
+    ({"temperature": -1.0}, "temperature"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"temperature": float("inf")}, "temperature"),
+    ({"top_p": 0.0}, "top_p"),
+    ({"top_p": 1.5}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"min_p": 2.0}, "min_p"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty"),
+    ({"presence_penalty": 3.0}, "presence_penalty"),
+    ({"frequency_penalty": -3.0}, "frequency_penalty"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 10**9}, "max_tokens"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
+    ({"n": 0}, "n "),
+    ({"n": 10**9}, "n "),
+    ({"logprobs": -5}, "logprobs"),
+    ({"logprobs": 10**6}, "logprobs"),
+    ({"stop": [""]}, "stop"),
+    ({"stop_token_ids": [29]}, "stop_token_ids"),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
+    ({"logit_bias": {99: 1.0}}, "logit_bias"),
+    ({"logit_bias": {1: float("nan")}}, "logit_bias"),
+]
+
+
+def with_unknown_field(message: Any) -> Any:
+    """As a client with a newer protocol would send it: field 999, a varint."""
+    message.MergeFromString(b"\xb8\x3e\x01")
+    return message
+
+
+def bad_requests() -> list[tuple[Any, grpc.StatusCode, str]]:
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
+    cases: list[tuple[Any, grpc.StatusCode, str]] = [
+        (text_request("abc", **sampling), invalid, name) for sampling, name in BAD_SAMPLING
+    ]
+    prompts: list[tuple[dict[str, Any], str]] = [
+        ({}, "prompt"),
+        ({"text": ""}, "text"),
+        ({"text": "a" * 200}, "prompt"),
+        ({"token_ids": pb.TokenIds()}, "prompt_token_ids"),
+        ({"token_ids": pb.TokenIds(ids=[1, 29])}, "prompt_token_ids[1]=29"),
+        ({"token_ids": pb.TokenIds(ids=[-1])}, "prompt_token_ids[0]=-1"),
+        ({"text": "a", "priority": 3}, "priority"),
+        ({"text": "a", "output_kind": 7}, "output_kind"),
+    ]
+    cases += [(pb.GenerateRequest(**fields), invalid, name) for fields, name in prompts]
+    nested = text_request("abc")
+    with_unknown_field(nested.sampling_params)
+    message = pb.ChatMessage(role="user", content="a")
+    return [
+        *cases,
+        (with_unknown_field(text_request("abc")), invalid, "field number 999"),
+        (nested, invalid, "sampling_params has field number 999"),
+        (pb.GenerateRequest(text="a", model="gpt"), grpc.StatusCode.NOT_FOUND, "'gpt'"),
+        (pb.ChatRequest(), invalid, "messages"),
+        (pb.ChatRequest(messages=[message] * 200), invalid, "prompt"),
+        (pb.ChatRequest(messages=[with_unknown_field(message)]), invalid, "messages[0]"),
+    ]
+
+
+def test_requests_are_refused_alone() -> None:
+    async def main() -> None:
+        async with serve(load_alphabet()) as client:
+            bystander = client.stub.Generate(text_request("a", max_tokens=100))
+            for request, status, word in bad_requests():
+                method = (
+                    client.stub.Chat
+                    if isinstance(request, pb.ChatRequest)
+                    else client.stub.Generate
+                )
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await collect(method(request))
+                details = error.value.details()
+                assert error.value.code() == status, (request, details)
+                assert word in details, (request, details)
+                assert "\n" not in details
+            texts, _, _ = await collect(bystander)
+            assert len(texts[0]) == 100
+            texts, _, _ = await collect(client.stub.Generate(text_request("a")))
+            assert texts == {0: "bcdef"}
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+def test_bytes_that_are_no_request() -> None:
+    async def main() -> None:
+        async with serve(load_alphabet()) as client:
+            raw = client.channel.unary_stream("/fastpage.v1.Fastpage/Generate")
+            rng = np.random.default_rng(1)
+            for _ in range(200):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await collect(raw(b"\xff" + rng.bytes(int(rng.integers(1, 64)))))
+            texts, _, _ = await collect(client.stub.Generate(text_request("a")))
+            assert texts == {0: "bcdef"}
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+# ---------------------------------------------------------------- Python
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"tensor_parallel_size": 2}, InvalidArgument, "tensor_parallel_size=2"),
+        ({"max_model_length": 5}, InvalidArgument, "max_model_length"),
+        ({"dtype": "int3"}, InvalidArgument, "dtype='int3'"),
+        ({"max_model_len": 10**6}, InvalidArgument, "max_model_len"),
+        ({"num_kv_blocks": 3}, ResourceExhausted, "num_kv_blocks=3"),
+        ({"kv_cache_memory": "no"}, InvalidArgument, "kv_cache_memory='no'"),
+        ({"max_num_seqs": 0}, InvalidArgument, "max_num_seqs=0"),
+    ],
+)
+def test_llm_options(
+    smollm2_gguf: Path, options: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        LLM(str(smollm2_gguf), **options)
+
+
+def test_llm_with_an_unsupported_model(tmp_path: Path) -> None:
+    write_model(tmp_path, {"architectures": ["MambaForCausalLM"], "model_type": "mamba"})
+    with pytest.raises(ModelError, match="MambaForCausalLM"):
+        LLM(str(tmp_path))
+    with pytest.raises(ValueError, match="no such file"):
+        LLM("/no/such/model")
+
+
+def test_sampling_params() -> None:
+    for options, name in BAD_SAMPLING:
+        if name in ("stop_token_ids", "logit_bias") or options.get("max_tokens") == 10**9:
+            continue  # whether these fit depends on the model
+        with pytest.raises(ValueError, match=name):
+            SamplingParams(**options)
+    with pytest.raises(TypeError):
+        SamplingParams(temprature=1.0)

@@ -1,0 +1,180 @@
+"""LLM with the real model: how prompts and parameters may be written, and what comes back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastpage import LLM, RequestOutput, SamplingParams
+from fastpage.errors import InvalidArgument
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+PARIS = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2_gguf: Path) -> LLM:
+    return LLM(str(smollm2_gguf), dtype="bfloat16", max_model_len=256, num_kv_blocks=128)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(llm: LLM):
+    yield
+    scheduler = llm.stats().scheduler
+    assert scheduler.num_running == scheduler.num_waiting == 0
+    assert scheduler.num_free_blocks == scheduler.num_blocks
+    llm._core.check_integrity()
+
+
+def texts(outputs: list[RequestOutput]) -> list[str]:
+    return [output.outputs[0].text for output in outputs]
+
+
+def test_ways_to_write_prompts(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode(PARIS)
+    one = llm.generate(PARIS, GREEDY, use_tqdm=False)
+    assert len(one) == 1
+    assert one[0].prompt == PARIS
+    assert one[0].prompt_token_ids == ids
+    assert one[0].finished
+    (expected,) = texts(one)
+    assert expected.startswith(" Paris")
+    for prompts in (
+        [PARIS],
+        {"prompt": PARIS},
+        [{"prompt": PARIS}],
+        ids,
+        [ids],
+        {"prompt_token_ids": ids},
+        [{"prompt_token_ids": ids}],
+        (PARIS,),
+    ):
+        assert texts(llm.generate(prompts, GREEDY, use_tqdm=False)) == [expected]
+    assert llm.generate([], GREEDY, use_tqdm=False) == []
+
+
+def test_outputs_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+    prompts = ["1, 2, 3,", PARIS, "Once upon a"]
+    params = [SamplingParams(temperature=0, max_tokens=n) for n in (9, 2, 5)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output.prompt for output in outputs] == prompts
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [9, 2, 5]
+    assert len({output.request_id for output in outputs}) == 3
+
+
+def test_samples_stop_strings_and_logprobs(llm: LLM) -> None:
+    params = SamplingParams(
+        n=3, temperature=1.0, seed=1, max_tokens=12, logprobs=2, stop=[" the", "\n"]
+    )
+    (output,) = llm.generate("My favourite animal is", params, use_tqdm=False)
+    assert [sample.index for sample in output.outputs] == [0, 1, 2]
+    assert len({tuple(sample.token_ids) for sample in output.outputs}) == 3
+    for sample in output.outputs:
+        assert " the" not in sample.text and "\n" not in sample.text
+        assert len(sample.logprobs) == len(sample.token_ids)
+        chosen = [
+            position[token_id].logprob
+            for position, token_id in zip(sample.logprobs, sample.token_ids, strict=True)
+        ]
+        assert sample.cumulative_logprob == pytest.approx(sum(chosen))
+        assert sample.finish_reason in ("stop", "length")
+        if sample.finish_reason == "stop" and isinstance(sample.stop_reason, str):
+            assert sample.stop_reason in (" the", "\n")
+
+
+def test_chat(llm: LLM) -> None:
+    capital = [{"role": "user", "content": "What is the capital of France?"}]
+    greeting = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
+    params = SamplingParams(temperature=0, max_tokens=16)
+    (one,) = llm.chat(capital, params, use_tqdm=False)
+    assert "Paris" in one.outputs[0].text
+    assert one.outputs[0].finish_reason == "stop"
+    # The template's special tokens are tokens, and written once.
+    assert one.prompt_token_ids[0] == llm.get_tokenizer().token_to_id("<|im_start|>")
+    assert one.prompt.count("What is") == 1
+    two = llm.chat([capital, greeting], params, use_tqdm=False)
+    assert texts(two)[0] == one.outputs[0].text
+    assert len(two) == 2
+
+
+def test_the_prefix_cache_is_used_and_reported(llm: LLM) -> None:
+    text = "A long beginning that many prompts share, word for word, and that is computed once. "
+    llm.generate(text * 3, GREEDY, use_tqdm=False)
+    (output,) = llm.generate(text * 3 + "More.", GREEDY, use_tqdm=False)
+    assert output.num_cached_tokens >= 32
+    assert output.num_cached_tokens % 16 == 0
+
+
+def test_an_output_may_reach_the_models_length(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=10_000, ignore_eos=True)
+    (output,) = llm.generate("word " * 240, params, use_tqdm=False)
+    assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 256
+    assert output.outputs[0].finish_reason == "length"
+
+    params = SamplingParams(temperature=0, max_tokens=4, truncate_prompt_tokens=20)
+    (output,) = llm.generate("word " * 1000, params, use_tqdm=False)
+    assert len(output.prompt_token_ids) == 20
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ("", "empty"),
+        ([], "empty"),
+        ([10**6], "not a token id"),
+        ({"text": "a"}, "unknown keys: text"),
+        (None, "NoneType"),
+        ("word " * 300, "max_model_len"),
+    ],
+)
+def test_a_bad_prompt_stops_the_others_before_they_start(llm: LLM, bad: object, words: str) -> None:
+    steps = llm.stats().num_steps
+    with pytest.raises(InvalidArgument, match=words) as error:
+        llm.generate([PARIS, PARIS, bad], GREEDY, use_tqdm=False)
+    assert str(error.value).startswith("prompts[2]: ")
+    assert llm.stats().num_steps == steps
+
+
+def test_bad_lists_of_parameters(llm: LLM) -> None:
+    with pytest.raises(InvalidArgument, match="2 entries for 1 prompts"):
+        llm.generate(PARIS, [GREEDY, GREEDY], use_tqdm=False)
+    with pytest.raises(InvalidArgument, match="sampling_params is not"):
+        llm.generate(PARIS, {"temperature": 0}, use_tqdm=False)
+    with pytest.raises(InvalidArgument, match="stop_token_ids"):
+        llm.generate(PARIS, SamplingParams(stop_token_ids=[10**6]), use_tqdm=False)
+    with pytest.raises(InvalidArgument, match="messages"):
+        llm.chat([], GREEDY, use_tqdm=False)
+
+
+def test_progress_bar(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+    llm.generate([PARIS, "Once upon a"], GREEDY)
+    shown = capfd.readouterr().err
+    assert "2/2" in shown
+    assert "output:" in shown and "tok/s" in shown
+
+
+def test_what_vllm_scripts_pass(smollm2_gguf: Path) -> None:
+    with pytest.warns(UserWarning, match="gpu_memory_utilization has no effect"):
+        small = LLM(
+            model=str(smollm2_gguf),
+            dtype="bfloat16",
+            tensor_parallel_size=1,
+            gpu_memory_utilization=0.9,
+            max_model_len=64,
+            kv_cache_memory="8MiB",
+        )
+    assert small.get_default_sampling_params() == SamplingParams()
+    assert small.info.num_kv_blocks == (8 << 20) // small.info.kv_block_bytes
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = (
+        "import sys, fastpage; from fastpage import _C; fastpage.__version__;"
+        "heavy = {'torch', 'transformers', 'grpc', 'tokenizers', 'asyncio'} & set(sys.modules);"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
