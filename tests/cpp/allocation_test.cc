@@ -1,10 +1,11 @@
-// A steady decode step allocates nothing on the heap.
+// A steady decode step allocates nothing on the heap, nor does choosing its tokens.
 #include <gtest/gtest.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <new>
 
+#include "fastpage/sampler.h"
 #include "fastpage/scheduler.h"
 
 namespace {
@@ -61,6 +62,33 @@ TEST(Allocation, ASteadyDecodeStepAllocatesNothing) {
   const int64_t before = num_allocations;
   for (int i = 0; i < 300; ++i) ASSERT_EQ(step(), 64u);
   EXPECT_EQ(num_allocations - before, 0);
+}
+
+TEST(Allocation, SamplingAllocatesNothing) {
+  const int32_t vocab_size = 5000;
+  std::vector<SamplingParams> params(6);
+  params[0].temperature = 0.0f;
+  params[1].top_p = 0.9f;
+  params[2].top_k = 50;
+  params[3].min_p = 0.01f;
+  params[4].top_k = 1000;
+  params[4].top_p = 0.5f;
+  params[5].frequency_penalty = params[5].repetition_penalty = 1.5f;
+  const std::vector<TokenId> tokens{1, 2, 3};
+  InputBatch batch;
+  for (int32_t i = 0; i < 6; ++i) {
+    batch.sampling_rows.push_back({i, i, &params[i], tokens, 1, 1, {}});
+  }
+  Sampler sampler(vocab_size);
+  ModelRunnerOutput out;
+  for (int step = 0; step < 3; ++step) {
+    std::vector<float> logits(6 * vocab_size);
+    for (size_t i = 0; i < logits.size(); ++i) logits[i] = static_cast<float>(i * 7919 % 1009) / 99;
+    const int64_t before = num_allocations;
+    sampler.begin(batch, &out);
+    sampler.sample({logits.data(), 6, vocab_size}, 0, batch, &out);
+    EXPECT_TRUE(step == 0 || num_allocations == before) << num_allocations - before;
+  }
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <random>
 
 #include "core/sampling/kernels.h"
@@ -113,6 +114,27 @@ TEST(ThresholdTest, KthGreatestIsThatOfSorting) {
       ASSERT_EQ(sampling::kth_greatest(x.data(), n, k, sorted[0], search.data()), sorted[k - 1]);
     }
     ASSERT_EQ(sampling::kth_greatest(x.data(), n, n + 1, sorted[0], search.data()), -kInfinity);
+  }
+}
+
+TEST(ThresholdTest, MassThresholdIsThatOfSorting) {
+  std::mt19937 engine(2);
+  for (int trial = 0; trial < 300; ++trial) {
+    const int64_t n = 1 + engine() % 3000;
+    std::vector<float> weights = random_logits(n, engine(), trial % 2 ? 0.1f : 3.0f), search(n);
+    const float greatest = *std::max_element(weights.begin(), weights.end());
+    // Powers of two, so that all sums are exact and ties are many.
+    for (float& w : weights) w = std::exp2(std::max(std::round(w - greatest), -20.0f));
+    std::vector<float> sorted = weights;
+    std::sort(sorted.begin(), sorted.end(), std::greater<float>());
+    const double total = std::accumulate(sorted.begin(), sorted.end(), 0.0);
+    for (double share : {0.01, 0.5, 0.9, 0.999999}) {
+      double reached = 0.0;
+      size_t i = 0;
+      while ((reached += sorted[i]) < share * total) ++i;
+      ASSERT_EQ(sampling::mass_threshold(weights.data(), n, share * total, total, search.data()),
+                sorted[i]);
+    }
   }
 }
 
@@ -227,6 +249,29 @@ TEST_F(SamplerTest, SameTokensOnAnyNumberOfThreads) {
   const auto alone = sample_rows(rows, params, tokens, seeds, nullptr);
   const auto shared = sample_rows(rows, params, tokens, seeds, &pool);
   EXPECT_EQ(alone.sampled_token_ids, shared.sampled_token_ids);
+}
+
+TEST_F(SamplerTest, TokensOutsideTheVocabularyAreHarmless) {
+  SamplingParams params = greedy();
+  params.logprobs = 2;
+  params.repetition_penalty = 1.5f;
+  params.presence_penalty = 1.0f;
+  params.min_tokens = 100;
+  params.stop_token_ids = params.allowed_token_ids = {1, -7, 1 << 30};
+  params.allowed_token_ids.push_back(2);
+  params.logit_bias = {{-1, 1.0f}, {1 << 30, 1.0f}};
+  eos_ = {1 << 30};
+  EXPECT_EQ(sample({5.0f, 4.0f, 3.0f}, params, {-1, 1 << 30, 2}), 2);
+
+  InputBatch batch;
+  batch.prompt_logprob_rows = {{0, 0, 1, 1 << 30, 1}};
+  std::vector<float> logits{1.0f, 2.0f};
+  Sampler sampler(2);
+  ModelRunnerOutput out;
+  sampler.begin(batch, &out);
+  sampler.sample({logits.data(), 1, 2}, 0, batch, &out);
+  EXPECT_EQ(out.prompt_logprobs[0].logprobs[0], -kInfinity);
+  EXPECT_EQ(out.prompt_logprobs[0].token_ids[1], 1);
 }
 
 TEST_F(SamplerTest, LogitsMayComeInParts) {

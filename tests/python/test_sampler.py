@@ -174,21 +174,50 @@ def test_frequencies_are_the_probabilities(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_logprobs_are_those_of_the_raw_logits(temperature: float) -> None:
+@pytest.mark.parametrize("fields", [{}, {"logit_bias": {2: 30.0}, "repetition_penalty": 1.3}])
+def test_logprobs_are_those_of_the_raw_logits(fields: dict[str, Any], temperature: float) -> None:
     rng = np.random.default_rng(2)
     for vocab in (5, 100, 49152):
         logits = (rng.normal(size=vocab) * 5).astype(np.float32)
         logits[1] = logits[0]
-        params = Params(
-            temperature=temperature, logprobs=8, logit_bias={2: 30.0}, repetition_penalty=1.3
-        )
+        params = Params(temperature=temperature, logprobs=5, **fields)
         [token], [entry] = sample(logits, params, [7], [[0, 4]])
+        assert token == 2 or not fields
         expected = reference.log_softmax(logits)
-        assert token == 2
-        assert entry.rank == 1 + (logits > logits[2]).sum()
-        order = np.lexsort((np.arange(vocab), -logits))[:8]
-        assert entry.token_ids == [2, *order]
-        np.testing.assert_allclose(entry.logprobs, expected[[2, *order]], atol=1e-5)
+        assert entry.rank == 1 + (logits > logits[token]).sum()
+        order = np.lexsort((np.arange(vocab), -logits))[:5]
+        assert entry.token_ids == [token, *order]
+        np.testing.assert_allclose(entry.logprobs, expected[[token, *order]], atol=1e-5)
+
+
+def test_more_logprobs_than_tokens() -> None:
+    _, [entry] = sample(np.zeros(3, np.float32), Params(logprobs=20), [0])
+    assert len(entry.token_ids) == 4
+
+
+def test_sampler_of_a_scheduled_step() -> None:
+    """Sampler fills in what a step asks for, prompt log probabilities too."""
+    config = _C.SchedulerConfig(
+        num_blocks=32, block_size=4, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=64
+    )
+    scheduler = _C.Scheduler(config)
+    scheduler.add_request([1, 2, 3], Params(temperature=0, prompt_logprobs=1), 1)
+    scheduler.add_request([4, 5], Params(logprobs=2, top_k=7), 2)
+    batch = _C.InputBatch()
+    scheduler.prepare(scheduler.schedule(), batch)
+    logits = np.random.default_rng(0).normal(size=(batch.num_logits, 100)).astype(np.float32)
+    raw = logits.copy()
+    out = _C.Sampler(100, num_threads=2).sample(logits, batch)
+    assert out.step_id == batch.step_id
+    assert out.sampled_token_ids[0] == raw[2].argmax()
+    assert out.sampled_token_ids[1] == sample(raw[3], Params(top_k=7), [2], [[4, 5]])[0]
+    assert [entry.token_ids[0] for entry in out.prompt_logprobs] == [2, 3]
+    assert [entry.token_ids[1] for entry in out.prompt_logprobs] == list(raw[:2].argmax(1))
+    assert len(out.logprobs[1].token_ids) == 3
+    with pytest.raises(ValueError, match=r"logits must be of shape \[4, vocab_size\]"):
+        _C.Sampler(100).sample(raw[:2].copy(), batch)
+    with pytest.raises(ValueError, match="logits have 100 columns, the vocabulary has 99"):
+        _C.Sampler(99).sample(raw, batch)
 
 
 def test_logprobs_are_there_for_who_asks() -> None:

@@ -13,7 +13,8 @@ bool below_min_tokens(const SamplingRow& row) {
   return row.num_output_tokens() < row.params->min_tokens;
 }
 
-// Ids outside the vocabulary have no logit: a prompt may hold some (placeholders).
+// Ids outside the vocabulary have no logit and are passed over: a Scheduler without an Engine lets
+// them through.
 template <typename Fn>
 void for_each_logit(Span<float> logits, Span<const TokenId> tokens, Fn fn) {
   for (TokenId token : tokens) {
@@ -87,7 +88,9 @@ void process_logits(Span<float> logits, const SamplingRow& row, Scratch* scratch
     forbid(logits, row.eos_token_ids);
     forbid(logits, params.stop_token_ids);
   }
-  for (const auto& [token, bias] : params.logit_bias) logits[token] += bias;
+  for (const auto& pair : params.logit_bias) {
+    for_each_logit(logits, {&pair.first, 1}, [&](float& logit, TokenId) { logit += pair.second; });
+  }
   if (params.has_penalties()) penalize(logits, row, output, scratch);
 }
 

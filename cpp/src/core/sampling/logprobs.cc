@@ -43,22 +43,23 @@ void compute_logprobs(Span<float> logits, TokenId token, Scratch* scratch, Token
   }
   kernel.weigh(logits.data(), n, greatest, 1.0f, nullptr, scratch->sums.data());
   const double log_sum = std::log(std::accumulate(scratch->sums.begin(), scratch->sums.end(), 0.0));
-  const auto logprob = [&](TokenId id) {
-    if (!possible(logits[id])) return -kInfinity;
-    return static_cast<float>(static_cast<double>(logits[id]) - greatest - log_sum);
+  const auto logprob = [&](float logit) {
+    if (!possible(logit)) return -kInfinity;
+    return static_cast<float>(static_cast<double>(logit) - greatest - log_sum);
   };
 
-  const float logit = possible(logits[token]) ? logits[token] : -kInfinity;
+  const bool in_vocabulary = static_cast<size_t>(token) < logits.size();
+  const float logit = in_vocabulary && possible(logits[token]) ? logits[token] : -kInfinity;
   const float greater = std::nextafter(logit, kInfinity);
   out->rank = 1 + static_cast<int32_t>(kernel.split(logits.data(), n, greater).count);
   out->token_ids[0] = token;
-  out->logprobs[0] = logprob(token);
+  out->logprobs[0] = logprob(logit);
   const auto k = static_cast<int64_t>(out->token_ids.size()) - 1;
   if (k == 0) return;
   rank_top_k({logits.data(), logits.size()}, greatest, k, scratch);
   for (int64_t i = 0; i < k; ++i) {
     out->token_ids[i + 1] = scratch->ids[i];
-    out->logprobs[i + 1] = logprob(scratch->ids[i]);
+    out->logprobs[i + 1] = logprob(logits[scratch->ids[i]]);
   }
 }
 
