@@ -371,6 +371,22 @@ except CheckpointError as error:
         )
 
 
+def test_hub_id(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(model: str, revision: str | None = None, **patterns: Any) -> str:
+        asked.append((model, revision))
+        return str(write_directory(tmp_path / "snapshot", {"x": ones(4)}))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    checkpoint = open_checkpoint("owner/model-1.5B", revision="main")
+    assert asked == [("owner/model-1.5B", "main")]
+    assert checkpoint.name == "owner/model-1.5B"
+    assert checkpoint.names() == ["x"]
+
+
 def test_directories_without_weights_to_load(tmp_path):
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")

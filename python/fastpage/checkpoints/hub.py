@@ -9,6 +9,7 @@ from fastpage.errors import CheckpointError
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
+_SECOND_COPIES = ["*/*.safetensors", "consolidated*.safetensors"]  # of the same weights
 
 
 def fetch(model: str, revision: str | None = None) -> Path:
@@ -27,9 +28,12 @@ def fetch(model: str, revision: str | None = None) -> Path:
             problem + "huggingface_hub is not installed (pip install huggingface_hub)"
         ) from None
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+        path = snapshot_download(
+            model, revision=revision, allow_patterns=_FILES, ignore_patterns=_SECOND_COPIES
+        )
     except (
         Exception
     ) as error:  # its errors share no base: HTTP, OS, validation, lookup in the cache
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{problem}{reason:.200}") from None
+    return Path(path)
