@@ -19,8 +19,7 @@ float walk_down(float* values, int64_t n, float low, Split above, Reached reache
   for (int64_t i = 0; i < n; ++i) {
     above.mass += values[i];
     ++above.count;
-    const bool last_of_its_kind = i + 1 == n || values[i + 1] < values[i];
-    if (last_of_its_kind && reached(above)) return values[i];
+    if (reached(above)) return values[i];
   }
   return low;
 }
