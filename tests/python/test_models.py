@@ -270,3 +270,16 @@ def test_max_model_len_bounds_positions() -> None:
     for wrong in (0, 129):
         with pytest.raises(InvalidArgument, match=f"max_model_len is {wrong}"):
             build_model(config, max_model_len=wrong)
+
+
+def test_the_real_model(smollm2_gguf: Path, smollm2_hf: Any) -> None:
+    """SmolLM2-135M in fp32: transformers' logits, and the prompt in chunks as at once."""
+    tokens = smollm2_hf.tokenizer("Gravity pulls an apple down; the Moon, however, ")["input_ids"]
+    tokens = (tokens * 10)[:NUM_TOKENS]
+    with torch.no_grad():
+        expected = smollm2_hf.model(torch.tensor([tokens])).logits[0].numpy()
+    executor = load(smollm2_gguf, "cpu")
+    whole = run_in_chunks(executor, tokens, (NUM_TOKENS,), NUM_BLOCKS, BLOCK_SIZE)
+    assert relative_error(whole, expected) < 1e-4
+    chunked = run_in_chunks(executor, tokens, CHUNKS, NUM_BLOCKS, BLOCK_SIZE)
+    np.testing.assert_array_equal(chunked, whole)

@@ -219,18 +219,15 @@ def test_random_models(seed: int) -> None:
         assert pair.error(step) < 1e-5, spec
 
 
-# What rounding keys and values can do: an ulp of the input may move them by one step of the dtype.
-TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3}
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("seed", range(20, 24))
 def test_random_models_in_half_precision(seed: int, dtype: str) -> None:
     random = np.random.default_rng(seed)
     pair = Pair(decoder(random_spec(random)), dtype, 16, seed)
     paged = PagedSequences(random_tokens(random, [70, 3, 33, 90]), NUM_BLOCKS, 16, seed)
     for step in mixed_steps(paged, random):
-        assert pair.error(step) < TOLERANCES[dtype]
+        # An ulp of fp32 may move a key or a value to the next number of the cache's type.
+        assert pair.error(step) < 3e-3
 
 
 def test_rows_do_not_depend_on_their_batch() -> None:
