@@ -31,9 +31,7 @@ def fetch(model: str, revision: str | None = None) -> Path:
         path = snapshot_download(
             model, revision=revision, allow_patterns=_FILES, ignore_patterns=_SECOND_COPIES
         )
-    except (
-        Exception
-    ) as error:  # its errors share no base: HTTP, OS, validation, lookup in the cache
+    except Exception as error:  # network, file system, cache: no narrower base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{problem}{reason:.200}") from None
     return Path(path)
