@@ -22,11 +22,12 @@ def supported_architectures() -> list[str]:
 
 def find_architecture(config: Config) -> ModuleType:
     """The first of the config's `architectures` that is known. Raises UnsupportedArchitecture."""
-    names = config.get("architectures") or []
+    given = config.get("architectures") or []
+    names = [str(name) for name in given] if isinstance(given, list) else [str(given)]
     for name in names:
         if name in _ARCHITECTURES:
             return _ARCHITECTURES[name]
     raise UnsupportedArchitecture(
-        f"architecture {', '.join(names) or '(none given in config.json)'} is not supported; "
+        f"architecture {', '.join(names) or '(none given in its config)'} is not supported; "
         f"supported: {', '.join(supported_architectures())}"
     )

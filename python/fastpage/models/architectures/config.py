@@ -1,7 +1,8 @@
-"""Reading the fields that Hugging Face configs share."""
+"""Reading the fields that Hugging Face configs share. A field that makes no sense is named."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,23 +12,38 @@ from fastpage.models.spec import DecoderSpec
 
 Config = Mapping[str, Any]
 
-# Called the same in `rope_parameters` and in RotarySpec.
-_SCALING_FIELDS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "beta_fast",
-    "beta_slow",
-    "truncate",
-)
+_MAX_SIZE = 2**31 - 1
+_MAX_LAYERS = 10_000
 
 
-def required(config: Config, name: str) -> Any:
-    """A field that has no default. Raises CheckpointError if it is not there."""
+def size(config: Config, name: str, default: int | None = None, maximum: int = _MAX_SIZE) -> int:
+    """A whole number above 0; `default` if the field is absent or null. Raises CheckpointError."""
+    value = config.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise CheckpointError(f"the model's config has no {name}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= maximum:
+        raise CheckpointError(
+            f"the model's config has {name} {value!r:.40}: a whole number, 1 to {maximum}, needed"
+        )
+    return value
+
+
+def number(config: Config, name: str, default: float, above: float = 0) -> float:
+    """A finite number; `default` if the field is absent or null. Raises CheckpointError."""
     value = config.get(name)
     if value is None:
-        raise CheckpointError(f"config.json has no {name}")
-    return value
+        return default
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not above < value < math.inf
+    ):
+        raise CheckpointError(
+            f"the model's config has {name} {value!r:.40}: a number above {above} needed"
+        )
+    return float(value)
 
 
 def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> DecoderSpec:
@@ -35,19 +51,19 @@ def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> De
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise UnsupportedArchitecture(f"hidden_act is {activation!r}: only 'silu' is supported")
-    hidden_size = required(config, "hidden_size")
-    num_heads = required(config, "num_attention_heads")
-    head_dim = config.get("head_dim") or head_dim or hidden_size // num_heads
-    max_position = required(config, "max_position_embeddings")
+    hidden_size = size(config, "hidden_size")
+    num_heads = size(config, "num_attention_heads")
+    head_dim = size(config, "head_dim", head_dim or max(hidden_size // num_heads, 1))
+    max_position = size(config, "max_position_embeddings")
     return DecoderSpec(
-        vocab_size=required(config, "vocab_size"),
+        vocab_size=size(config, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=required(config, "intermediate_size"),
-        num_layers=required(config, "num_hidden_layers"),
+        intermediate_size=size(config, "intermediate_size"),
+        num_layers=num_layers(config),
         num_heads=num_heads,
-        num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        num_kv_heads=size(config, "num_key_value_heads", num_heads),
         head_dim=head_dim,
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        norm_eps=number(config, "rms_norm_eps", 1e-6),
         max_position_embeddings=max_position,
         rotary=rotary_spec(config, head_dim, max_position),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -55,48 +71,59 @@ def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> De
     )
 
 
+def num_layers(config: Config) -> int:
+    return size(config, "num_hidden_layers", maximum=_MAX_LAYERS)
+
+
 def rotary_spec(config: Config, head_dim: int, max_position: int) -> RotarySpec:
     """From `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"the model's config has rope parameters {rope!r:.40}: no mapping")
     scaling = rope.get("rope_type") or rope.get("type") or "default"
     if scaling not in RotarySpec.SCALINGS:
         raise UnsupportedArchitecture(
-            f"rope_type is {scaling!r}: one of {', '.join(RotarySpec.SCALINGS)} is supported"
+            f"rope_type is {scaling!r:.40}: one of {', '.join(RotarySpec.SCALINGS)} is supported"
         )
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    given = {name: rope[name] for name in _SCALING_FIELDS if rope.get(name) is not None}
+    partial = number(rope, "partial_rotary_factor", number(config, "partial_rotary_factor", 1.0))
+    original = size(rope, "original_max_position_embeddings", max_position)
+    low_freq_factor = number(rope, "low_freq_factor", 1.0)
     return RotarySpec(
         dim=int(head_dim * partial),
-        theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        theta=number(rope, "rope_theta", number(config, "rope_theta", 10000.0, above=1), above=1),
         scaling=scaling,
-        original_max_position=(
-            config.get("original_max_position_embeddings")
-            or rope.get("original_max_position_embeddings")
-            or max_position
-        ),
+        factor=number(rope, "factor", 1.0),
+        original_max_position=size(config, "original_max_position_embeddings", original),
+        low_freq_factor=low_freq_factor,
+        high_freq_factor=number(rope, "high_freq_factor", 4 * low_freq_factor, low_freq_factor),
+        beta_fast=number(rope, "beta_fast", 32.0),
+        beta_slow=number(rope, "beta_slow", 1.0),
+        truncate=bool(rope.get("truncate", True)),
         magnitude=_magnitude(rope) if scaling == "yarn" else 1.0,
-        **given,
     )
 
 
 def _magnitude(rope: Config) -> float:
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    factor = required(rope, "factor")
-    mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    if mscale and mscale_all_dim:
-        return yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all_dim)
-    return yarn_magnitude(factor)
+    factor = number(rope, "factor", 1.0)
+    default = yarn_magnitude(factor)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        default = yarn_magnitude(factor, number(rope, "mscale", 1.0)) / yarn_magnitude(
+            factor, number(rope, "mscale_all_dim", 1.0)
+        )
+    return number(rope, "attention_factor", default)
 
 
 def qwen_sliding_windows(config: Config) -> tuple[int, ...]:
     """Qwen's layers see all positions unless use_sliding_window is on and a layer is listed."""
-    window = config.get("sliding_window")
-    if not config.get("use_sliding_window") or not window:
+    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
         return ()
-    num_layers = required(config, "num_hidden_layers")
-    first = config.get("max_window_layers", 28)
-    types = config.get("layer_types") or [
-        "sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)
-    ]
+    window, layers = size(config, "sliding_window"), num_layers(config)
+    types = config.get("layer_types")
+    if types is None:
+        first = config.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise CheckpointError(f"the model's config has max_window_layers {first!r:.40}")
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers:
+        raise CheckpointError(f"the model's config has no layer_types for each of {layers} layers")
     return tuple(window if kind == "sliding_attention" else 0 for kind in types)
