@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,8 @@ def load_model(args: EngineArgs, progress: Callable[[int, int], None] | None = N
         tokenizer = _open_tokenizer(args, checkpoint)
     info = _decide(args, checkpoint, model, tokenizer)
     with phase("weights"):
-        runner = _load_runner(args, info, checkpoint, model, progress)
+        runner, weight_bytes = _load_runner(args, info, checkpoint, model, progress)
+    info = replace(info, weight_bytes=weight_bytes)
     with phase("engine"):
         engine = _C.Engine(_engine_config(args, info), runner)
     return LoadedModel(engine, runner, tokenizer, info, checkpoint.generation_config, phase.seconds)
@@ -192,7 +193,8 @@ def _load_runner(
     checkpoint: Checkpoint,
     model: Model,
     progress: Callable[[int, int], None] | None,
-) -> _C.ModelRunner:
+) -> tuple[_C.ModelRunner, int]:
+    """The runner, and the bytes of weights that a step reads."""
     options: dict[str, Any] = {
         "num_kv_blocks": info.num_kv_blocks,
         "weight_dtype": info.dtype,
@@ -204,7 +206,7 @@ def _load_runner(
 
         reference = TorchExecutor(model.program, **options)
         model.load_weights(checkpoint, reference, progress=progress)
-        return TorchRunner(reference, info.num_threads)
+        return TorchRunner(reference, info.num_threads), info.weight_bytes
     executor = _C.CpuExecutor(
         model.program,
         **options,
@@ -213,7 +215,7 @@ def _load_runner(
         pool=_C.ThreadPool(args.threads),
     )
     model.load_weights(checkpoint, executor, progress=progress)
-    return _C.ProgramRunner(executor)
+    return _C.ProgramRunner(executor), executor.weight_bytes
 
 
 def _engine_config(args: EngineArgs, info: ModelInfo) -> _C.EngineConfig:
