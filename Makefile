@@ -76,11 +76,10 @@ format: $(DEV_DONE)  ## format C++ and Python in place
 	@$(VENV)/bin/ruff format -q && $(VENV)/bin/ruff check -q --fix
 
 check-format: $(DEV_DONE)
-	@echo "-- format and types"
+	@echo "-- format"
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FORMATTED)
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/ruff check
-	@$(VENV)/bin/mypy
 
 # The C++ tests and the extension, warnings being errors. $(1): build directory, $(2): compiler, $(3): more options
 define build_and_ctest
@@ -107,6 +106,8 @@ endif
 # After DEV_DONE, so that the pinned versions are there before the package asks for its ranges.
 pytest: $(DEV_DONE) cpp-gcc
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
+	@echo "-- types and tests of the installed package"
+	@$(VENV)/bin/mypy
 	@FASTPAGE_BUILD_DIR=$(CURDIR)/build/gcc $(VENV)/bin/pytest -q
 
 googletest:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+CMAKE = (sys.executable, "-m", "cmake")
 
 
 def run(*command: str | Path) -> str:
@@ -29,10 +31,10 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = os.environ.get("FASTPAGE_BUILD_DIR")
     if not build:
         build = str(REPOSITORY / "build" / "library")
-        run("cmake", "-S", REPOSITORY, "-B", build)
-        run("cmake", "--build", build, "-j", str(os.cpu_count()))
+        run(*CMAKE, "-S", REPOSITORY, "-B", build)
+        run(*CMAKE, "--build", build, "-j", str(os.cpu_count()))
     prefix = tmp_path_factory.mktemp("prefix")
-    run("cmake", "--install", build, "--prefix", prefix)
+    run(*CMAKE, "--install", build, "--prefix", prefix)
     return prefix
 
 
@@ -47,8 +49,8 @@ def test_installed_files(prefix: Path) -> None:
 
 
 def build_and_run(project: Path, prefix: Path, build: Path) -> str:
-    run("cmake", "-S", project, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}")
-    run("cmake", "--build", build)
+    run(*CMAKE, "-S", project, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}")
+    run(*CMAKE, "--build", build)
     return run(build / "consumer")
 
 
