@@ -107,14 +107,16 @@ def test_final_only_gives_one_output() -> None:
 def test_stop_string(include: bool) -> None:
     async def test(engine: AsyncEngine) -> None:
         params = SamplingParams(
-            max_tokens=60, stop=["ghi", "zz"], include_stop_str_in_output=include, **GREEDY
+            max_tokens=120, stop=["ghi", "zz"], include_stop_str_in_output=include, **GREEDY
         )
         out = (await last_of(engine, "ab", params)).outputs[0]
         assert out.text == ("cdefghi" if include else "cdef")
         assert out.token_ids == list(range(2, 9))
         assert (out.finish_reason, out.stop_reason) == ("stop", "ghi")
+        await wait_until_idle(engine)
+        assert engine.stats().num_generated_tokens < 60
 
-    run(test)
+    run(test, before_step=lambda: time.sleep(0.002))
 
 
 def test_a_stop_string_ends_one_sample_and_not_its_siblings() -> None:
@@ -182,6 +184,7 @@ def test_a_reader_that_goes_away_frees_its_blocks() -> None:
             if seen == 2:
                 break
         await wait_until_idle(engine)
+        assert engine.stats().num_generated_tokens < 60
 
         async def read() -> None:
             await last_of(engine, "a", SamplingParams(max_tokens=120, **GREEDY))
@@ -191,6 +194,8 @@ def test_a_reader_that_goes_away_frees_its_blocks() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        await wait_until_idle(engine)
+        assert engine.stats().num_generated_tokens < 120
 
     run(test, before_step=lambda: time.sleep(0.002))
 

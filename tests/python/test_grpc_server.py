@@ -204,12 +204,14 @@ def test_a_cancelled_call_and_a_deadline_free_their_blocks() -> None:
         assert (await client.stats()).num_running == 1
         call.cancel()
         await client.wait_until_idle()
+        assert (await client.stats()).num_generated_tokens < 60
 
         call = client.stub.Generate(text_request("a", max_tokens=120), timeout=0.1)
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await collect(call)
         assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         await client.wait_until_idle()
+        assert (await client.stats()).num_generated_tokens < 120
 
     run(test, before_step=lambda: time.sleep(0.005))
 
