@@ -1,7 +1,7 @@
 // The CPU ops. They know nothing of requests: matrices, block tables and lengths only. Activations
-// are fp32. Every output element is a sum in one fixed order (ascending k, fused multiply-add),
-// whatever the number of rows and threads and wherever a chunk begins: a row's result does not
-// depend on its batch.
+// are fp32. Every output element is a sum in one fixed order (ascending k, by fused multiply-add;
+// the portable kernels round the product first), whatever the number of rows and threads and
+// wherever a chunk begins: a row's result does not depend on its batch.
 //
 // The implementations are one source compiled for several instruction sets and chosen at run time.
 #pragma once
@@ -86,8 +86,7 @@ void gather_rows(ThreadPool& pool, Matrix<const float> x, Span<const int32_t> in
 // halves are GEMM panels:
 //   k: [num_blocks][num_kv_heads][block_size / 16][head_dim][16]
 //   v: [num_blocks][num_kv_heads][block_size / 16][16][head_dim]
-// block_size is a multiple of 16. Memory that holds no token must be finite (it is zeroed at the
-// start).
+// block_size is a multiple of 16. Memory that holds no token may hold anything.
 struct KvCacheView {
   void* k = nullptr;
   void* v = nullptr;

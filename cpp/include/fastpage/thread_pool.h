@@ -11,7 +11,8 @@ namespace fastpage {
 
 class ThreadPool {
  public:
-  // num_threads counts the caller; 0 = the cores this process may run on.
+  // num_threads counts the caller; 0 = the cores this process may use (its affinity and, on Linux,
+  // its container's CPU quota).
   explicit ThreadPool(int num_threads = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;

@@ -10,9 +10,8 @@ namespace {
 // fn(first row, past the last), in the calling thread if there is little to do.
 template <typename F>
 void for_rows(ThreadPool& pool, int64_t rows, int64_t cols, const F& fn) {
-  const int64_t grain = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(1, cols));
-  pool.parallel_for(rows, std::min(grain, std::max<int64_t>(1, rows)),
-                    [&](int64_t begin, int64_t end, int) { fn(begin, end); });
+  const int64_t grain = rows * cols < kSerialElements ? std::max<int64_t>(1, rows) : 1;
+  pool.parallel_for(rows, grain, [&](int64_t begin, int64_t end, int) { fn(begin, end); });
 }
 
 std::string shape(int64_t rows, int64_t cols) {

@@ -52,7 +52,7 @@ void reshape_and_cache(ThreadPool& pool, Matrix<const float> k, Matrix<const flo
                             " is past the cache's " + std::to_string(num_slots));
     }
   }
-  const int64_t grain = std::max<int64_t>(1, kSerialElements / 4 / std::max<int64_t>(1, cols));
+  const int64_t grain = k.rows * cols < kSerialElements / 4 ? std::max<int64_t>(1, k.rows) : 1;
   pool.parallel_for(k.rows, grain, [&](int64_t begin, int64_t end, int) {
     thread_local Scratch scratch;
     auto* narrow_k = reinterpret_cast<uint16_t*>(scratch.floats(static_cast<size_t>(cols)));

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <mutex>
 #include <thread>
 
@@ -22,12 +23,29 @@ namespace {
 // engine gives its cores back soon enough.
 constexpr auto kSpinTime = std::chrono::microseconds(80);
 
+#if defined(__linux__)
+// Cores' worth of time that a container may use (cgroup v2, "<quota|max> <period>"); 0 = no limit.
+int cgroup_cores() {
+  std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r");
+  if (file == nullptr) return 0;
+  long quota = 0;
+  long period = 0;
+  const int fields = std::fscanf(file, "%ld %ld", &quota, &period);
+  std::fclose(file);
+  if (fields != 2 || quota <= 0 || period <= 0) return 0;
+  return static_cast<int>((quota + period - 1) / period);
+}
+#endif
+
 int available_cores() {
+  int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 #if defined(__linux__)
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) cores = std::max(1, CPU_COUNT(&set));
+  const int quota = cgroup_cores();
+  if (quota > 0) cores = std::min(cores, quota);
 #endif
-  return std::max(1u, std::thread::hardware_concurrency());
+  return cores;
 }
 
 inline void cpu_relax() {

@@ -98,7 +98,29 @@ void linear_tile(const LinearTile& t) {
 }
 
 void pack_rows(const float* const* rows, int m, int64_t k, float scale, float* out) {
-  for (int64_t i = 0; i < k; ++i) {
+  using Quad = float __attribute__((vector_size(16)));
+  const int quads = m / 4 * 4;
+  int64_t i = 0;
+  for (; i + 4 <= k; i += 4) {
+    for (int r = 0; r < quads; r += 4) {  // four by four, transposed in registers
+      Quad x[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        __builtin_memcpy(&x[j], rows[r + j] + i, sizeof(Quad));
+        x[j] *= scale;
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const Quad y = {x[0][j], x[1][j], x[2][j], x[3][j]};
+        __builtin_memcpy(out + (i + j) * m + r, &y, sizeof(Quad));
+      }
+    }
+    for (int r = quads; r < m; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) out[(i + j) * m + r] = rows[r][i + j] * scale;
+    }
+  }
+  for (; i < k; ++i) {
     for (int r = 0; r < m; ++r) out[i * m + r] = rows[r][i] * scale;
   }
 }
