@@ -1,32 +1,9 @@
 // A steady decode step allocates nothing on the heap, nor does choosing its tokens.
 #include <gtest/gtest.h>
 
-#include <atomic>
-#include <cstdlib>
-#include <new>
-
+#include "counting_allocator.h"
 #include "fastpage/sampler.h"
 #include "fastpage/scheduler.h"
-
-namespace {
-
-std::atomic<int64_t> num_allocations{0};
-
-void* counted(size_t size) {
-  ++num_allocations;
-  void* p = std::malloc(size);
-  if (p == nullptr) throw std::bad_alloc();
-  return p;
-}
-
-}  // namespace
-
-void* operator new(size_t size) { return counted(size); }
-void* operator new[](size_t size) { return counted(size); }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete[](void* p) noexcept { std::free(p); }
-void operator delete(void* p, size_t) noexcept { std::free(p); }
-void operator delete[](void* p, size_t) noexcept { std::free(p); }
 
 namespace fastpage {
 namespace {

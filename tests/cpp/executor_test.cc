@@ -3,24 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <new>
 #include <random>
 
-namespace {
-std::atomic<int64_t> allocations{0};
-}
-
-// Not inlined, or GCC sees malloc and delete, new and free, and warns of a mismatch.
-[[gnu::noinline]] void* operator new(std::size_t size) {
-  allocations.fetch_add(1, std::memory_order_relaxed);
-  if (void* memory = std::malloc(size)) return memory;
-  throw std::bad_alloc();
-}
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+#include "counting_allocator.h"
 
 namespace fastpage {
 namespace {
@@ -150,9 +136,9 @@ TEST(CpuExecutor, ASecondStepAllocatesNothing) {
   const CpuExecutor::LogitsSink sink = [](int32_t, Matrix<float>) {};
   executor->forward(decode.batch, sink);
   decode.set_position(1);
-  const int64_t before = allocations.load();
+  const int64_t before = num_allocations.load();
   executor->forward(decode.batch, sink);
-  EXPECT_EQ(allocations.load() - before, 0);
+  EXPECT_EQ(num_allocations.load() - before, 0);
 }
 
 TEST(CpuExecutor, SizesOfTheCache) {
