@@ -85,20 +85,22 @@ check-format: $(DEV_DONE)
 define build_and_ctest
 	@echo "-- C++ with $$($(2) --version | head -1): $(1)"
 	@$(VENV)/bin/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_CXX_COMPILER=$(2) \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DFASTPAGE_TESTS=ON -DFASTPAGE_WERROR=ON $(3) > $(1).log || { cat $(1).log; exit 1; }
+	  -DFASTPAGE_TESTS=ON -DFASTPAGE_WERROR=ON $(3) > $(1).log || { cat $(1).log; exit 1; }
 	@$(VENV)/bin/cmake --build $(1) -j $(JOBS) -- --quiet
 	@$(VENV)/bin/ctest --test-dir $(1) -j $(JOBS) --output-on-failure --no-tests=error --no-label-summary $(4) > $(1).log || { cat $(1).log; exit 1; }
 	@tail -n 3 $(1).log
 endef
 
+WITH_PYTHON := -DFASTPAGE_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/$(PY)
+
 cpp-gcc: $(DEV_DONE) googletest
 	@mkdir -p build
-	$(call build_and_ctest,build/gcc,$(GXX),-DFASTPAGE_PYTHON=ON)
+	$(call build_and_ctest,build/gcc,$(GXX),$(WITH_PYTHON))
 
 cpp-clang: $(DEV_DONE) googletest
 	@mkdir -p build
 ifneq ($(CLANGXX),)
-	$(call build_and_ctest,build/clang,$(CLANGXX),-DFASTPAGE_PYTHON=ON)
+	$(call build_and_ctest,build/clang,$(CLANGXX),$(WITH_PYTHON))
 else
 	@echo "-- no clang++ found: the build with it is left out"
 endif
