@@ -145,6 +145,7 @@ class LLM:
                     with _naming(f"prompts[{i}]", only_if=len(prompts) > 1):
                         states.append(self._add(convert(prompt), params[i], priorities[i]))
                 self._step_until_done(states, use_tqdm)
+                self._drain()
             except BaseException:
                 self._abort(states)
                 raise
@@ -185,7 +186,6 @@ class LLM:
                     progress.update(changed)
         finally:
             thread.stop()
-            self._drain()
 
     def _abort(self, states: list[RequestState]) -> None:
         for state in states:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -147,6 +150,23 @@ def test_bad_lists_of_parameters(llm: LLM) -> None:
         llm.generate(PARIS, SamplingParams(stop_token_ids=[10**6]), use_tqdm=False)
     with pytest.raises(InvalidArgument, match="messages"):
         llm.chat([], GREEDY, use_tqdm=False)
+
+
+def test_ctrl_c_ends_the_requests_where_they_are(llm: LLM) -> None:
+    before = llm.stats().num_generated_tokens
+
+    def interrupt_after_a_few_tokens() -> None:
+        deadline = time.monotonic() + 20
+        while llm.stats().num_generated_tokens < before + 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        _thread.interrupt_main()
+
+    thread = threading.Thread(target=interrupt_after_a_few_tokens)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PARIS, SamplingParams(max_tokens=200, ignore_eos=True), use_tqdm=False)
+    thread.join()
+    assert llm.stats().num_generated_tokens < before + 200
 
 
 def test_progress_bar(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
