@@ -22,12 +22,12 @@ PACKAGE_DONE := $(STAMPS)/package-$(call checksum,requirements-build.txt $(SOURC
 MODEL_DONE := $(STAMPS)/model
 DEV_DONE := $(STAMPS)/dev-$(call checksum,requirements-build.txt requirements-dev.txt)
 
-CXX_FORMATTED = $(shell find cpp python tests \( -name '*.cc' -o -name '*.h' \) -not -path '*/build/*')
+CXX_FORMATTED = $(shell find benchmarks cpp python tests \( -name '*.cc' -o -name '*.h' \) -not -path '*/build/*')
 GXX ?= g++
 CLANGXX ?= $(firstword $(foreach c,clang++ clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,\
   $(shell command -v $(c) 2>/dev/null)))
 
-.PHONY: help demo test format check-format bench bench-kernels sanitize clean cpp-gcc cpp-clang pytest googletest
+.PHONY: help demo test format check-format bench bench-kernels bench-scheduler sanitize clean cpp-gcc cpp-clang pytest googletest
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/' | expand -t 22
@@ -127,6 +127,14 @@ bench: $(DEV_DONE)  ## offline throughput, one stream and a long prompt, against
 
 bench-kernels: $(PACKAGE_DONE)  ## the CPU kernels against this machine's bandwidth and FMA limits
 	@$(PY) benchmarks/kernels_cpu.py
+
+# VLLM_PYTHON=PATH: a Python that has vLLM, to measure its scheduler beside ours.
+bench-scheduler: $(PACKAGE_DONE)  ## the scheduler alone, in C++ and from Python
+	@mkdir -p build
+	@$(VENV)/bin/cmake -S . -B build/bench -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
+	  -DFASTPAGE_BENCHMARKS=ON > build/bench.log || { cat build/bench.log; exit 1; }
+	@$(VENV)/bin/cmake --build build/bench -j $(JOBS) --target scheduler_bench -- --quiet
+	@$(PY) benchmarks/scheduler.py --cpp build/bench/scheduler_bench $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist
