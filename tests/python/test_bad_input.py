@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,57 @@ def test_bytes_that_are_no_request() -> None:
             assert texts == {0: "bcdef"}
 
     asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+def test_a_long_chat_is_read_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        threads = []
+        async with serve(load_alphabet()) as client:
+            render = client.engine.tokenizer.apply_chat_template
+
+            def apply_chat_template(*args: Any, **options: Any) -> str:
+                threads.append(threading.current_thread())
+                return render(*args, **options)
+
+            monkeypatch.setattr(client.engine.tokenizer, "apply_chat_template", apply_chat_template)
+            message = pb.ChatMessage(role="user", content="a" * 100_000)
+            with pytest.raises(grpc.aio.AioRpcError, match="max_model_len"):
+                await collect(client.stub.Chat(pb.ChatRequest(messages=[message])))
+        assert threads
+        assert threading.current_thread() not in threads
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+def test_a_request_of_unreasonable_size() -> None:
+    async def main() -> None:
+        async with serve(load_alphabet()) as client:
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await collect(client.stub.Generate(text_request("a" * (5 << 20))))
+            assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+# ---------------------------------------------------------------- fastpage-chat
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--max-tokens", str(10**11), "hi"], "--max-tokens 100000000000"),
+        (["--seed", "-1", "hi"], "--seed -1"),
+        ([b"\xff\xfe"], "UTF-8"),
+        (["--system", b"\xff", "hi"], "UTF-8"),
+        (["hi"], "127.0.0.1:1"),
+    ],
+)
+def test_chat_client_errors(arguments: list[str | bytes], words: str) -> None:
+    command = [sys.executable, "-m", "fastpage.serving.chat", "--address", "127.0.0.1:1"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
 # ---------------------------------------------------------------- Python

@@ -414,6 +414,15 @@ def test_chat_client(smollm2_gguf: Path) -> None:
             [*chat, *options], input="Say hello.", capture_output=True, text=True, timeout=60
         )
         assert piped.returncode == 0 and piped.stdout.strip()
+        process = subprocess.Popen(
+            [*chat, "--address", address, "--max-tokens", "60", "Count to one hundred."],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        with process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 1)
 
     nobody = subprocess.run([*chat, *options, "hello"], capture_output=True, text=True, timeout=60)
     assert nobody.returncode == 1

@@ -78,10 +78,14 @@ def main() -> None:
     for name in ("max_tokens", "temperature", "top_p", "seed"):
         value = getattr(options, name)
         if value is not None:
-            setattr(sampling, name, value)
+            try:
+                setattr(sampling, name, value)
+            except ValueError:
+                option = "--" + name.replace("_", "-")
+                sys.exit(f"{PROGRAM}: error: {option} {value} is out of range")
     with grpc.insecure_channel(options.address) as channel:
-        conversation = Conversation(pb_grpc.FastpageStub(channel), options.system, sampling)
         try:
+            conversation = Conversation(pb_grpc.FastpageStub(channel), options.system, sampling)
             message = " ".join(options.message)
             if not message and not sys.stdin.isatty():
                 message = sys.stdin.read().strip()
@@ -91,6 +95,12 @@ def main() -> None:
                 _talk(conversation, options.verbose)
         except grpc.RpcError as error:
             sys.exit(_one_line(error, options.address))
+        except UnicodeEncodeError:
+            sys.exit(f"{PROGRAM}: error: the message is not valid UTF-8")
+        except BrokenPipeError:
+            # Whoever read the answer has gone; the interpreter would flush once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except KeyboardInterrupt:
             print()
 

@@ -17,7 +17,9 @@ from fastpage.errors import FastpageError
 from fastpage.serving.service import SERVICE_NAME, FastpageService
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
-_MAX_REQUEST_BYTES = 64 << 20
+# A million tokens or so. Tokenizing takes some 150 bytes of memory for each byte of text, and
+# several requests may be at it.
+_MAX_REQUEST_BYTES = 4 << 20
 
 _OPTIONS = (
     # Two servers on one port would share its connections silently.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from fastpage._C import __version__
 from fastpage.engine.async_engine import AsyncEngine, DuplicateRequestId, EngineStopped
@@ -20,6 +22,7 @@ from fastpage.serving.convert import (
     sampling_params_from_proto,
     sampling_params_to_proto,
 )
+from fastpage.tokenizer import Tokenizer
 from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
@@ -31,6 +34,11 @@ _OUTPUT_KINDS = {
     pb.OUTPUT_KIND_FINAL_ONLY: RequestOutputKind.FINAL_ONLY,
 }
 
+
+T = TypeVar("T")
+
+# Requests of more bytes than this are read off the event loop: the other calls go on meanwhile.
+_LONG_REQUEST = 1 << 14
 
 ToPrompt = Callable[[Any, AsyncEngine], Awaitable[Prompt]]
 
@@ -78,7 +86,7 @@ class FastpageService(pb_grpc.FastpageServicer):
     ) -> None:
         try:
             engine = self._ready_engine()
-            refuse_unknown_fields(request)
+            await _aside(request, refuse_unknown_fields, request)
             self._check_model(request.model, engine)
             params = self._sampling_params(request, engine)
             prompt = await to_prompt(request, engine)
@@ -118,8 +126,7 @@ class FastpageService(pb_grpc.FastpageServicer):
         )
 
     async def _chat_prompt(self, request: pb.ChatRequest, engine: AsyncEngine) -> Prompt:
-        messages = [{"role": m.role, "content": m.content} for m in request.messages]
-        return chat_prompt(messages, engine.tokenizer, request.cache_salt)
+        return await _aside(request, _render, request, engine.tokenizer)
 
     def _sampling_params(self, request: Any, engine: AsyncEngine) -> SamplingParams:
         if self._defaults is None:
@@ -197,6 +204,18 @@ class FastpageService(pb_grpc.FastpageServicer):
         served = engine.info.served_model_name
         if name and name != served:
             raise ModelNotFound(f"model {name!r} is not served here: {served!r} is")
+
+
+async def _aside(request: Message, call: Callable[..., T], *args: Any) -> T:
+    """call(*args), on another thread if the request is long."""
+    if request.ByteSize() > _LONG_REQUEST:
+        return await asyncio.to_thread(call, *args)
+    return call(*args)
+
+
+def _render(request: pb.ChatRequest, tokenizer: Tokenizer) -> Prompt:
+    messages = [{"role": m.role, "content": m.content} for m in request.messages]
+    return chat_prompt(messages, tokenizer, request.cache_salt)
 
 
 def _output_kind(request: Any) -> RequestOutputKind:
