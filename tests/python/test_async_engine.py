@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -346,3 +348,25 @@ def test_many_at_once_equal_one_alone() -> None:
             assert alone.outputs == together[i].outputs
 
     run(test, num_blocks=40)
+
+
+LEAVES_ITS_THREAD_RUNNING = """
+import sys, time
+from fastpage import _C
+from fastpage.engine.engine_thread import EngineThread
+
+config = _C.EngineConfig(scheduler=_C.SchedulerConfig(num_blocks=4), vocab_size=8)
+EngineThread(_C.Engine(config, _C.ModelRunner()), print, print).start()
+
+class Lingers:  # longer than the thread sleeps while there is no work
+    def __del__(self, sleep=time.sleep):
+        sleep(1.2)
+
+sys.lingers = Lingers()
+"""
+
+
+def test_an_engine_that_was_not_shut_down_does_not_crash_the_interpreters_exit() -> None:
+    script = [sys.executable, "-c", LEAVES_ITS_THREAD_RUNNING]
+    result = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,9 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="fastpage-engine", daemon=True)
 
     def start(self) -> None:
+        # A thread that comes back from a step while the interpreter goes down ends the process with
+        # a crash.
+        atexit.register(self.stop)
         self._thread.start()
 
     def stop(self) -> None:
@@ -37,6 +41,7 @@ class EngineThread:
         self._engine.wake()
         if self._thread.is_alive():
             self._thread.join()
+        atexit.unregister(self.stop)
 
     @property
     def peak_used_blocks(self) -> int:
