@@ -518,5 +518,16 @@ TEST(Scheduler, TheSameCallsGiveTheSameSteps) {
   }
 }
 
+TEST(Scheduler, PrepareRefusesAStepThatIsNotUnderWay) {
+  Scheduler scheduler(small_config());
+  scheduler.add_request(request({1, 2, 3}));
+  const SchedulerOutput& step = scheduler.schedule();
+  InputBatch batch;
+  EXPECT_THROW(Scheduler(small_config()).prepare(step, &batch), InvalidArgument);
+  scheduler.prepare(step, &batch);
+  scheduler.update(step, std::vector<TokenId>{5});
+  EXPECT_THROW(scheduler.prepare(step, &batch), InvalidArgument);
+}
+
 }  // namespace
 }  // namespace fastpage

@@ -106,7 +106,7 @@ class Scheduler {
   // are not computed, and the next schedule() tries them again.
   const SchedulerOutput& schedule();
   // Lays out the inputs of the step that schedule() returned. Throws Error if one of its sequences
-  // was aborted meanwhile: schedule() again.
+  // was aborted meanwhile: schedule() again; InvalidArgument if `step` is not the one under way.
   void prepare(const SchedulerOutput& step, InputBatch* batch) const;
   // Takes in the sampled tokens, one per sampling row in prepare()'s order: one update per
   // scheduled sequence, but none for those aborted meanwhile. The result is valid until the next

@@ -39,6 +39,9 @@ void ask_prompt_logprobs(const Sequence& seq, const ScheduledSequence& scheduled
 }  // namespace
 
 void Scheduler::State::prepare(const SchedulerOutput& step, InputBatch* batch) const {
+  if (&step != &output || step.sequences.size() != step_sequences.size()) {
+    throw InvalidArgument("prepare() of a step that is not under way");
+  }
   const int32_t num_seqs = static_cast<int32_t>(step.sequences.size());
   batch->step_id = step.step_id;
   batch->num_seqs = num_seqs;
