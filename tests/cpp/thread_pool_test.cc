@@ -1,9 +1,13 @@
 #include "fastpage/thread_pool.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
+#include <memory>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -101,6 +105,51 @@ TEST(ThreadPool, SeveralCallersTakeTurns) {
   EXPECT_EQ(calls, 4 * 500 * 2);
   EXPECT_LE(most, 2);
 }
+
+// What a forked child's body() returned; the alarm ends one that hangs.
+template <typename Body>
+int exit_status_of_fork(Body body) {
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);
+    _exit(body());
+  }
+  int status = 0;
+  EXPECT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status)) << "signal " << WTERMSIG(status);
+  return WEXITSTATUS(status);
+}
+
+TEST(ThreadPool, AForkedChildDoesAllThePartsItself) {
+  auto pool = std::make_unique<ThreadPool>(3);
+  pool->run([](int) {});
+  EXPECT_EQ(exit_status_of_fork([&] {
+              int parts = 0;
+              pool->run([&](int t) { parts |= 1 << t; });
+              pool.reset();
+              return parts;
+            }),
+            7);
+  std::atomic<int> parts{0};
+  pool->run([&](int t) { parts |= 1 << t; });
+  EXPECT_EQ(parts, 7);
+}
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // they need address space
+TEST(ThreadPool, ThreadsThatTheSystemRefusesAreAnError) {
+  EXPECT_EQ(exit_status_of_fork([] {
+              const rlimit limit{size_t{1} << 30, size_t{1} << 30};  // 8 MiB a stack, as a rule
+              setrlimit(RLIMIT_AS, &limit);
+              try {
+                ThreadPool pool(100000);
+              } catch (const ResourceExhausted&) {
+                return 42;
+              }
+              return 1;
+            }),
+            42);
+}
+#endif
 
 TEST(ThreadPool, ComesAndGoes) {
   for (int i = 0; i < 200; ++i) {

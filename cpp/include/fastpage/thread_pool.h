@@ -12,7 +12,8 @@ namespace fastpage {
 class ThreadPool {
  public:
   // num_threads counts the caller; 0 = the cores this process may use (its affinity and, on Linux,
-  // its container's CPU quota).
+  // its container's CPU quota). Throws InvalidArgument for a negative number, ResourceExhausted if
+  // the system refuses a thread.
   explicit ThreadPool(int num_threads = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -22,7 +23,7 @@ class ThreadPool {
 
   // Runs fn(thread_index) on every thread of the pool, the caller being thread 0, and returns when
   // all are done. A loop waits for that of another caller to end; fn must not throw and must not
-  // call run() again.
+  // call run() again. In a child of fork(), which has no workers, the caller does all the parts.
   template <typename F>
   void run(F&& fn) {
     using Fn = std::remove_reference_t<F>;

@@ -1,10 +1,13 @@
 #include "fastpage/thread_pool.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
+#include <exception>
 #include <mutex>
 #include <thread>
 
@@ -71,6 +74,16 @@ bool spin_until(bool oversubscribed, const Done& done) {
   return done();
 }
 
+// fork() copies the calling thread alone: how many forks lie between the first process and this one
+// tells a pool whether its workers exist here.
+int fork_depth() {
+  static std::atomic<int> depth{0};
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { depth.fetch_add(1, std::memory_order_relaxed); });
+  static_cast<void>(registered);
+  return depth.load(std::memory_order_relaxed);
+}
+
 }  // namespace
 
 // A loop is announced by a new epoch and is over when `pending` is 0. Whoever spins in vain sleeps
@@ -91,6 +104,15 @@ struct ThreadPool::Impl {
   std::condition_variable work;
   std::condition_variable done;
   std::vector<std::thread> threads;
+  const int made_at_depth = fork_depth();
+
+  bool workers_exist() const { return made_at_depth == fork_depth(); }
+
+  void end_workers() {
+    stop = true;
+    announce(static_cast<int>(threads.size()));
+    for (std::thread& thread : threads) thread.join();
+  }
 
   void announce(int num_workers) {
     pending.store(num_workers, std::memory_order_relaxed);
@@ -150,19 +172,32 @@ ThreadPool::ThreadPool(int num_threads)
   }
   impl_->oversubscribed = num_threads_ > available_cores();
   for (int i = 1; i < num_threads_; ++i) {
-    impl_->threads.emplace_back([impl = impl_.get(), i] { impl->worker(i); });
+    try {
+      impl_->threads.emplace_back([impl = impl_.get(), i] { impl->worker(i); });
+    } catch (const std::exception& e) {
+      impl_->end_workers();
+      throw ResourceExhausted("only " + std::to_string(i) + " of " + std::to_string(num_threads_) +
+                              " threads could be started (" + e.what() + "): ask for fewer");
+    }
   }
 }
 
 ThreadPool::~ThreadPool() {
-  impl_->stop = true;
-  impl_->announce(num_threads_ - 1);
-  for (std::thread& thread : impl_->threads) thread.join();
+  if (impl_->workers_exist()) {
+    impl_->end_workers();
+  } else {
+    // Threads that are not here can be neither joined nor woken: leave them where they are.
+    static_cast<void>(impl_.release());
+  }
 }
 
 void ThreadPool::run_raw(RawFn fn, void* arg) {
   if (num_threads_ == 1) {
     fn(arg, 0);
+    return;
+  }
+  if (!impl_->workers_exist()) {
+    for (int t = 0; t < num_threads_; ++t) fn(arg, t);
     return;
   }
   std::lock_guard<std::mutex> one_loop_at_a_time(impl_->run_mutex);
