@@ -161,6 +161,8 @@ std::vector<TokenId> argmax(CpuExecutor& executor, const InputBatch& batch) {
   return tokens;
 }
 
+TEST(ProgramRunner, NeedsAnExecutor) { EXPECT_THROW(ProgramRunner(nullptr), InvalidArgument); }
+
 TEST(ProgramRunner, SamplesTheArgmaxOfItsLogitsAndCopiesBlocksFirst) {
   const auto executor = loaded(small_config());
   ProgramRunner runner(executor);

@@ -35,6 +35,9 @@ void embed(ThreadPool& pool, Span<const TokenId> ids, const TensorView& table, M
   if (table.ndim != 2 || table.shape[0] == 0) {
     throw InvalidArgument("embed: the table must be [vocab][hidden] and not empty");
   }
+  if (table.shape[1] > 1 && table.strides[1] != 1) {
+    throw InvalidArgument("embed: the table is not row-major: make it contiguous");
+  }
   check_shape("embed", "y", y.rows, y.cols, rows, table.shape[1]);
   const int64_t row_bytes = table.strides[0] * static_cast<int64_t>(dtype_size(table.dtype));
   for_rows(pool, rows, y.cols, [&](int64_t begin, int64_t end) {
@@ -89,6 +92,7 @@ void rotary(ThreadPool& pool, Matrix<const float> x, Span<const int32_t> positio
     throw InvalidArgument("rotary: " + std::to_string(positions.size()) + " positions for " +
                           std::to_string(x.rows) + " rows");
   }
+  if (x.rows > 0 && cos_sin.rows == 0) throw InvalidArgument("rotary: cos_sin has no rows");
   const int64_t half = rotary_dim / 2;
   const auto rotate =
       style == RotaryStyle::kNeox ? kernels().rotary_neox : kernels().rotary_interleaved;

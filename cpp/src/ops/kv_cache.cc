@@ -37,6 +37,10 @@ void write_row(const T* k, const T* v, int64_t slot, const KvCacheView& cache) {
 void reshape_and_cache(ThreadPool& pool, Matrix<const float> k, Matrix<const float> v,
                        Span<const int32_t> slot_mapping, const KvCacheView& cache) {
   const cpu::ElementType type = element_type(cache.dtype, "kv cache");
+  if (cache.block_size <= 0 || cache.block_size % cpu::kGranule != 0) {
+    throw InvalidArgument("reshape_and_cache: blocks of " + std::to_string(cache.block_size) +
+                          ": a multiple of 16 is needed");
+  }
   const int64_t cols = static_cast<int64_t>(cache.num_kv_heads) * cache.head_dim;
   if (k.cols != cols || v.cols != cols || k.rows != v.rows ||
       k.rows != static_cast<int64_t>(slot_mapping.size())) {

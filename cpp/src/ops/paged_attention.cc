@@ -331,7 +331,8 @@ class PagedAttention {
 void paged_attention(ThreadPool& pool, Matrix<const float> q, const KvCacheView& cache,
                      const AttentionBatch& batch, const AttentionParams& params,
                      Matrix<float> out) {
-  if (cache.num_kv_heads <= 0 || params.num_heads % cache.num_kv_heads != 0 ||
+  if (cache.num_kv_heads <= 0 || params.num_heads <= 0 ||
+      params.num_heads % cache.num_kv_heads != 0 || cache.block_size <= 0 ||
       cache.block_size % kGranule != 0) {
     throw InvalidArgument("paged_attention: " + std::to_string(params.num_heads) + " heads over " +
                           std::to_string(cache.num_kv_heads) + " KV heads in blocks of " +

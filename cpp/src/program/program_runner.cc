@@ -2,8 +2,17 @@
 
 namespace fastpage {
 
+namespace {
+
+std::shared_ptr<CpuExecutor> checked(std::shared_ptr<CpuExecutor> executor) {
+  if (executor == nullptr) throw InvalidArgument("ProgramRunner: the executor is null");
+  return executor;
+}
+
+}  // namespace
+
 ProgramRunner::ProgramRunner(std::shared_ptr<CpuExecutor> executor)
-    : executor_(std::move(executor)),
+    : executor_(checked(std::move(executor))),
       sampler_(static_cast<int32_t>(executor_->program().vocab_size()), &executor_->pool()) {}
 
 ProgramRunner::~ProgramRunner() = default;
