@@ -197,7 +197,7 @@ void reshape_and_cache(ThreadPool& pool, py::object k_arg, py::object v_arg,
 // What the kernels take on trust from the scheduler is checked where anybody may call.
 void check_batch(const std::vector<int32_t>& query_start_loc, const std::vector<int32_t>& seq_lens,
                  const std::vector<int32_t>& block_tables, int64_t stride, int64_t rows,
-                 const ops::KvCacheView& cache) {
+                 int32_t sliding_window, const ops::KvCacheView& cache) {
   const int64_t num_seqs = static_cast<int64_t>(seq_lens.size());
   if (static_cast<int64_t>(query_start_loc.size()) != num_seqs + 1 || query_start_loc[0] != 0 ||
       query_start_loc[num_seqs] != rows) {
@@ -208,19 +208,22 @@ void check_batch(const std::vector<int32_t>& query_start_loc, const std::vector<
     throw InvalidArgument("block_tables must have a row per sequence");
   }
   for (int64_t i = 0; i < num_seqs; ++i) {
-    const int32_t tokens = query_start_loc[i + 1] - query_start_loc[i];
+    const int64_t tokens = int64_t{query_start_loc[i + 1]} - query_start_loc[i];
     if (tokens < 0 || seq_lens[i] < tokens) {
       throw InvalidArgument("sequence " + std::to_string(i) + " has " + std::to_string(tokens) +
                             " new tokens and seq_len " + std::to_string(seq_lens[i]));
     }
-    const int64_t blocks = (seq_lens[i] + cache.block_size - 1) / cache.block_size;
+    const int64_t blocks = (int64_t{seq_lens[i]} + cache.block_size - 1) / cache.block_size;
+    const int64_t oldest = sliding_window > 0 ? seq_lens[i] - tokens - sliding_window + 1 : 0;
     if (blocks > stride) {
       throw InvalidArgument("block_tables has " + std::to_string(stride) + " columns, sequence " +
                             std::to_string(i) + " needs " + std::to_string(blocks));
     }
     for (int64_t b = 0; b < blocks; ++b) {
       const int32_t id = block_tables[static_cast<size_t>(i * stride + b)];
-      if (id < kNoBlock || id >= cache.num_blocks) {
+      // What no token sees may be missing.
+      const int32_t least = (b + 1) * cache.block_size <= oldest ? kNoBlock : 0;
+      if (id < least || id >= cache.num_blocks) {
         throw InvalidArgument("block_tables holds " + std::to_string(id) + ", not a block of " +
                               std::to_string(cache.num_blocks));
       }
@@ -243,7 +246,7 @@ Array paged_attention(ThreadPool& pool, py::object q_arg, const KvCache& cache,
   if (num_heads <= 0 || sliding_window < 0 || soft_cap < 0.0f) {
     throw InvalidArgument("num_heads must be positive, sliding_window and soft_cap not negative");
   }
-  check_batch(query_start_loc, seq_lens, block_tables, stride, qm.rows, cache.view);
+  check_batch(query_start_loc, seq_lens, block_tables, stride, qm.rows, sliding_window, cache.view);
   ops::AttentionBatch batch;
   batch.num_seqs = static_cast<int32_t>(seq_lens.size());
   batch.query_start_loc = query_start_loc.data();

@@ -157,6 +157,7 @@ void ImportedTensor::import_numpy(const std::optional<std::string>& source_dtype
   const char order = type.byteorder();
   const char kind = type.kind();
   const int64_t size = type.itemsize();
+  if (size == 0) fail(name_, "has elements of no size");
   DlDataType element{0xff, static_cast<uint8_t>(size * 8), 1};
   if (kind == 'f') element.code = kDlFloat;
   if (kind == 'i') element.code = kDlInt;
@@ -211,22 +212,22 @@ void ImportedTensor::import_capsule(const std::optional<std::string>& source_dty
     auto* managed = static_cast<DlManagedTensorVersioned*>(
         PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
     if (managed->version.major != 1) fail(name_, "speaks a DLPack version other than 1");
+    view_ = view_of(name_, managed->tensor, source_dtype);  // before the tensor is ours: may throw
     PyCapsule_SetName(capsule.ptr(), "used_dltensor_versioned");
     managed_ = managed;
     release_ = [](void* p) {
       auto* m = static_cast<DlManagedTensorVersioned*>(p);
       if (m->deleter != nullptr) m->deleter(m);
     };
-    view_ = view_of(name_, managed->tensor, source_dtype);
   } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
     auto* managed = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+    view_ = view_of(name_, managed->tensor, source_dtype);
     PyCapsule_SetName(capsule.ptr(), "used_dltensor");
     managed_ = managed;
     release_ = [](void* p) {
       auto* m = static_cast<DlManagedTensor*>(p);
       if (m->deleter != nullptr) m->deleter(m);
     };
-    view_ = view_of(name_, managed->tensor, source_dtype);
   } else {
     fail(name_, "gave no DLPack capsule");
   }

@@ -425,7 +425,7 @@ def test_attention_arguments_are_checked(pool):
     assert attend().shape == (2, 8)
     for bad in [
         {"start": (0, 1)}, {"start": (0, 1, 2)}, {"lens": (1,)}, {"lens": (33,)},
-        {"tables": ((0, 4),)}, {"heads": 2},
+        {"tables": ((0, 4),)}, {"heads": 2}, {"lens": (2**31 - 1,)}, {"tables": ((0, -1),)},
     ]:  # fmt: skip
         with pytest.raises(_C.InvalidArgument):
             attend(**bad)
@@ -458,6 +458,29 @@ def test_read_only_and_dlpack_sources(pool):
     np.testing.assert_array_equal(ops.add(pool, Exporter(True), Exporter(False)), want)
     with pytest.raises(_C.InvalidArgument, match=r"^b is not in CPU memory"):
         ops.add(pool, x, OnGpu(True))
+
+
+@pytest.mark.parametrize("versions", [False, True])
+def test_refused_dlpack_sources_are_released(pool, versions):
+    x = np.zeros((1, 1, 1, 1, 1), np.float32)
+
+    class Exporter:
+        def __dlpack__(self, max_version=None):
+            return x.__dlpack__(max_version=max_version) if versions else x.__dlpack__()
+
+        def __dlpack_device__(self):
+            return (1, 0)
+
+    holders = sys.getrefcount(x)
+    with pytest.raises(_C.InvalidArgument, match="a has 5 dimensions"):
+        ops.add(pool, Exporter(), Exporter())
+    assert sys.getrefcount(x) == holders
+
+
+def test_elements_of_no_size_are_refused(pool):
+    nothing = np.zeros((2, 2), np.dtype([]))
+    with pytest.raises(_C.InvalidArgument, match=r"^a has elements of no size"):
+        ops.add(pool, nothing, nothing)
 
 
 def test_torch_tensors(pool):

@@ -300,6 +300,7 @@ def test_a_cache_that_does_not_fit_is_refused() -> None:
         ("query_start_loc", [0, 3], "query_start_loc must run from 0 to 2"),
         ("seq_lens", [1], "has 2 new tokens of 1"),
         ("seq_lens", [40], "needs 3 blocks, its block table has 1"),
+        ("seq_lens", [2**31 - 1], "needs 134217728 blocks, its block table has 1"),
         ("block_tables", [[NUM_BLOCKS]], "block_tables holds"),
         ("logits_indices", [2], "logits_indices holds 2"),
         ("positions", [0], "positions has 1 entries, 2 needed"),

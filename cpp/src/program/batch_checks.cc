@@ -34,12 +34,12 @@ void check_sequence(const InputBatch& batch, int32_t seq, const ExecutorConfig& 
   const int32_t begin = batch.query_start_loc[seq];
   const int32_t end = batch.query_start_loc[seq + 1];
   const int32_t seq_len = batch.seq_lens[seq];
-  if (begin > end || end - begin > seq_len) {
+  if (begin < 0 || begin > end || end - begin > seq_len) {
     throw InvalidArgument("sequence " + std::to_string(seq) + " has " +
                           std::to_string(end - begin) + " new tokens of " +
                           std::to_string(seq_len));
   }
-  const int32_t num_blocks = (seq_len + config.block_size - 1) / config.block_size;
+  const int64_t num_blocks = (int64_t{seq_len} + config.block_size - 1) / config.block_size;
   if (num_blocks > batch.block_table_stride) {
     throw InvalidArgument("sequence " + std::to_string(seq) + " needs " +
                           std::to_string(num_blocks) + " blocks, its block table has " +
