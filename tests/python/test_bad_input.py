@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -53,6 +54,8 @@ def refuse(result: subprocess.CompletedProcess[str], code: int, *words: str) -> 
         (["--model", "x", "--max-num-seqs", "-4"], ["max_num_seqs=-4"]),
         (["--model", "x", "--max-num-seqs", "many"], ["--max-num-seqs", "many"]),
         (["--model", "x", "--kv-cache-memory", "plenty"], ["kv_cache_memory", "plenty"]),
+        (["--model", "x", "--kv-cache-memory", "9" * 400], ["kv_cache_memory"]),
+        (["--model", "x", "--kv-cache-memory", "0.5"], ["kv_cache_memory", "0.5"]),
     ],
 )
 def test_options(options: list[str], words: list[str]) -> None:
@@ -99,6 +102,23 @@ def test_port_in_use(smollm2_gguf: Path) -> None:
 def test_host_that_is_not_ours(smollm2_gguf: Path) -> None:
     options = ("--host", "203.0.113.7", "--port", "0", "--model", str(smollm2_gguf))
     refuse(serve_command(*options), 1, "203.0.113.7:0")
+
+
+def test_more_memory_than_there_is(smollm2_gguf: Path) -> None:
+    result = serve_command(
+        "--model", str(smollm2_gguf), "--port", "0", "--kv-cache-memory", "900TB"
+    )
+    refuse(result, 1, "KV cache", "available")
+
+
+def test_ctrl_c_before_the_server_listens() -> None:
+    interrupted = (
+        "import signal, sys; from fastpage.serving import cli; sys.argv = ['fastpage-grpc'];"
+        "cli._seconds_since_process_start = lambda: signal.raise_signal(signal.SIGINT);"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
 def test_too_little_memory_for_one_sequence(smollm2_gguf: Path) -> None:

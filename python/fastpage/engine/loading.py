@@ -26,6 +26,8 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DEFAULT_CACHE_SHARE = 0.4
 # ... and at most this much.
 _DEFAULT_CACHE_LIMIT = 4 << 30
+# Block ids are int32.
+_MOST_BLOCKS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ def _num_kv_blocks(
         blocks, given = args.num_kv_blocks, f"num_kv_blocks={args.num_kv_blocks}"
     elif args.kv_cache_memory is not None:
         size = parse_bytes(args.kv_cache_memory, "kv_cache_memory")
-        blocks, given = size // block_bytes, f"kv_cache_memory={args.kv_cache_memory}"
+        blocks = min(size // block_bytes, _MOST_BLOCKS)
+        given = f"kv_cache_memory={args.kv_cache_memory}"
     else:
         free = max(0, available_bytes() - weight_bytes)
         size = min(int(free * _DEFAULT_CACHE_SHARE), _DEFAULT_CACHE_LIMIT)

@@ -8,11 +8,13 @@ from pathlib import Path
 from fastpage.errors import InvalidArgument
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_TOO_MUCH = 1 << 60
 _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
 def parse_bytes(value: int | str, name: str) -> int:
     """`value` in bytes: an int, or text such as "2GiB", "1.5g", "800 MB"."""
+    size: float
     if isinstance(value, int):
         size = value
     else:
@@ -20,10 +22,12 @@ def parse_bytes(value: int | str, name: str) -> int:
         if not match:
             raise InvalidArgument(f"{name}={value!r} is not an amount of memory such as 2GiB")
         unit = match[2] or ""
-        size = int(float(match[1]) * (_BINARY.get(unit) or _UNITS[unit]))
-    if size <= 0:
+        size = min(float(match[1]) * (_BINARY.get(unit) or _UNITS[unit]), _TOO_MUCH)
+    if size < 1:
         raise InvalidArgument(f"{name}={value!r}: must be more than 0 bytes")
-    return size
+    if size >= _TOO_MUCH:
+        raise InvalidArgument(f"{name}: must be less than {format_bytes(_TOO_MUCH)}")
+    return int(size)
 
 
 def format_bytes(size: int) -> str:

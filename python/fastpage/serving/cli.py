@@ -28,6 +28,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main() -> None:
+    # Until the event loop listens for it, Ctrl-C ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     phases = {"Python": _seconds_since_process_start()}
     start = time.perf_counter()
     # Not at the top: these take a while, and the time is shown.
