@@ -328,3 +328,21 @@ def test_profile_by_op_kind() -> None:
 
 def executor_ops() -> list[Any]:
     return list(decoder(random_spec(np.random.default_rng(0))).ops)
+
+
+def test_a_weight_may_be_embedding_linear_and_rotary_table_at_once() -> None:
+    values = np.random.default_rng(0).standard_normal((8, 4), np.float32)
+
+    def logits(rotary_table: str) -> np.ndarray:
+        with ops.trace() as program:
+            table = ops.weight("table", (8, 4))
+            cos_sin = table if rotary_table == "table" else ops.weight(rotary_table, (8, 4))
+            x = ops.rotary(ops.embed(table), cos_sin, head_dim=4)
+            ops.output(ops.linear(ops.gather_rows(x), table))
+        executor = CpuExecutor(program, num_kv_blocks=1, weight_dtype="float32")
+        for name in {"table", rotary_table}:
+            executor.load_weight(name, values)
+        executor.finish_loading()
+        return executor.forward_arrays(**PagedSequences([[1, 2]], 1, 16).step({0: 2}))
+
+    np.testing.assert_array_equal(logits("table"), logits("copy"))

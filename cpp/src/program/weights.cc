@@ -32,6 +32,7 @@ WeightStore::WeightStore(const Program& program, DType dtype)
   }
   for (const Op& op : program.ops()) {
     if (op.kind == OpKind::kEmbed) entries_[op.inputs[0].buffer].is_packed = true;
+    if (op.kind == OpKind::kRotary) entries_[op.inputs[1].buffer].is_table = true;
     if (op.kind != OpKind::kLinear) continue;
     entries_[op.inputs[1].buffer].is_packed = true;
     entries_[op.inputs[1].buffer].is_linear = true;
@@ -59,7 +60,8 @@ void WeightStore::load(const std::string& name, const TensorView& weight, Thread
   if (entry.is_loaded) throw InvalidArgument("weight '" + name + "' is loaded twice");
   if (entry.is_packed) {
     entry.packed = ops::PackedWeight::pack(weight, dtype_, pool);
-  } else {
+  }
+  if (!entry.is_packed || entry.is_table) {
     entry.values = to_float32(weight, pool);
   }
   entry.is_loaded = true;

@@ -28,6 +28,7 @@ class WeightStore {
   struct Entry {
     bool is_packed = false;
     bool is_linear = false;
+    bool is_table = false;  // of a rotary op, which reads it as it is, packed or not
     bool is_loaded = false;
     ops::PackedWeight packed;
     std::vector<float> values;
