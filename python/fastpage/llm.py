@@ -76,7 +76,8 @@ class LLM:
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """One output per prompt, in their order. A prompt is a text, a list of token ids, or a dict
-        with "prompt" or "prompt_token_ids". A bad one raises before anything is run."""
+        with "prompt" or "prompt_token_ids". A bad one raises before anything is run. Without
+        `sampling_params`: get_default_sampling_params()."""
         tokenizer = self._loaded.tokenizer
         vocab_size = self._loaded.info.vocab_size
         return self._run(
@@ -136,6 +137,8 @@ class LLM:
         priority: Sequence[int] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
         params = _one_per_prompt("sampling_params", sampling_params, len(prompts), SamplingParams)
         priorities = _one_per_prompt("priority", priority, len(prompts), int)
         with self._lock:

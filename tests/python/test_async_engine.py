@@ -10,13 +10,15 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from fakes import EOS_ID, Gate, load_alphabet
+from fakes import EOS_ID, Gate, letter_tokenizer, load_alphabet
 
 from fastpage import AsyncEngine, RequestOutput, SamplingParams
 from fastpage.engine.async_engine import DuplicateRequestId, EngineStopped
-from fastpage.engine.output_processor import EngineStepError
+from fastpage.engine.output_processor import EngineStepError, RequestState
+from fastpage.engine.prompts import Prompt
 from fastpage.errors import InvalidArgument, ResourceExhausted
 from fastpage.outputs import RequestOutputKind
+from fastpage.tokenizer import stop_strings
 
 GREEDY = {"temperature": 0.0}
 
@@ -134,6 +136,26 @@ def test_a_stop_string_ends_one_sample_and_not_its_siblings() -> None:
                 assert len(sample.token_ids) == 60
 
     run(test)
+
+
+def test_stop_strings_are_prepared_once_for_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = []
+    prepare = stop_strings._borders
+
+    def borders(text: str) -> list[int]:
+        prepared.append(text)
+        return prepare(text)
+
+    monkeypatch.setattr(stop_strings, "_borders", borders)
+    prompt = Prompt("a", [0])
+    params = SamplingParams(n=8, stop=["cd", "ce"])
+    state = RequestState("id", 0, prompt, params, letter_tokenizer())
+    assert prepared == ["cd", "ce"]
+    state.samples[0].push(2, None)
+    state.samples[1].push(3, None)
+    assert not state.samples[1].finished
+    state.samples[0].push(3, None)
+    assert state.samples[0].finished
 
 
 def test_min_tokens_delays_stop_strings() -> None:

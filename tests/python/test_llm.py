@@ -169,6 +169,15 @@ def test_ctrl_c_ends_the_requests_where_they_are(llm: LLM) -> None:
     assert llm.stats().num_generated_tokens < before + 200
 
 
+def test_without_parameters_the_models_own_are_used(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recommended = {"temperature": 0.0, "max_new_tokens": 3}
+    monkeypatch.setattr(llm._loaded, "generation_config", recommended)
+    expected = llm.generate(PARIS, SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
+    assert texts(llm.generate(PARIS, use_tqdm=False)) == texts(expected)
+
+
 def test_progress_bar(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
     llm.generate([PARIS, "Once upon a"], GREEDY)
     shown = capfd.readouterr().err

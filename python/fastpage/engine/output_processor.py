@@ -36,7 +36,14 @@ class SampleAbort(NamedTuple):
 class _Sample:
     """One of the n outputs of a request."""
 
-    def __init__(self, index: int, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        index: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        matcher: StopStringMatcher,
+    ) -> None:
         self.output = CompletionOutput(index=index, text="", token_ids=[])
         if params.logprobs is not None:
             self.output.logprobs = []
@@ -47,9 +54,7 @@ class _Sample:
             self._detokenizer = IncrementalDetokenizer(
                 tokenizer, prompt.token_ids, skip_special_tokens=params.skip_special_tokens
             )
-        self._matcher = StopStringMatcher(
-            list(params.stop or ()), params.include_stop_str_in_output
-        )
+        self._matcher = matcher
         # How much delta() has given out.
         self._sent_chars = 0
         self._sent_tokens = 0
@@ -140,7 +145,10 @@ class RequestState:
         self.core_id = core_id
         self.prompt = prompt
         self.params = params
-        self.samples = [_Sample(i, prompt, params, tokenizer) for i in range(params.n)]
+        matcher = StopStringMatcher(list(params.stop or ()), params.include_stop_str_in_output)
+        self.samples = [
+            _Sample(i, prompt, params, tokenizer, matcher.fresh()) for i in range(params.n)
+        ]
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
         if params.prompt_logprobs is not None:

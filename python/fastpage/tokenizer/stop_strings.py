@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from fastpage.errors import InvalidArgument
@@ -25,6 +26,13 @@ class StopStringMatcher:
         self._matched_lengths = [0] * len(self._stop)
         self._include = include_stop_str_in_output
         self._held = ""
+
+    def fresh(self) -> StopStringMatcher:
+        """Another one for the same strings, without the work of preparing them again."""
+        other = copy.copy(self)
+        other._matched_lengths = [0] * len(self._stop)
+        other._held = ""
+        return other
 
     def push(self, delta: str) -> tuple[str, str | None]:
         """The text that may be shown now, and the stop string, once one is complete.
