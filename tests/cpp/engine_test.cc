@@ -177,6 +177,9 @@ TEST(Engine, AFullQueueIsRefused) {
   EXPECT_EQ(f.engine.stats().scheduler.num_waiting, 3);
   EXPECT_EQ(error_of<ResourceExhausted>([&] { f.engine.add_request(request({3})); }),
             "the queue is full: 3 waiting, max_num_waiting 3: try again later");
+  two.params.n = 4;  // not even later
+  EXPECT_EQ(error_of<InvalidArgument>([&] { f.engine.add_request(two); }),
+            "n is 4: more than max_num_waiting 3 can never queue up");
   f.engine.step();
   EXPECT_EQ(f.engine.stats().scheduler.num_waiting, 0);
   f.engine.add_request(request({3}));

@@ -66,6 +66,10 @@ void check_fits(const SchedulerConfig& config, size_t num_prompt_tokens,
 }
 
 void check_queue(const SchedulerConfig& config, int64_t num_waiting, int64_t num_new) {
+  if (num_new > config.max_num_waiting) {
+    throw InvalidArgument("n is " + std::to_string(num_new) + ": more than max_num_waiting " +
+                          std::to_string(config.max_num_waiting) + " can never queue up");
+  }
   if (num_waiting + num_new > config.max_num_waiting) {
     throw ResourceExhausted("the queue is full: " + std::to_string(num_waiting) +
                             " waiting, max_num_waiting " + std::to_string(config.max_num_waiting) +
