@@ -123,7 +123,12 @@ def wait_until_serving(channel: grpc.Channel, server: subprocess.Popen[str]) -> 
     health = health_pb2_grpc.HealthStub(channel)
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     serving = health_pb2.HealthCheckResponse.SERVING
-    while health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True).status != serving:
+    while True:
+        try:
+            if health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == serving:
+                break
+        except grpc.RpcError:
+            pass  # it has ended, perhaps
         if server.poll() is not None or time.monotonic() > deadline:
             sys.exit("the server did not become ready")
         time.sleep(0.05)

@@ -90,6 +90,18 @@ def test_broken_files(tmp_path: Path, smollm2_gguf: Path) -> None:
     refuse(serve_command("--port", "0", "--model", str(noise)), 1, "noise.gguf")
 
 
+def test_demo_without_a_model_that_can_be_served(tmp_path: Path) -> None:
+    model = tmp_path / "broken.gguf"
+    model.write_bytes(b"junk")
+    demo = Path(__file__).parents[2] / "examples" / "demo.py"
+    done = subprocess.run(
+        [sys.executable, str(demo), str(model)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 2
+    assert "broken.gguf" in done.stderr and "did not become ready" in done.stderr
+
+
 def test_port_in_use(smollm2_gguf: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
