@@ -286,19 +286,21 @@ def test_a_request_of_unreasonable_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "code", "words"),
     [
-        (["--max-tokens", str(10**11), "hi"], "--max-tokens 100000000000"),
-        (["--seed", "-1", "hi"], "--seed -1"),
-        ([b"\xff\xfe"], "UTF-8"),
-        (["--system", b"\xff", "hi"], "UTF-8"),
-        (["hi"], "127.0.0.1:1"),
+        (["--max-tokens", str(10**11), "hi"], 1, "--max-tokens 100000000000"),
+        (["--max-tokens", "many", "hi"], 2, "--max-tokens: invalid int value: 'many'"),
+        (["--bogus", "hi"], 2, "--bogus"),
+        (["--seed", "-1", "hi"], 1, "--seed -1"),
+        ([b"\xff\xfe"], 1, "UTF-8"),
+        (["--system", b"\xff", "hi"], 1, "UTF-8"),
+        (["hi"], 1, "127.0.0.1:1"),
     ],
 )
-def test_chat_client_errors(arguments: list[str | bytes], words: str) -> None:
+def test_chat_client_errors(arguments: list[str | bytes], code: int, words: str) -> None:
     command = [sys.executable, "-m", "fastpage.serving.chat", "--address", "127.0.0.1:1"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
+    assert done.returncode == code
     assert words in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
 

@@ -12,6 +12,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 
+from fastpage.serving.argument_parser import OneLineParser
 from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
@@ -153,7 +154,7 @@ def _one_line(error: grpc.RpcError, address: str) -> str:
 
 
 def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=PROGRAM, description="Talk to a fastpage-grpc server.", epilog=_HELP
     )
     parser.add_argument("message", nargs="*", help="one message; none: a conversation")

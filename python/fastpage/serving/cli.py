@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import os
@@ -13,18 +12,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fastpage.serving.argument_parser import OneLineParser
+
 if TYPE_CHECKING:
     from fastpage.engine.args import EngineArgs
     from fastpage.engine.loading import LoadedModel
 
 PROGRAM = "fastpage-grpc"
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage in front."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def main() -> None:
