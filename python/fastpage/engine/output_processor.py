@@ -196,6 +196,8 @@ class RequestState:
 class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        # For logprobs, a thousand tokens a position at worst. The vocabulary bounds it.
+        self._token_texts: dict[int, str] = {}
         self._requests: dict[int, RequestState] = {}
         self._step_error: Exception | None = None
 
@@ -278,6 +280,12 @@ class OutputProcessor:
         for i, (token_id, logprob) in enumerate(zip(token_ids, entry.logprobs, strict=True)):
             if token_id not in position:
                 rank = entry.rank if i == 0 else i
-                text = self._tokenizer.decode([token_id], skip_special_tokens=False)
-                position[token_id] = Logprob(logprob, rank, text)
+                position[token_id] = Logprob(logprob, rank, self._token_text(token_id))
         return position
+
+    def _token_text(self, token_id: int) -> str:
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+            self._token_texts[token_id] = text
+        return text
