@@ -110,9 +110,10 @@ def load_model(args: EngineArgs, progress: Callable[[int, int], None] | None = N
         model = build_model(checkpoint.config, max_model_len=args.max_model_len)
     with phase("tokenizer"):
         tokenizer = _open_tokenizer(args, checkpoint)
-    info = _decide(args, checkpoint, model, tokenizer)
+    pool = _C.ThreadPool(args.threads)
+    info = _decide(args, checkpoint, model, tokenizer, pool.num_threads)
     with phase("weights"):
-        runner, weight_bytes = _load_runner(args, info, checkpoint, model, progress)
+        runner, weight_bytes = _load_runner(args, info, checkpoint, model, pool, progress)
     info = replace(info, weight_bytes=weight_bytes)
     with phase("engine"):
         engine = _C.Engine(_engine_config(args, info), runner)
@@ -133,6 +134,7 @@ def _decide(
     checkpoint: Checkpoint,
     model: Model,
     tokenizer: Tokenizer,
+    num_threads: int,
 ) -> ModelInfo:
     max_model_len = model.spec.max_position_embeddings
     dtype = checkpoint.source_dtype if args.dtype == "auto" else args.dtype
@@ -160,7 +162,7 @@ def _decide(
         weight_bytes=weight_bytes,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
-        num_threads=_C.ThreadPool(args.threads).num_threads,
+        num_threads=num_threads,
         scheduling_policy=args.scheduling_policy,
     )
 
@@ -195,6 +197,7 @@ def _load_runner(
     info: ModelInfo,
     checkpoint: Checkpoint,
     model: Model,
+    pool: _C.ThreadPool,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[_C.ModelRunner, int]:
     """The runner, and the bytes of weights that a step reads."""
@@ -215,7 +218,7 @@ def _load_runner(
         **options,
         max_num_tokens=info.max_num_batched_tokens,
         max_num_logits=info.max_num_seqs,
-        pool=_C.ThreadPool(args.threads),
+        pool=pool,
     )
     model.load_weights(checkpoint, executor, progress=progress)
     return _C.ProgramRunner(executor), executor.weight_bytes

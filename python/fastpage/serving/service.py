@@ -149,10 +149,7 @@ class FastpageService(pb_grpc.FastpageServicer):
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetModelInfoResponse:
-        try:
-            engine = self._ready_engine()
-        except NotReady as error:
-            await _abort(context, error)
+        engine = await self._engine_or_abort(context)
         info = engine.info
         return pb.GetModelInfoResponse(
             model=info.served_model_name,
@@ -171,10 +168,7 @@ class FastpageService(pb_grpc.FastpageServicer):
     async def GetServerStats(
         self, request: pb.GetServerStatsRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetServerStatsResponse:
-        try:
-            engine = self._ready_engine()
-        except NotReady as error:
-            await _abort(context, error)
+        engine = await self._engine_or_abort(context)
         stats = engine.stats()
         scheduler = stats.scheduler
         return pb.GetServerStatsResponse(
@@ -199,6 +193,12 @@ class FastpageService(pb_grpc.FastpageServicer):
         if self.engine is None:
             raise NotReady("the model is being loaded: try again in a few seconds")
         return self.engine
+
+    async def _engine_or_abort(self, context: grpc.aio.ServicerContext) -> AsyncEngine:
+        try:
+            return self._ready_engine()
+        except NotReady as error:
+            await _abort(context, error)
 
     def _check_model(self, name: str, engine: AsyncEngine) -> None:
         served = engine.info.served_model_name
