@@ -36,6 +36,8 @@ struct Block {
   int32_t ref_count = 0;  // block tables that hold it; 0 = on the free list
   BlockId prev_free = kNoBlock;
   BlockId next_free = kNoBlock;
+  bool announced = false;  // its publication is in the KV events, and so its removal has to be
+  bool offload = false;    // goes to the host tier when it is evicted
 };
 
 // A free block keeps its hash, and can be found by it, until it is taken for something else. Blocks

@@ -10,11 +10,12 @@
 namespace fastpage {
 
 // One token to be sampled. Pointers stay valid until ModelRunner::wait(step_id) has returned.
+// Several rows may share a logits row: samples of one prompt, whose last token is computed once.
 struct SamplingRow {
   int32_t seq;         // index of the sequence within the batch, [0, num_seqs)
   int32_t logits_row;  // row of the logits, [0, num_logits())
   const SamplingParams* params;
-  Span<const TokenId> tokens;  // prompt and output so far
+  Span<const TokenId> tokens;  // prompt and output so far, with the proposed tokens before this one
   int32_t num_prompt_tokens;
   uint64_t seed;  // the random draw is a function of (seed, tokens.size()) alone
   Span<const TokenId>
@@ -34,6 +35,13 @@ struct PromptLogprobRow {
   int32_t num_logprobs;  // how many of the most likely ones beside it
 };
 
+// A token that the step before this one samples: not known yet when the batch was laid out.
+struct FutureToken {
+  int32_t index;         // of token_ids
+  int32_t sampling_row;  // of the step before
+  TokenId* token;        // where SamplingRow::tokens will be read
+};
+
 struct InputBatch {
   int64_t step_id = 0;
   int32_t num_seqs = 0;
@@ -51,9 +59,16 @@ struct InputBatch {
   const BlockId* block_tables = nullptr;
   int32_t block_table_stride = 0;
 
-  std::vector<SamplingRow> sampling_rows;  // ascending in seq
+  std::vector<SamplingRow> sampling_rows;  // ascending in seq, and in logits_row within one
   std::vector<PromptLogprobRow> prompt_logprob_rows;
-  std::vector<BlockCopy> block_copies;  // to be done before anything else
+  BlockTransfers transfers;  // to be done before anything else
+
+  // Only with two steps in flight. Until resolve() these tokens are -1.
+  std::vector<FutureToken> future_tokens;
+  // For the ModelRunner: writes the future tokens, given what the step before sampled (its
+  // ModelRunnerOutput::sampled_token_ids). Before the tokens are read, and not before the step
+  // before is done.
+  void resolve(Span<const TokenId> sampled_token_ids);
 
   int32_t num_tokens() const { return static_cast<int32_t>(token_ids.size()); }
   int32_t num_logits() const { return static_cast<int32_t>(logits_indices.size()); }

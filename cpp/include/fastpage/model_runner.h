@@ -13,6 +13,11 @@ class ModelRunner {
   // wait(batch.step_id) has returned. May compute at once or only enqueue.
   virtual void execute(const InputBatch& batch) = 0;
 
+  // How many steps may be begun before the first of them is waited for: 1, or 2 for asynchronous
+  // scheduling. With 2, a batch may hold future_tokens, and execute() calls resolve() once it knows
+  // what the step before has sampled.
+  virtual int32_t max_steps_in_flight() const { return 1; }
+
   // Blocks until the step is done. The result is valid until the next wait().
   virtual const ModelRunnerOutput& wait(int64_t step_id) = 0;
 };

@@ -47,6 +47,28 @@ struct BlockCopy {
   BlockId dst;
 };
 
+// One block's contents, in every layer, are to be moved between the device's KV cache and the host
+// tier: from `device` to `host` if it is swapped out, the other way round if it is swapped in.
+struct BlockSwap {
+  BlockId device;
+  BlockId host;  // an index into the host tier
+};
+
+// What has to be done to the KV cache before a step computes anything: all swap_outs, then the
+// block_copies in their order, then all swap_ins; and after the transfers of the step before.
+struct BlockTransfers {
+  std::vector<BlockSwap> swap_outs;
+  std::vector<BlockCopy> block_copies;
+  std::vector<BlockSwap> swap_ins;
+
+  bool empty() const { return swap_outs.empty() && block_copies.empty() && swap_ins.empty(); }
+  void clear() {
+    swap_outs.clear();
+    block_copies.clear();
+    swap_ins.clear();
+  }
+};
+
 enum class FinishReason : uint8_t {
   kNone,    // still running
   kStop,    // an EOS or a stop token id
