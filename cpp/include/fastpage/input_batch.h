@@ -47,13 +47,14 @@ struct InputBatch {
   int32_t num_seqs = 0;
 
   // Ragged: the new tokens of sequence i are [query_start_loc[i], query_start_loc[i + 1]).
-  std::vector<TokenId> token_ids;         // [num_tokens]
-  std::vector<int32_t> positions;         // [num_tokens]
-  std::vector<int32_t> slot_mapping;      // [num_tokens]: block id * block_size + offset
-  std::vector<int32_t> query_start_loc;   // [num_seqs + 1]
-  std::vector<int32_t> seq_lens;          // [num_seqs]: tokens in the cache once this step is done
-  std::vector<int32_t> block_table_rows;  // [num_seqs]: row of block_tables that holds sequence i
-  std::vector<int32_t> logits_indices;    // [num_logits]: tokens whose logits are wanted, ascending
+  // Mutable: a runner has the batch as const, and completes it (see resolve()).
+  mutable std::vector<TokenId> token_ids;  // [num_tokens]
+  std::vector<int32_t> positions;          // [num_tokens]
+  std::vector<int32_t> slot_mapping;       // [num_tokens]: block id * block_size + offset
+  std::vector<int32_t> query_start_loc;    // [num_seqs + 1]
+  std::vector<int32_t> seq_lens;           // [num_seqs]: tokens in the cache once this step is done
+  std::vector<int32_t> block_table_rows;   // [num_seqs]: row of block_tables that holds sequence i
+  std::vector<int32_t> logits_indices;  // [num_logits]: tokens whose logits are wanted, ascending
 
   // The block manager's own matrix, [max_num_seqs][block_table_stride], borrowed.
   const BlockId* block_tables = nullptr;
@@ -65,10 +66,11 @@ struct InputBatch {
 
   // Only with two steps in flight. Until resolve() these tokens are -1.
   std::vector<FutureToken> future_tokens;
-  // For the ModelRunner: writes the future tokens, given what the step before sampled (its
-  // ModelRunnerOutput::sampled_token_ids). Before the tokens are read, and not before the step
-  // before is done.
-  void resolve(Span<const TokenId> sampled_token_ids);
+  // For the ModelRunner: writes every future token to token_ids and to where `token` points, given
+  // what the step before sampled (its ModelRunnerOutput::sampled_token_ids). Before the tokens are
+  // read, and not before the step before is done. Throws Error, having written nothing, if it
+  // sampled fewer tokens than are asked for.
+  void resolve(Span<const TokenId> sampled_token_ids) const;
 
   int32_t num_tokens() const { return static_cast<int32_t>(token_ids.size()); }
   int32_t num_logits() const { return static_cast<int32_t>(logits_indices.size()); }

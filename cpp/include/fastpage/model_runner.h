@@ -14,8 +14,9 @@ class ModelRunner {
   virtual void execute(const InputBatch& batch) = 0;
 
   // How many steps may be begun before the first of them is waited for: 1, or 2 for asynchronous
-  // scheduling. With 2, a batch may hold future_tokens, and execute() calls resolve() once it knows
-  // what the step before has sampled.
+  // scheduling. With 2, a batch may hold future_tokens, and the runner calls resolve() once it
+  // knows what the step before has sampled: in execute() if that step is done by then, else before
+  // wait() for that step returns. So nobody writes tokens while the scheduler takes them in.
   virtual int32_t max_steps_in_flight() const { return 1; }
 
   // Blocks until the step is done. The result is valid until the next wait().
