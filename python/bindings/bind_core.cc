@@ -150,14 +150,21 @@ py::array_t<BlockId> gathered_block_tables(const InputBatch& batch) {
   return tables;
 }
 
-py::array_t<BlockId> block_copies(const InputBatch& batch) {
-  py::array_t<BlockId> pairs({batch.block_copies.size(), size_t{2}});
-  BlockId* out = pairs.mutable_data();
-  for (const BlockCopy& copy : batch.block_copies) {
-    *out++ = copy.src;
-    *out++ = copy.dst;
+// [n][2]: two int32 fields of each of n structs.
+template <typename Element>
+py::array_t<int32_t> pairs(const std::vector<Element>& elements, int32_t Element::* first,
+                           int32_t Element::* second) {
+  py::array_t<int32_t> result({elements.size(), size_t{2}});
+  int32_t* out = result.mutable_data();
+  for (const Element& element : elements) {
+    *out++ = element.*first;
+    *out++ = element.*second;
   }
-  return pairs;
+  return result;
+}
+
+void resolve(const InputBatch& batch, const py::object& sampled_token_ids) {
+  batch.resolve(to_token_ids(sampled_token_ids, "sampled_token_ids"));
 }
 
 void bind_input_batch(py::module_& m) {
@@ -179,12 +186,32 @@ void bind_input_batch(py::module_& m) {
       .def_property_readonly("seq_lens", view_of(&B::seq_lens))
       .def_property_readonly("block_tables", &gathered_block_tables)
       .def_property_readonly("logits_indices", view_of(&B::logits_indices))
-      .def_property_readonly("block_copies", &block_copies);
+      .def_property_readonly("swap_outs",
+                             [](const B& b) {
+                               return pairs(b.transfers.swap_outs, &BlockSwap::device,
+                                            &BlockSwap::host);
+                             })
+      .def_property_readonly("block_copies",
+                             [](const B& b) {
+                               return pairs(b.transfers.block_copies, &BlockCopy::src,
+                                            &BlockCopy::dst);
+                             })
+      .def_property_readonly("swap_ins",
+                             [](const B& b) {
+                               return pairs(b.transfers.swap_ins, &BlockSwap::device,
+                                            &BlockSwap::host);
+                             })
+      .def_property_readonly("future_tokens",
+                             [](const B& b) {
+                               return pairs(b.future_tokens, &FutureToken::index,
+                                            &FutureToken::sampling_row);
+                             })
+      .def("resolve", &resolve, py::arg("sampled_token_ids"));
 }
 
 // ---------------------------------------------------------------- ModelRunner
 
-// A ModelRunner written in Python. step() runs without the GIL; these two take it.
+// A ModelRunner written in Python. step() runs without the GIL; its methods take it.
 class PyModelRunner : public ModelRunner {
  public:
   using ModelRunner::ModelRunner;
@@ -192,6 +219,13 @@ class PyModelRunner : public ModelRunner {
   void execute(const InputBatch& batch) override {
     py::gil_scoped_acquire gil;
     method("execute")(py::cast(&batch, py::return_value_policy::reference));
+  }
+
+  int32_t max_steps_in_flight() const override {
+    py::gil_scoped_acquire gil;
+    const auto function =
+        py::get_override(static_cast<const ModelRunner*>(this), "max_steps_in_flight");
+    return function ? function().cast<int32_t>() : ModelRunner::max_steps_in_flight();
   }
 
   const ModelRunnerOutput& wait(int64_t step_id) override {
@@ -242,8 +276,11 @@ void bind_model_runner(py::module_& m) {
 
   py::class_<ModelRunner, PyModelRunner, std::shared_ptr<ModelRunner>>(m, "ModelRunner")
       .def(py::init<>())
-      .def("execute", &ModelRunner::execute, py::arg("batch"))
-      .def("wait", &ModelRunner::wait, py::arg("step_id"));
+      .def("execute", &ModelRunner::execute, py::arg("batch"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("max_steps_in_flight", &ModelRunner::max_steps_in_flight)
+      .def("wait", &ModelRunner::wait, py::arg("step_id"),
+           py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace

@@ -161,8 +161,17 @@ class InputBatch:
     @property
     def logits_indices(self) -> npt.NDArray[np.int32]: ...
     @property
+    def swap_outs(self) -> npt.NDArray[np.int32]: ...  # [swaps][2]: device block, host block
+    @property
     def block_copies(self) -> npt.NDArray[np.int32]: ...  # [copies][2]: src, dst
+    @property
+    def swap_ins(self) -> npt.NDArray[np.int32]: ...  # [swaps][2]: device block, host block
+    @property
+    def future_tokens(self) -> npt.NDArray[np.int32]:
+        """[tokens][2]: index of token_ids, sampling row of the step before."""
     def __init__(self) -> None: ...
+    def resolve(self, sampled_token_ids: Sequence[int] | npt.NDArray[np.int32]) -> None:
+        """Writes the future tokens, given what the step before sampled."""
 
 class TokenLogprobs:
     """Entry 0 is the chosen (or prompt) token, the rest the most likely ones, descending."""
@@ -183,10 +192,16 @@ class ModelRunnerOutput:
     def __init__(self) -> None: ...
 
 class ModelRunner:
-    """Subclass it in Python: execute(batch) begins a step, wait(step_id) ends it."""
+    """Subclass it in Python: execute(batch) begins a step, wait(step_id) ends it.
+
+    With max_steps_in_flight() == 2 a second step may be begun before the first is waited for; a
+    batch with future_tokens is to be resolve()d first, see fastpage/model_runner.h.
+    """
 
     def __init__(self) -> None: ...
-    def execute(self, batch: InputBatch) -> None: ...
+    def execute(self, batch: InputBatch) -> None:
+        """The batch must stay alive until wait(batch.step_id) has returned."""
+    def max_steps_in_flight(self) -> int: ...
     def wait(self, step_id: int) -> ModelRunnerOutput: ...
 
 class Sampler:
