@@ -21,7 +21,7 @@ struct SamplingParams {
   static constexpr int32_t kNoLogprobs = -1;
 
   int32_t n = 1;                    // samples of the same prompt, 1..kMaxN
-  int32_t best_of = 0;              // draw that many, return the n most likely; 0 = n
+  int32_t best_of = 0;              // draw that many (>= n), return the n most likely; 0 = n
   float temperature = 1.0f;         // 0 = greedy
   float top_p = 1.0f;               // (0, 1]
   int32_t top_k = 0;                // 0 or -1 = all
@@ -41,8 +41,9 @@ struct SamplingParams {
   int32_t prompt_logprobs = kNoLogprobs;  // the same for the prompt's tokens
 
   // Beam search (deterministic: temperature must be 0, or 1, its default, and nothing else may
-  // change the logits) keeps beam_width beams and returns the n best; 0 = no beam search.
-  int32_t beam_width = 0;  // 0, or n..kMaxBeamWidth
+  // change the logits; no logprobs) keeps beam_width beams and returns the n best; 0 = no beam
+  // search. Without it the other two must be left as they are.
+  int32_t beam_width = 0;       // 0, or n..kMaxBeamWidth
   float length_penalty = 1.0f;  // score = sum of logprobs / num_output_tokens ^ length_penalty
   EarlyStopping early_stopping = EarlyStopping::kNo;
 

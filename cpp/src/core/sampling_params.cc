@@ -37,11 +37,67 @@ void require_tokens(const std::vector<TokenId>& tokens, const char* field, int32
   for (TokenId token : tokens) require_token(token, field, vocab_size);
 }
 
+void forbid(bool wrong, const std::string& field, const std::string& remedy) {
+  if (!wrong) return;
+  throw InvalidArgument(field + " does not go with beam search: " + remedy +
+                        ", or set beam_width to 0");
+}
+
+template <typename T>
+void forbid_change(const char* field, T value, T neutral) {
+  forbid(!(value == neutral), std::string(field) + "=" + to_text(value),
+         "leave it at " + to_text(neutral));
+}
+
+// Beam search looks at the model's own probabilities, and at nothing else.
+void validate_beam_search(const SamplingParams& p, int32_t vocab_size) {
+  const std::string width = "beam_width (" + to_text(p.beam_width) + ")";
+  require(p.n <= p.beam_width, "n", "at most " + width, p.n);
+  require(p.beam_width <= vocab_size, "beam_width",
+          "at most the vocabulary of " + to_text(vocab_size), p.beam_width);
+  const auto num_stops = static_cast<int32_t>(p.stop_token_ids.size());
+  require(num_stops <= SamplingParams::kMaxLogprobs - p.beam_width, "number of stop_token_ids",
+          "at most " + to_text(SamplingParams::kMaxLogprobs) + " - " + width, num_stops);
+  require(std::isfinite(p.length_penalty), "length_penalty", "finite", p.length_penalty);
+  forbid(p.best_of != 0, "best_of=" + to_text(p.best_of), "leave it at 0");
+  forbid(p.temperature != 0.0f && p.temperature != 1.0f, "temperature=" + to_text(p.temperature),
+         "leave it at 1 or 0 (it is deterministic anyhow)");
+  forbid_change("top_p", p.top_p, 1.0f);
+  forbid(p.top_k > 0, "top_k=" + to_text(p.top_k), "leave it at 0");
+  forbid_change("min_p", p.min_p, 0.0f);
+  forbid_change("repetition_penalty", p.repetition_penalty, 1.0f);
+  forbid_change("presence_penalty", p.presence_penalty, 0.0f);
+  forbid_change("frequency_penalty", p.frequency_penalty, 0.0f);
+  forbid(!p.logit_bias.empty(), "logit_bias", "leave it empty");
+  forbid(!p.allowed_token_ids.empty(), "allowed_token_ids", "leave it empty");
+  forbid(!p.bad_words.empty(), "bad_words", "leave it empty");
+  forbid(p.logprobs != SamplingParams::kNoLogprobs, "logprobs=" + to_text(p.logprobs),
+         "leave it unset (each output has its score)");
+  forbid(p.prompt_logprobs != SamplingParams::kNoLogprobs,
+         "prompt_logprobs=" + to_text(p.prompt_logprobs), "leave it unset");
+}
+
+// What says nothing without beam search is a mistake there.
+void validate_no_beam_search(const SamplingParams& p) {
+  if (p.length_penalty != 1.0f) {
+    throw InvalidArgument("length_penalty=" + to_text(p.length_penalty) +
+                          " needs beam search: set beam_width, or leave it at 1");
+  }
+  if (p.early_stopping != EarlyStopping::kNo) {
+    throw InvalidArgument("early_stopping needs beam search: set beam_width, or leave it at False");
+  }
+}
+
 }  // namespace
 
 // Comparisons are written so that a NaN fails them.
 void SamplingParams::validate(int32_t vocab_size) const {
   require(n >= 1 && n <= kMaxN, "n", "between 1 and " + std::to_string(kMaxN), n);
+  require(best_of == 0 || (best_of >= n && best_of <= kMaxN), "best_of",
+          "between n (" + std::to_string(n) + ") and " + std::to_string(kMaxN) + ", or 0 for n",
+          best_of);
+  require(beam_width >= 0 && beam_width <= kMaxBeamWidth, "beam_width",
+          "between n and " + to_text(kMaxBeamWidth) + ", or 0 for no beam search", beam_width);
   require(temperature >= 0.0f, "temperature", ">= 0", temperature);
   require(std::isfinite(temperature), "temperature", "finite", temperature);
   require(top_p > 0.0f && top_p <= 1.0f, "top_p", "in (0, 1]", top_p);
@@ -71,6 +127,16 @@ void SamplingParams::validate(int32_t vocab_size) const {
   require(logprobs >= kNoLogprobs && logprobs <= kMaxLogprobs, "logprobs", logprobs_rule, logprobs);
   require(prompt_logprobs >= kNoLogprobs && prompt_logprobs <= kMaxLogprobs, "prompt_logprobs",
           logprobs_rule, prompt_logprobs);
+  if (beam_width > 0) {
+    validate_beam_search(*this, vocab_size);
+  } else {
+    validate_no_beam_search(*this);
+    if (best_of > n && greedy()) {
+      throw InvalidArgument(
+          "best_of=" + std::to_string(best_of) + " with temperature=0 draws " +
+          "the same output again and again: set temperature > 0, or best_of to 0");
+    }
+  }
 }
 
 }  // namespace fastpage
