@@ -47,7 +47,7 @@ TEST(BlockManager, GrowIsAllOrNothing) {
 TEST(BlockManager, FreeLeavesAnEmptyRowOfZeros) {
   BlockManager blocks(small_config());
   ASSERT_TRUE(blocks.grow(1, 18));
-  blocks.free(1);
+  blocks.free(1, Keep::kCache);
   EXPECT_EQ(blocks.num_blocks_of(1), 0);
   for (int32_t i = 0; i < blocks.stride(); ++i) EXPECT_EQ(blocks.block_at(1, i), 0);
   EXPECT_EQ(blocks.pool().num_free(), 6);
@@ -58,49 +58,32 @@ TEST(BlockManager, FindsTheLongestPublishedPrefix) {
   BlockManager blocks(small_config());
   const std::vector<BlockHash> hashes = some_hashes(4);
   ASSERT_TRUE(blocks.grow(0, 16));
-  blocks.publish(0, 0, {hashes.data(), 2});
-  blocks.publish(0, 3, {hashes.data() + 3, 1});  // a gap: the run ends before it
+  blocks.publish(0, 0, 2, hashes.data(), nullptr, false);
+  blocks.publish(0, 3, 4, hashes.data(), nullptr, false);  // a gap: the run ends before it
   const CachedPrefix prefix = blocks.find_cached(hashes);
   ASSERT_EQ(prefix.blocks.size(), 2u);
-  EXPECT_EQ(prefix.num_free, 0);
-  EXPECT_EQ(prefix.blocks[1], blocks.block_at(0, 1));
+  EXPECT_EQ(prefix.num_held, 2);
+  EXPECT_EQ(prefix.blocks[1].device, blocks.block_at(0, 1));
 
   blocks.take_cached(1, prefix.blocks);
   EXPECT_EQ(blocks.num_blocks_of(1), 2);
   EXPECT_EQ(blocks.pool().block(blocks.block_at(0, 0)).ref_count, 2);
   blocks.check_integrity();
-  blocks.free(0);
+  blocks.free(0, Keep::kCache);
   EXPECT_EQ(blocks.pool().block(blocks.block_at(1, 0)).ref_count, 1);
   blocks.check_integrity();
-  blocks.free(1);
-  EXPECT_EQ(blocks.find_cached(hashes).num_free, 2);
+  blocks.free(1, Keep::kCache);
+  EXPECT_EQ(blocks.find_cached(hashes).num_held, 0);
 }
 
 TEST(BlockManager, APrefixOutlivesItsTail) {
   BlockManager blocks(small_config());
   const std::vector<BlockHash> hashes = some_hashes(4);
   ASSERT_TRUE(blocks.grow(0, 16));
-  blocks.publish(0, 0, hashes);
-  blocks.free(0);
+  blocks.publish(0, 0, 4, hashes.data(), nullptr, false);
+  blocks.free(0, Keep::kCache);
   ASSERT_TRUE(blocks.grow(1, 16));  // two that were never used, then two of the cached
   EXPECT_EQ(blocks.find_cached(hashes).blocks.size(), 2u);
-}
-
-TEST(BlockManager, FindsNothingWithCachingOff) {
-  BlockManagerConfig config = small_config();
-  config.enable_prefix_caching = false;
-  BlockManager blocks(config);
-  const std::vector<BlockHash> hashes = some_hashes(1);
-  ASSERT_TRUE(blocks.grow(0, 4));
-  blocks.publish(0, 0, hashes);
-  EXPECT_TRUE(blocks.find_cached(hashes).blocks.empty());
-}
-
-TEST(BlockManager, IntegrityCheckNoticesARefTooMany) {
-  BlockManager blocks(small_config());
-  ASSERT_TRUE(blocks.grow(0, 4));
-  blocks.pool().add_ref(blocks.block_at(0, 0));
-  EXPECT_THROW(blocks.check_integrity(), Error);
 }
 
 }  // namespace

@@ -32,7 +32,10 @@ struct CachedPrefix {
   int32_t num_on_host = 0;
 };
 
-// What becomes of a row's published blocks once nobody holds them.
+// What becomes of a row's published blocks once nobody holds them. Of several holders the last one
+// decides between kForget and the others; kOffload is what any of them asked for since the block
+// was last taken from the free list: who was preempted comes back for it, whoever else is done
+// with it.
 enum class Keep : uint8_t {
   kForget,   // nothing: they cannot be found any more
   kCache,    // findable until they are evicted
@@ -40,7 +43,7 @@ enum class Keep : uint8_t {
 };
 
 struct BlockManagerStats {
-  int64_t num_swapped_out = 0;  // blocks, since the start, like all
+  int64_t num_swapped_out = 0;  // blocks in transfers since the start, like all
   int64_t num_swapped_in = 0;
   int64_t num_copied = 0;
 };
@@ -62,7 +65,9 @@ class BlockManager {
   }
 
   // From here on the transfers that the calls below ask for are added to `transfers`, until the
-  // next begin_step(). Host blocks that are being swapped in stay until then.
+  // next begin_step(). Before the first one nothing is offloaded, and nothing may be copied. The
+  // host blocks of a step's swaps are pinned until then (what is evicted while all of them are
+  // pinned is lost). Targets of a step's swap_outs are distinct, and so are those of its swap_ins.
   void begin_step(BlockTransfers* transfers);
   // The step's transfers never happened: its swapped out blocks are not in the host tier after all.
   // (The rows that were to be filled by copies or swap_ins are the caller's to free, with
@@ -83,12 +88,14 @@ class BlockManager {
     return num_tokens <= num_blocks_[row] * config_.block_size || allocate(row, num_tokens);
   }
   // Copy-on-write: if others hold that block of the row too, the row gets a copy of its own. False,
-  // and nothing changed, if no block is free.
+  // and nothing changed, if no block is free. Not for a block that this step swaps in, whose
+  // contents come after the copies.
   bool make_writable(int32_t row, int32_t index);
   // Makes the empty row `to` one more holder of the first blocks of `from`.
   void fork(int32_t from, int32_t to, int32_t num_blocks);
   // Publishes the row's blocks [first, end): they are full and computed. hashes[i], tokens + i *
-  // block_size: those of block i of the row, from 0 on. `announce`: tell the KV events.
+  // block_size: those of block i of the row, from 0 on. `announce`: tell the KV events (which is
+  // done anyhow if the contents are announced on the host).
   void publish(int32_t row, int32_t first, int32_t end, const BlockHash* hashes,
                const TokenId* tokens, bool announce);
   // Releases the blocks of the row from `num_kept` on, last block first, so that a prefix outlives
@@ -110,7 +117,13 @@ class BlockManager {
   void check_integrity() const;
 
  private:
+  BlockId* row_of(int32_t row) { return &tables_[static_cast<int64_t>(row) * stride_]; }
   bool allocate(int32_t row, int32_t num_tokens);
+  BlockId take_block();
+  void offload(BlockId id);
+  void cancel_swap_in(BlockId id);
+  void unpublish_host(BlockId host);
+  void announce_removed(KvTier tier, BlockHash hash);
 
   BlockManagerConfig config_;
   BlockPool pool_;
@@ -120,6 +133,9 @@ class BlockManager {
   std::vector<int32_t> num_blocks_;
   std::vector<CachedBlock> found_;  // find_cached()'s result
   BlockTransfers* transfers_ = nullptr;
+  // What pins host blocks until the next begin_step(): swap_ins (`device` is the block to be
+  // filled), swap_outs (kNoBlock).
+  std::vector<BlockSwap> pins_;
   std::vector<KvEvent> events_;
   BlockManagerStats stats_;
 };

@@ -36,20 +36,27 @@ struct Block {
   int32_t ref_count = 0;  // block tables that hold it; 0 = on the free list
   BlockId prev_free = kNoBlock;
   BlockId next_free = kNoBlock;
-  bool announced = false;  // its publication is in the KV events, and so its removal has to be
-  bool offload = false;    // goes to the host tier when it is evicted
+  // BlockManager's own. The first two are for published blocks only, and end with that.
+  bool announced = false;    // its publication is in the KV events, and so its removal has to be
+  bool offload = false;      // goes to the host tier when it is evicted
+  bool swapping_in = false;  // the current step fills it from the host tier
 };
+static_assert(sizeof(Block) <= 32, "two a cache line: the pool is walked all over");
 
 // A free block keeps its hash, and can be found by it, until it is taken for something else. Blocks
 // that cannot be found are taken first (nothing is lost with them), then the least recently freed.
-// All operations are O(1); nothing allocates after construction.
+// All operations are O(1) but those on the whole cache; nothing allocates after construction.
+// Serves the device's KV cache and the host tier alike (there "held" means pinned).
 class BlockPool {
  public:
   explicit BlockPool(int32_t num_blocks);
 
   int32_t num_blocks() const { return static_cast<int32_t>(blocks_.size()) - 1; }
   int32_t num_free() const { return num_free_; }
+  int32_t num_published() const { return num_published_; }
   const Block& block(BlockId id) const { return blocks_[id]; }
+  // What allocate() would take; kNoBlock if none is free.
+  BlockId first_free() const { return num_free_ == 0 ? kNoBlock : blocks_.back().next_free; }
 
   // Takes the first block of the free list, forgets its hash. ref_count becomes 1. kNoBlock if none
   // is free.
@@ -60,24 +67,32 @@ class BlockPool {
   // else at its front.
   void release(BlockId id);
 
-  // Makes a full block findable. If another block has that hash already, that one stays the one
-  // found.
-  void publish(BlockId id, BlockHash hash);
+  // Makes a full block findable. False if there is one with that hash already: it stays the one
+  // that is found.
+  bool publish(BlockId id, BlockHash hash);
+  // Makes a published block unfindable; if it is free, it is the next to be taken.
+  void unpublish(BlockId id);
   BlockId find(BlockHash hash) const;  // kNoBlock if unknown
   // Forgets every hash (blocks in use keep their contents and holders).
   void reset_prefix_cache();
+
+  void set_announced(BlockId id, bool value) { blocks_[id].announced = value; }
+  void set_offload(BlockId id, bool value) { blocks_[id].offload = value; }
+  void set_swapping_in(BlockId id, bool value) { blocks_[id].swapping_in = value; }
 
   // Walks everything; throws Error on the first broken invariant. For tests and for when idle.
   void check_integrity() const;
 
  private:
-  void unpublish(BlockId id);
+  void forget(BlockId id);
+  void link_free(BlockId id);
   void unlink_free(BlockId id);
 
   std::vector<Block> blocks_;   // the last one is the free list's sentinel
   std::vector<BlockId> table_;  // open-addressed, linear probing, backward-shift deletion
   uint64_t table_mask_;
   int32_t num_free_;
+  int32_t num_published_ = 0;
 };
 
 }  // namespace fastpage

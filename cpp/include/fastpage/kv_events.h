@@ -19,9 +19,10 @@ struct KvEvent {
   };
   Kind kind;
   KvTier tier = KvTier::kDevice;
-  BlockHash hash;                  // opaque: its key is a secret of the process
-  BlockHash parent_hash;           // of the block before it; none for a prompt's first (stored only)
-  std::vector<TokenId> token_ids;  // the block's (stored only, and on the device)
+  BlockHash hash;  // opaque: its key is a secret of the process
+  // Only of blocks stored on the device; a block stored on the host has been there before.
+  BlockHash parent_hash;  // of the block before it; none for a prompt's first
+  std::vector<TokenId> token_ids;
 };
 
 }  // namespace fastpage

@@ -63,7 +63,7 @@ BlockId BlockPool::allocate() {
   if (num_free_ == 0) return kNoBlock;
   const BlockId id = blocks_.back().next_free;
   unlink_free(id);
-  if (blocks_[id].hash) unpublish(id);
+  if (blocks_[id].hash) forget(id);
   blocks_[id].ref_count = 1;
   return id;
 }
@@ -73,25 +73,25 @@ void BlockPool::add_ref(BlockId id) {
 }
 
 void BlockPool::release(BlockId id) {
-  Block& block = blocks_[id];
-  if (--block.ref_count != 0) return;
-  const BlockId sentinel = num_blocks();
-  const BlockId prev = block.hash ? blocks_[sentinel].prev_free : sentinel;
-  const BlockId next = blocks_[prev].next_free;
-  block.prev_free = prev;
-  block.next_free = next;
-  blocks_[prev].next_free = id;
-  blocks_[next].prev_free = id;
-  ++num_free_;
+  if (--blocks_[id].ref_count == 0) link_free(id);
 }
 
-void BlockPool::publish(BlockId id, BlockHash hash) {
+bool BlockPool::publish(BlockId id, BlockHash hash) {
   uint64_t i = hash.lo & table_mask_;
   for (; table_[i] != kNoBlock; i = (i + 1) & table_mask_) {
-    if (blocks_[table_[i]].hash == hash) return;
+    if (blocks_[table_[i]].hash == hash) return false;
   }
   table_[i] = id;
   blocks_[id].hash = hash;
+  ++num_published_;
+  return true;
+}
+
+void BlockPool::unpublish(BlockId id) {
+  forget(id);
+  if (blocks_[id].ref_count != 0) return;
+  unlink_free(id);
+  link_free(id);
 }
 
 BlockId BlockPool::find(BlockHash hash) const {
@@ -102,11 +102,15 @@ BlockId BlockPool::find(BlockHash hash) const {
 }
 
 void BlockPool::reset_prefix_cache() {
-  for (Block& block : blocks_) block.hash = {};
+  for (Block& block : blocks_) {
+    block.hash = {};
+    block.announced = block.offload = false;
+  }
   table_.assign(table_.size(), kNoBlock);
+  num_published_ = 0;
 }
 
-void BlockPool::unpublish(BlockId id) {
+void BlockPool::forget(BlockId id) {
   uint64_t hole = blocks_[id].hash.lo & table_mask_;
   while (table_[hole] != id) hole = (hole + 1) & table_mask_;
   // Backward shift: an entry further on moves into the hole unless its home lies after the hole.
@@ -119,6 +123,21 @@ void BlockPool::unpublish(BlockId id) {
   }
   table_[hole] = kNoBlock;
   blocks_[id].hash = {};
+  blocks_[id].announced = blocks_[id].offload = false;
+  --num_published_;
+}
+
+// At the end of the list if it can be found, else at its front.
+void BlockPool::link_free(BlockId id) {
+  Block& block = blocks_[id];
+  const BlockId sentinel = num_blocks();
+  const BlockId prev = block.hash ? blocks_[sentinel].prev_free : sentinel;
+  const BlockId next = blocks_[prev].next_free;
+  block.prev_free = prev;
+  block.next_free = next;
+  blocks_[prev].next_free = id;
+  blocks_[next].prev_free = id;
+  ++num_free_;
 }
 
 void BlockPool::unlink_free(BlockId id) {
@@ -141,25 +160,29 @@ void BlockPool::check_integrity() const {
     id = next;
   }
   int32_t num_unheld = 0;
-  int64_t num_published = 0;
+  int32_t num_published = 0;
   for (BlockId id = 0; id < sentinel; ++id) {
     const Block& block = blocks_[id];
     require(block.ref_count >= 0, "negative ref_count", id);
     num_unheld += block.ref_count == 0;
-    if (!block.hash) continue;
+    if (!block.hash) {
+      require(!block.announced && !block.offload, "marked for a prefix cache that lacks it", id);
+      continue;
+    }
     ++num_published;
     require(find(block.hash) == id, "published, yet not found by its hash", id);
   }
-  int64_t num_entries = 0;
+  int32_t num_entries = 0;
   for (const BlockId id : table_) num_entries += id != kNoBlock;
   if (num_listed != num_free_ || num_unheld != num_free_) {
     throw Error("free blocks: " + std::to_string(num_free_) + " counted, " +
                 std::to_string(num_listed) + " listed, " + std::to_string(num_unheld) +
                 " without a holder");
   }
-  if (num_entries != num_published) {
+  if (num_entries != num_published || num_published != num_published_) {
     throw Error("prefix cache: " + std::to_string(num_entries) + " entries for " +
-                std::to_string(num_published) + " published blocks");
+                std::to_string(num_published) + " published blocks, " +
+                std::to_string(num_published_) + " counted");
   }
 }
 
