@@ -1,10 +1,12 @@
 // Scheduler + ModelRunner behind calls that are safe from any thread: add, abort, step.
 #pragma once
 
+#include <iosfwd>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "fastpage/kv_events.h"
 #include "fastpage/model_runner.h"
 #include "fastpage/scheduler.h"
 
@@ -17,6 +19,10 @@ struct EngineConfig {
   // Draw the block hashes' key from the operating system. False (tests, replay):
   // scheduler.hash_key_*.
   bool random_hash_key = true;
+  // Step N + 1 is scheduled and laid out while the runner still computes step N. Outputs are the
+  // same. Needs a runner with max_steps_in_flight() >= 2. (It decides what
+  // scheduler.max_steps_in_flight is.)
+  bool async_scheduling = false;
 };
 
 struct Request {
@@ -26,27 +32,34 @@ struct Request {
   std::string cache_salt;
 };
 
-// News of one sample of one request.
+// News of one sample of one request. Samples' news come as they are made; with best_of > n and with
+// beam search they come once, when the whole request is done: index is the rank then, 0 = best.
 struct RequestOutput {
   RequestId request_id;
   int32_t index;  // [0, n)
   std::vector<TokenId> new_token_ids;
-  std::vector<TokenLogprobs> logprobs;         // one per new token, if asked for
+  std::vector<TokenLogprobs> logprobs;         // one per new token, if asked for (beams: none)
   std::vector<TokenLogprobs> prompt_logprobs;  // one per prompt token from the second on as they
-                                               // are computed, index 0 only
+                                               // are computed, of one sample only (index 0)
   FinishReason finish_reason = FinishReason::kNone;
   TokenId stop_token_id = -1;
   int32_t num_prompt_tokens = 0;
   int32_t num_output_tokens = 0;  // so far
   int32_t num_cached_tokens = 0;
+  // Of all output tokens so far; 0 unless logprobs were asked for, best_of > n, or beams.
+  double cumulative_logprob = 0;
+  float score = 0;  // beams only: see SamplingParams::length_penalty
 };
 
 struct StepOutput {
-  int64_t step_id = -1;    // -1: there was nothing to compute
+  // The step whose outputs these are; -1: there was nothing to compute. With async_scheduling the
+  // next one is under way already.
+  int64_t step_id = -1;
   int32_t num_tokens = 0;  // computed in this step
   // Sequences with a new token, new prompt logprobs, or an end. Outputs of an abort come with the
   // next step.
   std::vector<RequestOutput> outputs;
+  std::vector<KvEvent> kv_events;  // since the last call, with scheduler.enable_kv_events
 };
 
 struct EngineStats {
@@ -54,8 +67,8 @@ struct EngineStats {
   int64_t num_steps = 0;
   int64_t num_computed_tokens = 0;
   int64_t num_generated_tokens = 0;
-  double schedule_seconds = 0;  // time spent so far in: schedule + prepare + update,
-  double model_seconds = 0;     // the runner
+  double schedule_seconds = 0;  // that step() spent so far on: schedule + prepare + update,
+  double model_seconds = 0;     // the runner's execute and wait
 };
 
 class Engine {
@@ -66,19 +79,30 @@ class Engine {
   // Checked here, in the caller's thread (InvalidArgument, ResourceExhausted); admitted by a later
   // step.
   RequestId add_request(Request request);
-  // Its blocks are free once the step in progress, if any, is done. An aborted request gets one
-  // last output per unfinished sample (kAbort). False if unknown or finished.
+  // Its blocks are free once the call of step() in progress, if any, is done. An aborted request
+  // gets one last output for each of its n that has not ended (kAbort). False if unknown or
+  // finished.
   bool abort(RequestId id);
-  // Ends one sample of it; the others go on. False if it is finished, or there is none such.
+  // Ends one sample of it; the others go on. False if it is finished, there is none such, or the
+  // request is one of beams or best_of > n: what is going to be its index-th best is not known
+  // before the end.
   bool abort(RequestId id, int32_t index);
-  // Schedule, prepare, forward, sample, update: one whole step. Calls from several threads take
-  // turns. If the runner throws, every request of that step ends with kAbort at the next step and
-  // the exception goes to the caller; the engine stays usable.
+  // Schedule, prepare, forward, sample, update: one whole step, and with async_scheduling the
+  // beginning of the next. Calls from several threads take turns. If the runner throws, every
+  // request of that step (and of one that was begun after it) ends with kAbort at the next call,
+  // and the exception goes to the caller; the engine stays usable.
   StepOutput step();
+  // A request, outputs that nobody has fetched yet, or a step under way.
   bool has_unfinished() const;
   // Waits until there is work, wake() is called, or the time is over. True if there is work.
   bool wait_for_work(double timeout_seconds);
   void wake();
+
+  // See Scheduler::record(): from the first request on, which must not have come yet
+  // (InvalidArgument). `log` must outlive the engine.
+  void record(std::ostream* log);
+  // The same into a new file. Throws InvalidArgument if it cannot be written.
+  void record(const std::string& path);
 
   bool reset_prefix_cache();
   EngineStats stats() const;

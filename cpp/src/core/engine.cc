@@ -1,13 +1,19 @@
 #include "fastpage/engine.h"
 
 #include <algorithm>
+#include <array>
+#include <cerrno>
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
+#include <fstream>
+#include <iterator>
 #include <mutex>
 #include <random>
 #include <unordered_map>
 
 #include "core/admission.h"
+#include "core/engine_requests.h"
 
 namespace fastpage {
 
@@ -30,7 +36,14 @@ uint64_t random_word() {
   return static_cast<uint64_t>(device()) << 32 | device();
 }
 
-EngineConfig resolved(EngineConfig config) {
+EngineConfig resolved(EngineConfig config, const ModelRunner* runner) {
+  if (runner == nullptr) throw InvalidArgument("Engine: the model runner is null");
+  if (config.async_scheduling && runner->max_steps_in_flight() < 2) {
+    throw InvalidArgument(
+        "async_scheduling needs a model runner that takes two steps at a time, and this one takes "
+        "one: turn async_scheduling off");
+  }
+  config.scheduler.max_steps_in_flight = config.async_scheduling ? 2 : 1;
   config.scheduler.validate();
   if (config.vocab_size < 1) {
     throw InvalidArgument("vocab_size is " + std::to_string(config.vocab_size) +
@@ -51,32 +64,9 @@ EngineConfig resolved(EngineConfig config) {
 
 double seconds(Clock::duration d) { return std::chrono::duration<double>(d).count(); }
 
-struct Sample;
-
-// One request of a caller: n samples of one prompt.
-struct Group {
-  RequestId id;
-  int32_t num_prompt_tokens;
-  bool abort_asked = false;
-  int32_t num_unfinished;
-  std::vector<Sample> samples;
-};
-
-// One sequence of the scheduler, whose tag points here.
-struct Sample {
-  Group* group;
-  int32_t index;
-  RequestId seq_id = 0;   // the scheduler's
-  bool finished = false;  // set with both locks held: either will do to read it
-  int32_t num_output_tokens = 0;
-  int32_t num_cached_tokens = 0;
-};
-
-Sample* sample_of(uint64_t tag) { return reinterpret_cast<Sample*>(tag); }
-
 constexpr int32_t kAllSamples = -1;
 
-// A call of abort() that waits for the step to end.
+// A call of abort() that waits for the call of step() to end.
 struct Abort {
   RequestId id;
   int32_t index;  // or kAllSamples
@@ -89,44 +79,60 @@ struct Arrival {
   uint64_t seed;
 };
 
+// A step that the runner has begun.
+struct StepUnderWay {
+  const SchedulerOutput* step = nullptr;
+  InputBatch batch;
+};
+
 }  // namespace
 
-// Two locks. step_mutex: held for a whole step, guards the scheduler and what belongs to steps.
-// mutex: held for moments only, guards what callers of other threads see. Calls that arrive during
-// a step are queued, and applied by whoever gives up step_mutex (help()).
+// Two locks. step_mutex: held for a whole call of step(), guards the scheduler and what belongs to
+// steps. mutex: held for moments only, guards what callers of other threads see. Calls that arrive
+// during a step are queued, and applied by whoever gives up step_mutex (help()).
 struct Engine::State {
   State(const EngineConfig& c, std::shared_ptr<ModelRunner> r)
-      : config(resolved(c)), runner(std::move(r)), scheduler(config.scheduler) {
-    if (runner == nullptr) throw InvalidArgument("Engine: the model runner is null");
+      : config(resolved(c, r.get())), runner(std::move(r)), scheduler(config.scheduler) {
     snapshot.scheduler = scheduler.stats();
   }
+  ~State() { wait_for(0); }
 
   RequestId add(Request request);
   bool abort(RequestId id, int32_t index);
   void step(StepOutput* out);
+  void record(std::ostream* new_log);
+  void record(const std::string& path);
   void help() noexcept;
-  bool has_unfinished() const { return !live.empty() || !pending.empty(); }
+  bool has_unfinished() const { return !live.empty() || !pending.empty() || work_under_way; }
 
   // With step_mutex held.
   void drain();
   Group* find(RequestId id);  // null once finished; only step_mutex's holder ends a request
   void admit(Arrival* arrival);
   void abort_group(Group* group, int32_t index = kAllSamples);
-  void fail(const SchedulerOutput& step);
-  void check(const ModelRunnerOutput& result) const;
-  void collect(const std::vector<SequenceUpdate>& updates, const ModelRunnerOutput& result,
-               StepOutput* out);
-  RequestOutput news_of(const Sample& sample, FinishReason reason) const;
-  void finish(Sample* sample);
+  void abort_requests_of(const SchedulerOutput& step);
+  bool begin_step();
+  void end_step(StepOutput* out);
+  void fail();
+  void wait_for(int32_t first) noexcept;
+  void collect(const StepUnderWay& done, const std::vector<SequenceUpdate>& updates,
+               const ModelRunnerOutput& result, StepOutput* out);
+  void deliver_best(Group* group, StepOutput* out);
+  void finish(Group* group, int32_t index);
   void take_pending(StepOutput* out);
   void refresh_snapshot();
 
   const EngineConfig config;
   const std::shared_ptr<ModelRunner> runner;
+  std::ofstream log_file;
+  std::ostream* log = nullptr;
 
   std::mutex step_mutex;
   Scheduler scheduler;
-  InputBatch batch;
+  std::array<StepUnderWay, 2> steps;  // a ring: num_under_way from `oldest` on
+  int32_t oldest = 0;
+  int32_t num_under_way = 0;
+  int64_t num_with_logprobs = 0;  // requests in the scheduler whose rows ask for some
   EngineStats totals;
 
   mutable std::mutex mutex;
@@ -135,9 +141,10 @@ struct Engine::State {
   std::vector<Arrival> arrivals;
   std::vector<Abort> aborts;
   std::vector<RequestOutput> pending;  // for the next StepOutput
-  int64_t num_arriving = 0;            // samples among the arrivals
+  int64_t num_arriving = 0;            // sequences among the arrivals
   RequestId next_id = 1;
   bool woken = false;
+  bool work_under_way = false;  // num_under_way > 0
   EngineStats snapshot;
 };
 
@@ -151,24 +158,17 @@ RequestId Engine::State::add(Request request) {
                             ": not in [0, " + std::to_string(config.vocab_size) + ")");
     }
   }
-  const int32_t n = request.params.n;
-  auto group = std::make_unique<Group>();
-  group->num_prompt_tokens = static_cast<int32_t>(request.prompt_token_ids.size());
-  group->num_unfinished = n;
-  group->samples.resize(n);
-  for (int32_t i = 0; i < n; ++i) {
-    group->samples[i].group = group.get();
-    group->samples[i].index = i;
-  }
+  const int32_t num_sequences = request.params.num_samples();
+  auto group = std::make_unique<Group>(request.params, request.prompt_token_ids.size());
 
   std::lock_guard<std::mutex> lock(mutex);
-  check_queue(config.scheduler, snapshot.scheduler.num_waiting + num_arriving, n);
+  check_queue(config.scheduler, snapshot.scheduler.num_waiting + num_arriving, num_sequences);
   const RequestId id = next_id++;
   group->id = id;
   const uint64_t seed = request.params.seed.value_or(mix(config.seed ^ mix(id)));
   arrivals.push_back({group.get(), std::move(request), seed});
   live.emplace(id, std::move(group));
-  num_arriving += n;
+  num_arriving += num_sequences;
   work.notify_all();
   return id;
 }
@@ -183,6 +183,7 @@ bool Engine::State::abort(RequestId id, int32_t index) {
       if (!group.abort_asked) aborts.push_back({id, index});
       group.abort_asked = true;
     } else {
+      if (group.delivery != Group::Delivery::kAsMade) return false;
       if (index < 0 || static_cast<size_t>(index) >= group.samples.size()) return false;
       if (group.samples[index].finished) return false;
       aborts.push_back({id, index});
@@ -232,37 +233,47 @@ void Engine::State::drain() {
 }
 
 void Engine::State::admit(Arrival* arrival) {
-  Request& request = arrival->request;
-  std::vector<Sample>& samples = arrival->group->samples;
-  for (size_t i = 0; i < samples.size(); ++i) {
-    SequenceRequest seq;
-    seq.params = request.params;
-    if (i > 0) seq.params.prompt_logprobs = SamplingParams::kNoLogprobs;
-    seq.prompt_token_ids =
-        i + 1 < samples.size() ? request.prompt_token_ids : std::move(request.prompt_token_ids);
-    seq.seed = i == 0 ? arrival->seed : mix(arrival->seed + i);
-    seq.priority = request.priority;
-    seq.cache_salt = request.cache_salt;
-    seq.tag = reinterpret_cast<uint64_t>(&samples[i]);
-    samples[i].seq_id = scheduler.add_request(std::move(seq));
+  Group* group = arrival->group;
+  SequenceRequest sequences;
+  sequences.prompt_token_ids = std::move(arrival->request.prompt_token_ids);
+  sequences.params = std::move(arrival->request.params);
+  if (group->delivery == Group::Delivery::kBestOf) {
+    sequences.params.logprobs = std::max(sequences.params.logprobs, 0);
   }
+  sequences.seed = arrival->seed;
+  sequences.priority = arrival->request.priority;
+  sequences.cache_salt = std::move(arrival->request.cache_salt);
+  sequences.tag = tag_of(group);
+  group->scheduler_id = scheduler.add_request(std::move(sequences));
+  num_with_logprobs += group->needs_logprobs;
 }
 
 void Engine::State::abort_group(Group* group, int32_t index) {
-  std::vector<RequestOutput> news;
-  std::vector<Sample*> ended;
-  for (Sample& sample : group->samples) {
-    if (sample.finished || (index != kAllSamples && sample.index != index)) continue;
-    scheduler.abort(sample.seq_id);
-    news.push_back(news_of(sample, FinishReason::kAbort));
-    ended.push_back(&sample);
+  if (index == kAllSamples) {
+    scheduler.abort(group->scheduler_id);
+  } else {
+    scheduler.abort(group->scheduler_id, index);
   }
+  std::vector<RequestOutput> news;
+  for (int32_t i = 0; i < static_cast<int32_t>(group->samples.size()); ++i) {
+    if (group->samples[i].finished || (index != kAllSamples && i != index)) continue;
+    news.push_back(group->news_of(i, FinishReason::kAbort));
+  }
+  std::vector<int32_t> ended;
+  for (const RequestOutput& output : news) ended.push_back(output.index);
   {
     std::lock_guard<std::mutex> lock(mutex);
     std::move(news.begin(), news.end(), std::back_inserter(pending));
     work.notify_all();
   }
-  for (Sample* sample : ended) finish(sample);  // the last one takes the group with it
+  for (const int32_t i : ended) finish(group, i);  // the last one takes the group with it
+}
+
+// False from abort(): aborted already, by a caller or with its group; the tag points nowhere then.
+void Engine::State::abort_requests_of(const SchedulerOutput& step) {
+  for (const ScheduledSequence& scheduled : step.sequences) {
+    if (scheduler.abort(scheduled.id)) abort_group(group_of(scheduled.tag));
+  }
 }
 
 Group* Engine::State::find(RequestId id) {
@@ -273,114 +284,147 @@ Group* Engine::State::find(RequestId id) {
 
 void Engine::State::step(StepOutput* out) {
   drain();
+  while (num_under_way < config.scheduler.max_steps_in_flight && begin_step()) {
+  }
+  if (num_under_way > 0) end_step(out);
+  take_pending(out);
+  if (config.scheduler.enable_kv_events) scheduler.take_kv_events(&out->kv_events);
+  refresh_snapshot();
+}
+
+// False if there is nothing to compute (before a step under way is done).
+bool Engine::State::begin_step() {
   const Clock::time_point start = Clock::now();
   const SchedulerOutput& step = scheduler.schedule();
   refresh_snapshot();  // whoever was just admitted waits no longer
-  if (step.sequences.empty()) {
-    take_pending(out);
-    return;
-  }
+  if (step.sequences.empty()) return false;
+  StepUnderWay& begun = steps[(oldest + num_under_way) % steps.size()];
   try {
-    scheduler.prepare(step, &batch);
+    scheduler.prepare(step, &begun.batch);
+    if (log != nullptr) log->flush();  // for whoever asks what ended the process
     const Clock::time_point prepared = Clock::now();
-    runner->execute(batch);
-    const ModelRunnerOutput& result = runner->wait(step.step_id);
-    const Clock::time_point computed = Clock::now();
-    check(result);
-    drain();
-    collect(scheduler.update(step, result.sampled_token_ids), result, out);
-    totals.model_seconds += seconds(computed - prepared);
-    totals.schedule_seconds += seconds(prepared - start) + seconds(Clock::now() - computed);
+    runner->execute(begun.batch);
+    totals.schedule_seconds += seconds(prepared - start);
+    totals.model_seconds += seconds(Clock::now() - prepared);
   } catch (...) {
-    fail(step);
+    scheduler.discard(step);
+    abort_requests_of(step);
     refresh_snapshot();
     throw;
   }
+  begun.step = &step;
+  ++num_under_way;
+  return true;
+}
+
+void Engine::State::end_step(StepOutput* out) {
+  const StepUnderWay& done = steps[oldest];
+  const SchedulerOutput& step = *done.step;
+  try {
+    const Clock::time_point start = Clock::now();
+    const ModelRunnerOutput& result = runner->wait(step.step_id);
+    const Clock::time_point computed = Clock::now();
+    check_result(done.batch, result, config.vocab_size, num_with_logprobs > 0);
+    drain();
+    collect(done, scheduler.update(step, result.sampled_token_ids, result.logprobs), result, out);
+    totals.model_seconds += seconds(computed - start);
+    totals.schedule_seconds += seconds(Clock::now() - computed);
+  } catch (...) {
+    fail();
+    throw;
+  }
+  oldest = (oldest + 1) % static_cast<int32_t>(steps.size());
+  --num_under_way;
   out->step_id = step.step_id;
   out->num_tokens = step.num_scheduled_tokens;
   ++totals.num_steps;
   totals.num_computed_tokens += step.num_scheduled_tokens;
-  take_pending(out);
+}
+
+// The oldest step under way has failed. What was begun after it builds upon it.
+void Engine::State::fail() {
+  const int32_t num_lost = num_under_way;
+  wait_for(1);
+  scheduler.discard(*steps[oldest].step);
+  for (int32_t i = 0; i < num_lost; ++i) {
+    abort_requests_of(*steps[(oldest + i) % steps.size()].step);
+  }
+  num_under_way = 0;
   refresh_snapshot();
 }
 
-void Engine::State::fail(const SchedulerOutput& step) {
-  for (const ScheduledSequence& scheduled : step.sequences) {
-    // False: aborted already, by a caller or with its group; the tag points nowhere then.
-    if (scheduler.abort(scheduled.id)) abort_group(sample_of(scheduled.tag)->group);
-  }
-}
-
-// What a runner gets wrong must not become an index into something.
-void Engine::State::check(const ModelRunnerOutput& result) const {
-  const auto require = [](const char* what, size_t size, size_t wanted) {
-    if (size == wanted) return;
-    throw Error("the model runner returned " + std::to_string(size) + " " + what + ", not " +
-                std::to_string(wanted));
-  };
-  require("sampled_token_ids", result.sampled_token_ids.size(), batch.sampling_rows.size());
-  require("prompt_logprobs", result.prompt_logprobs.size(), batch.prompt_logprob_rows.size());
-  if (!result.logprobs.empty()) {
-    require("logprobs", result.logprobs.size(), batch.sampling_rows.size());
-  }
-  for (const TokenId id : result.sampled_token_ids) {
-    if (id < 0 || id >= config.vocab_size) {
-      throw Error("the model runner returned token " + std::to_string(id) + ", not in [0, " +
-                  std::to_string(config.vocab_size) + ")");
+// The steps under way from the first-th on. Failed or not, nobody needs their results.
+void Engine::State::wait_for(int32_t first) noexcept {
+  for (int32_t i = first; i < num_under_way; ++i) {
+    try {
+      runner->wait(steps[(oldest + i) % steps.size()].step->step_id);
+    } catch (...) {
     }
   }
 }
 
-void Engine::State::collect(const std::vector<SequenceUpdate>& updates,
+namespace {
+
+// Those of one sequence of the step.
+Span<const PromptLogprobRow> rows_of(Span<const PromptLogprobRow> rows, int32_t seq) {
+  const auto before = [](const PromptLogprobRow& row, int32_t value) { return row.seq < value; };
+  const PromptLogprobRow* first = std::lower_bound(rows.begin(), rows.end(), seq, before);
+  const PromptLogprobRow* last = std::lower_bound(first, rows.end(), seq + 1, before);
+  return {first, static_cast<size_t>(last - first)};
+}
+
+}  // namespace
+
+void Engine::State::collect(const StepUnderWay& done, const std::vector<SequenceUpdate>& updates,
                             const ModelRunnerOutput& result, StepOutput* out) {
-  const std::vector<PromptLogprobRow>& prompt_rows = batch.prompt_logprob_rows;
-  size_t prompt_row = 0;  // both ascend in seq
+  const Span<const PromptLogprobRow> prompt_rows = done.batch.prompt_logprob_rows;
+  out->outputs.reserve(updates.size());
   for (const SequenceUpdate& update : updates) {
-    while (prompt_row < prompt_rows.size() && prompt_rows[prompt_row].seq < update.seq) {
-      ++prompt_row;
+    Span<const PromptLogprobRow> prompt;
+    // A sample that is born here has the seq of the one that computed the prompt, and not its
+    // index.
+    if (!prompt_rows.empty() && update.index == done.step->sequences[update.seq].index) {
+      prompt = rows_of(prompt_rows, update.seq);
     }
-    const bool has_prompt_logprobs =
-        prompt_row < prompt_rows.size() && prompt_rows[prompt_row].seq == update.seq;
-    Sample* sample = sample_of(update.tag);
-    sample->num_output_tokens = update.num_output_tokens;
-    sample->num_cached_tokens = update.num_cached_tokens;
-    if (!update.has_new_token && !has_prompt_logprobs) continue;
+    if (update.new_token_ids.empty() && prompt.empty()) continue;
+    totals.num_generated_tokens += static_cast<int64_t>(update.new_token_ids.size());
 
-    RequestOutput news = news_of(*sample, update.finish_reason);
-    news.stop_token_id = update.stop_token_id;
-    if (update.has_new_token) {
-      ++totals.num_generated_tokens;
-      news.new_token_ids.push_back(update.new_token_id);
-      // (The row's params may be gone by now, with the sequence.)
-      if (!result.logprobs.empty() && !result.logprobs[update.sampling_row].token_ids.empty()) {
-        news.logprobs.push_back(result.logprobs[update.sampling_row]);
+    Group* group = group_of(update.tag);
+    group->num_cached_tokens = update.num_cached_tokens;
+    const bool held = group->delivery == Group::Delivery::kBestOf;
+    if (!held || !prompt.empty()) {
+      RequestOutput& news =
+          out->outputs.emplace_back(group->news_of(held ? 0 : update.index, FinishReason::kNone));
+      for (const PromptLogprobRow& row : prompt) {
+        news.prompt_logprobs.push_back(result.prompt_logprobs[&row - prompt_rows.data()]);
       }
+      if (!held) group->append(update, result, &news);
     }
-    for (; prompt_row < prompt_rows.size() && prompt_rows[prompt_row].seq == update.seq;
-         ++prompt_row) {
-      news.prompt_logprobs.push_back(result.prompt_logprobs[prompt_row]);
+    if (held) {
+      if (group->hold(update, result)) deliver_best(group, out);
+    } else {
+      Sample& sample = group->samples[update.index];
+      sample.num_output_tokens = update.num_output_tokens;
+      sample.cumulative_logprob = out->outputs.back().cumulative_logprob;
+      if (update.finish_reason != FinishReason::kNone) finish(group, update.index);
     }
-    out->outputs.push_back(std::move(news));
-    if (update.finish_reason != FinishReason::kNone) finish(sample);
   }
 }
 
-RequestOutput Engine::State::news_of(const Sample& sample, FinishReason reason) const {
-  RequestOutput news;
-  news.request_id = sample.group->id;
-  news.index = sample.index;
-  news.finish_reason = reason;
-  news.num_prompt_tokens = sample.group->num_prompt_tokens;
-  news.num_output_tokens = sample.num_output_tokens;
-  news.num_cached_tokens = sample.num_cached_tokens;
-  return news;
+void Engine::State::deliver_best(Group* group, StepOutput* out) {
+  std::vector<RequestOutput> best = group->take_best();
+  std::move(best.begin(), best.end(), std::back_inserter(out->outputs));
+  const auto n = static_cast<int32_t>(group->samples.size());
+  for (int32_t i = 0; i < n; ++i) finish(group, i);
 }
 
-void Engine::State::finish(Sample* sample) {
+// The last one takes the group with it.
+void Engine::State::finish(Group* group, int32_t index) {
   std::lock_guard<std::mutex> lock(mutex);
-  sample->finished = true;
-  Group* group = sample->group;
-  if (--group->num_unfinished == 0) live.erase(live.find(group->id));
+  group->samples[index].finished = true;
+  if (--group->num_unfinished > 0) return;
+  if (group->scheduler_id != 0) num_with_logprobs -= group->needs_logprobs;
+  live.erase(live.find(group->id));
 }
 
 void Engine::State::take_pending(StepOutput* out) {
@@ -393,6 +437,25 @@ void Engine::State::refresh_snapshot() {
   totals.scheduler = scheduler.stats();
   std::lock_guard<std::mutex> lock(mutex);
   snapshot = totals;
+  work_under_way = num_under_way > 0;
+}
+
+void Engine::State::record(std::ostream* new_log) {
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (next_id != 1) throw InvalidArgument("record() has to come before the first request");
+  }
+  scheduler.record(new_log);
+  log = new_log;
+}
+
+void Engine::State::record(const std::string& path) {
+  record(nullptr);  // it may be log_file that is written so far
+  log_file = std::ofstream(path, std::ios::binary | std::ios::trunc);
+  if (!log_file) {
+    throw InvalidArgument("record(): cannot write " + path + ": " + std::strerror(errno));
+  }
+  record(&log_file);
 }
 
 namespace {
@@ -445,6 +508,18 @@ void Engine::wake() {
   std::lock_guard<std::mutex> lock(s_->mutex);
   s_->woken = true;
   s_->work.notify_all();
+}
+
+void Engine::record(std::ostream* log) {
+  const OnExit help{[this] { s_->help(); }};
+  std::lock_guard<std::mutex> lock(s_->step_mutex);
+  s_->record(log);
+}
+
+void Engine::record(const std::string& path) {
+  const OnExit help{[this] { s_->help(); }};
+  std::lock_guard<std::mutex> lock(s_->step_mutex);
+  s_->record(path);
 }
 
 bool Engine::reset_prefix_cache() {
