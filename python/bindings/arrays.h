@@ -36,6 +36,19 @@ pybind11::array_t<T> column(const std::vector<Element>& elements, Field Element:
   return view(reinterpret_cast<const T*>(first), elements.size(), sizeof(Element), owner);
 }
 
+// A copy, [n][2]: two int32 fields of each of n structs.
+template <typename Element>
+pybind11::array_t<int32_t> pairs(const std::vector<Element>& elements, int32_t Element::* first,
+                                 int32_t Element::* second) {
+  pybind11::array_t<int32_t> result({elements.size(), size_t{2}});
+  int32_t* out = result.mutable_data();
+  for (const Element& element : elements) {
+    *out++ = element.*first;
+    *out++ = element.*second;
+  }
+  return result;
+}
+
 // A one-dimensional integer array, or any sequence of integers. TypeError for anything else,
 // InvalidArgument for what is no int32; `what` names it in errors.
 std::vector<TokenId> to_token_ids(pybind11::handle values, const char* what);

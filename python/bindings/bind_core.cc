@@ -1,10 +1,8 @@
-// Scheduler, InputBatch, ModelRunner. (Engine: bind_engine.cc.)
+// InputBatch and ModelRunner. (Scheduler: bind_scheduler.cc; Engine: bind_engine.cc.)
 #include <pybind11/stl.h>
 
 #include "arrays.h"
 #include "fastpage/model_runner.h"
-#include "fastpage/scheduler.h"
-#include "kwargs.h"
 #include "module.h"
 
 namespace fastpage {
@@ -12,132 +10,6 @@ namespace fastpage {
 namespace py = pybind11;
 
 namespace {
-
-// ---------------------------------------------------------------- Scheduler
-
-std::string policy_name(const SchedulerConfig& config) {
-  return config.policy == SchedulingPolicy::kPriority ? "priority" : "fcfs";
-}
-
-void set_policy(SchedulerConfig& config, const std::string& name) {
-  if (name != "fcfs" && name != "priority") {
-    throw InvalidArgument("policy is '" + name + "': must be 'fcfs' or 'priority'");
-  }
-  config.policy = name == "fcfs" ? SchedulingPolicy::kFcfs : SchedulingPolicy::kPriority;
-}
-
-void bind_scheduler_config(py::module_& m) {
-  using C = SchedulerConfig;
-  py::class_<C>(m, "SchedulerConfig")
-      .def(py::init(
-          [](const py::kwargs& kwargs) { return from_kwargs<C>("SchedulerConfig", kwargs); }))
-      .def_readwrite("num_blocks", &C::num_blocks)
-      .def_readwrite("block_size", &C::block_size)
-      .def_readwrite("max_num_seqs", &C::max_num_seqs)
-      .def_readwrite("max_num_batched_tokens", &C::max_num_batched_tokens)
-      .def_readwrite("max_model_len", &C::max_model_len)
-      .def_readwrite("max_num_waiting", &C::max_num_waiting)
-      .def_readwrite("long_prefill_token_threshold", &C::long_prefill_token_threshold)
-      .def_readwrite("enable_prefix_caching", &C::enable_prefix_caching)
-      .def_property("policy", &policy_name, &set_policy)
-      .def_readwrite("hash_key_lo", &C::hash_key_lo)
-      .def_readwrite("hash_key_hi", &C::hash_key_hi)
-      .def_readwrite("eos_token_ids", &C::eos_token_ids)
-      .def("validate", &C::validate);
-}
-
-void bind_scheduler_stats(py::module_& m) {
-  using S = SchedulerStats;
-  py::class_<S>(m, "SchedulerStats")
-      .def_readonly("num_waiting", &S::num_waiting)
-      .def_readonly("num_running", &S::num_running)
-      .def_readonly("num_blocks", &S::num_blocks)
-      .def_readonly("num_free_blocks", &S::num_free_blocks)
-      .def_readonly("num_preemptions", &S::num_preemptions)
-      .def_readonly("prefix_cache_queries", &S::prefix_cache_queries)
-      .def_readonly("prefix_cache_hits", &S::prefix_cache_hits)
-      .def_readonly("kv_slots_allocated", &S::kv_slots_allocated)
-      .def_readonly("kv_slots_used", &S::kv_slots_used);
-}
-
-void bind_scheduler_output(py::module_& m) {
-  using O = SchedulerOutput;
-  using S = ScheduledSequence;
-  const auto column_of = [](auto field) {
-    return [field](const py::object& self) {
-      using Field = std::decay_t<decltype(std::declval<S>().*field)>;
-      return column<Field>(self.cast<const O&>().sequences, field, self);
-    };
-  };
-  py::class_<O>(m, "SchedulerOutput")
-      .def_readonly("step_id", &O::step_id)
-      .def_readonly("num_scheduled_tokens", &O::num_scheduled_tokens)
-      .def_readonly("num_preempted", &O::num_preempted)
-      .def_property_readonly("request_ids", column_of(&S::id))
-      .def_property_readonly("rows", column_of(&S::row))
-      .def_property_readonly("num_computed_tokens", column_of(&S::num_computed_tokens))
-      .def_property_readonly("num_new_tokens", column_of(&S::num_scheduled_tokens))
-      .def_property_readonly("samples", column_of(&S::samples));
-}
-
-// The scheduler's own vector, as columns.
-struct SequenceUpdates {
-  const std::vector<SequenceUpdate>* items;
-};
-
-void bind_sequence_updates(py::module_& m) {
-  using U = SequenceUpdate;
-  const auto column_of = [](auto field) {
-    return [field](const py::object& self) {
-      using Field = std::decay_t<decltype(std::declval<U>().*field)>;
-      return column<Field>(*self.cast<const SequenceUpdates&>().items, field, self);
-    };
-  };
-  py::class_<SequenceUpdates>(m, "SequenceUpdates")
-      .def_property_readonly("request_ids", column_of(&U::id))
-      .def_property_readonly("new_token_ids", column_of(&U::new_token_id))
-      .def_property_readonly("finish_reasons", [](const py::object& self) {
-        return column<uint8_t>(*self.cast<const SequenceUpdates&>().items, &U::finish_reason, self);
-      });
-}
-
-void bind_scheduler(py::module_& m) {
-  bind_scheduler_config(m);
-  bind_scheduler_stats(m);
-  bind_scheduler_output(m);
-  bind_sequence_updates(m);
-  py::class_<Scheduler>(m, "Scheduler")
-      .def(py::init<const SchedulerConfig&>(), py::arg("config"))
-      .def(
-          "add_request",
-          [](Scheduler& self, const py::object& prompt_token_ids, const SamplingParams& params,
-             uint64_t seed, int32_t priority, std::string cache_salt) {
-            SequenceRequest request;
-            request.prompt_token_ids = to_token_ids(prompt_token_ids, "prompt_token_ids");
-            request.params = params;
-            request.seed = seed;
-            request.priority = priority;
-            request.cache_salt = std::move(cache_salt);
-            return self.add_request(std::move(request));
-          },
-          py::arg("prompt_token_ids"), py::arg("params"), py::arg("seed") = 0,
-          py::arg("priority") = 0, py::arg("cache_salt") = "")
-      .def("abort", &Scheduler::abort, py::arg("request_id"))
-      .def("has_unfinished", &Scheduler::has_unfinished)
-      .def("schedule", &Scheduler::schedule, py::return_value_policy::reference_internal)
-      .def("prepare", &Scheduler::prepare, py::arg("step"), py::arg("batch"),
-           py::keep_alive<3, 1>())  // the batch borrows the block tables
-      .def(
-          "update",
-          [](Scheduler& self, const SchedulerOutput& step, const py::object& sampled_token_ids) {
-            return SequenceUpdates{
-                &self.update(step, to_token_ids(sampled_token_ids, "sampled_token_ids"))};
-          },
-          py::arg("step"), py::arg("sampled_token_ids"), py::keep_alive<0, 1>())
-      .def("reset_prefix_cache", &Scheduler::reset_prefix_cache)
-      .def("stats", &Scheduler::stats)
-      .def("check_integrity", &Scheduler::check_integrity);
-}
 
 // ---------------------------------------------------------------- InputBatch
 
@@ -148,19 +20,6 @@ py::array_t<BlockId> gathered_block_tables(const InputBatch& batch) {
     out = std::copy_n(batch.block_table(seq), batch.block_table_stride, out);
   }
   return tables;
-}
-
-// [n][2]: two int32 fields of each of n structs.
-template <typename Element>
-py::array_t<int32_t> pairs(const std::vector<Element>& elements, int32_t Element::* first,
-                           int32_t Element::* second) {
-  py::array_t<int32_t> result({elements.size(), size_t{2}});
-  int32_t* out = result.mutable_data();
-  for (const Element& element : elements) {
-    *out++ = element.*first;
-    *out++ = element.*second;
-  }
-  return result;
 }
 
 void resolve(const InputBatch& batch, const py::object& sampled_token_ids) {
@@ -286,10 +145,8 @@ void bind_model_runner(py::module_& m) {
 }  // namespace
 
 void bind_core(py::module_& m) {
-  bind_scheduler(m);
   bind_input_batch(m);
   bind_model_runner(m);
-  bind_engine(m);
 }
 
 }  // namespace fastpage

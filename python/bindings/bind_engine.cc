@@ -30,13 +30,16 @@ void bind_outputs(py::module_& m) {
       .def_readonly("stop_token_id", &R::stop_token_id)
       .def_readonly("num_prompt_tokens", &R::num_prompt_tokens)
       .def_readonly("num_output_tokens", &R::num_output_tokens)
-      .def_readonly("num_cached_tokens", &R::num_cached_tokens);
+      .def_readonly("num_cached_tokens", &R::num_cached_tokens)
+      .def_readonly("cumulative_logprob", &R::cumulative_logprob)
+      .def_readonly("score", &R::score);
 
   using S = StepOutput;
   py::class_<S>(m, "StepOutput")
       .def_readonly("step_id", &S::step_id)
       .def_readonly("num_tokens", &S::num_tokens)
-      .def_readonly("outputs", &S::outputs);
+      .def_readonly("outputs", &S::outputs)
+      .def_readonly("kv_events", &S::kv_events);
 }
 
 void bind_stats(py::module_& m) {
@@ -74,7 +77,8 @@ void bind_engine(py::module_& m) {
       .def_readwrite("scheduler", &C::scheduler)
       .def_readwrite("vocab_size", &C::vocab_size)
       .def_readwrite("seed", &C::seed)
-      .def_readwrite("random_hash_key", &C::random_hash_key);
+      .def_readwrite("random_hash_key", &C::random_hash_key)
+      .def_readwrite("async_scheduling", &C::async_scheduling);
 
   using no_gil = py::call_guard<py::gil_scoped_release>;
   py::class_<Engine>(m, "Engine")
@@ -90,6 +94,8 @@ void bind_engine(py::module_& m) {
       .def("has_unfinished", &Engine::has_unfinished, no_gil())
       .def("wait_for_work", &Engine::wait_for_work, py::arg("timeout_seconds"), no_gil())
       .def("wake", &Engine::wake, no_gil())
+      .def("record", py::overload_cast<const std::string&>(&Engine::record), py::arg("path"),
+           no_gil())
       .def("reset_prefix_cache", &Engine::reset_prefix_cache, no_gil())
       .def("stats", &Engine::stats, no_gil())
       .def("check_integrity", &Engine::check_integrity, no_gil());

@@ -9,6 +9,8 @@ PYBIND11_MODULE(_C, m) {
   fastpage::bind_errors(m);
   fastpage::bind_sampling_params(m);  // before what takes one
   fastpage::bind_core(m);
+  fastpage::bind_scheduler(m);
+  fastpage::bind_engine(m);
   fastpage::bind_sampler(m);
   fastpage::bind_ops(m);
   fastpage::bind_program(m);

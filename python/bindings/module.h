@@ -6,7 +6,8 @@ namespace fastpage {
 
 void bind_errors(pybind11::module_& m);
 void bind_core(pybind11::module_& m);
-void bind_engine(pybind11::module_& m);  // called by bind_core
+void bind_scheduler(pybind11::module_& m);
+void bind_engine(pybind11::module_& m);
 void bind_sampling_params(pybind11::module_& m);
 void bind_sampler(pybind11::module_& m);
 void bind_ops(pybind11::module_& m);

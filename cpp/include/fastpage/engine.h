@@ -98,8 +98,8 @@ class Engine {
   bool wait_for_work(double timeout_seconds);
   void wake();
 
-  // See Scheduler::record(): from the first request on, which must not have come yet
-  // (InvalidArgument). `log` must outlive the engine.
+  // See Scheduler::record() and replay.h: the log holds all prompts and outputs. Throws
+  // InvalidArgument once a request has come. `log` must outlive the engine.
   void record(std::ostream* log);
   // The same into a new file. Throws InvalidArgument if it cannot be written.
   void record(const std::string& path);

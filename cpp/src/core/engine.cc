@@ -100,7 +100,7 @@ struct Engine::State {
   RequestId add(Request request);
   bool abort(RequestId id, int32_t index);
   void step(StepOutput* out);
-  void record(std::ostream* new_log);
+  void record(std::ostream* log);
   void record(const std::string& path);
   void help() noexcept;
   bool has_unfinished() const { return !live.empty() || !pending.empty() || work_under_way; }
@@ -125,7 +125,6 @@ struct Engine::State {
   const EngineConfig config;
   const std::shared_ptr<ModelRunner> runner;
   std::ofstream log_file;
-  std::ostream* log = nullptr;
 
   std::mutex step_mutex;
   Scheduler scheduler;
@@ -301,7 +300,6 @@ bool Engine::State::begin_step() {
   StepUnderWay& begun = steps[(oldest + num_under_way) % steps.size()];
   try {
     scheduler.prepare(step, &begun.batch);
-    if (log != nullptr) log->flush();  // for whoever asks what ended the process
     const Clock::time_point prepared = Clock::now();
     runner->execute(begun.batch);
     totals.schedule_seconds += seconds(prepared - start);
@@ -440,13 +438,12 @@ void Engine::State::refresh_snapshot() {
   work_under_way = num_under_way > 0;
 }
 
-void Engine::State::record(std::ostream* new_log) {
+void Engine::State::record(std::ostream* log) {
   {
     std::lock_guard<std::mutex> lock(mutex);
     if (next_id != 1) throw InvalidArgument("record() has to come before the first request");
   }
-  scheduler.record(new_log);
-  log = new_log;
+  scheduler.record(log);
 }
 
 void Engine::State::record(const std::string& path) {
@@ -455,6 +452,7 @@ void Engine::State::record(const std::string& path) {
   if (!log_file) {
     throw InvalidArgument("record(): cannot write " + path + ": " + std::strerror(errno));
   }
+  log_file << std::unitbuf;  // the call that ends the process must not stay in the buffer
   record(&log_file);
 }
 

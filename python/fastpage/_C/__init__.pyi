@@ -21,7 +21,7 @@ class DLPackTensor(Protocol):
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
-# ---------------------------------------------------------------- core (bind_core.cc)
+# ------------------------------------------------ core (bind_sampling_params, bind_scheduler, bind_core)
 
 class SamplingParams:
     """All fields of fastpage/sampling_params.h, as keyword arguments and attributes."""
@@ -48,15 +48,25 @@ class SamplingParams:
     def validate(self, vocab_size: int) -> None: ...
 
 class SchedulerConfig:
+    """All fields of fastpage/scheduler.h, as keyword arguments and attributes."""
+
     num_blocks: int
+    num_host_blocks: int
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     max_num_waiting: int
     long_prefill_token_threshold: int
+    max_num_partial_prefills: int
     enable_prefix_caching: bool
     policy: str  # "fcfs" | "priority"
+    swap_cost_per_block: float
+    max_steps_in_flight: int
+    num_speculative_tokens: int
+    prompt_lookup_min: int
+    prompt_lookup_max: int
+    enable_kv_events: bool
     hash_key_lo: int
     hash_key_hi: int
     eos_token_ids: list[int]
@@ -64,6 +74,8 @@ class SchedulerConfig:
     def validate(self) -> None: ...
 
 class SchedulerStats:
+    """fastpage/scheduler.h says what each counts."""
+
     @property
     def num_waiting(self) -> int: ...
     @property
@@ -73,18 +85,53 @@ class SchedulerStats:
     @property
     def num_free_blocks(self) -> int: ...
     @property
+    def num_host_blocks(self) -> int: ...
+    @property
+    def num_cached_host_blocks(self) -> int: ...
+    @property
     def num_preemptions(self) -> int: ...
+    @property
+    def num_preemptions_swap(self) -> int: ...
     @property
     def prefix_cache_queries(self) -> int: ...
     @property
     def prefix_cache_hits(self) -> int: ...
     @property
+    def preempted_cache_queries(self) -> int: ...
+    @property
+    def preempted_cache_hits(self) -> int: ...
+    @property
+    def num_blocks_swapped_out(self) -> int: ...
+    @property
+    def num_blocks_swapped_in(self) -> int: ...
+    @property
+    def num_blocks_copied(self) -> int: ...
+    @property
+    def num_draft_tokens(self) -> int: ...
+    @property
+    def num_accepted_tokens(self) -> int: ...
+    @property
     def kv_slots_allocated(self) -> int: ...
     @property
     def kv_slots_used(self) -> int: ...
 
+class KvEvent:
+    """A block that became findable in the prefix cache, or no longer is: fastpage/kv_events.h."""
+
+    @property
+    def kind(self) -> str: ...  # "stored" | "removed" | "cleared"
+    @property
+    def tier(self) -> str: ...  # "device" | "host"
+    @property
+    def hash(self) -> bytes | None: ...
+    @property
+    def parent_hash(self) -> bytes | None: ...
+    @property
+    def token_ids(self) -> list[int]: ...
+
 class SchedulerOutput:
-    """Arrays, one entry per scheduled sequence; views that are valid until the next schedule()."""
+    """Arrays, one entry per scheduled sequence: views that are valid until the schedule() after the
+    next. Copies are the transfers, [n][2]."""
 
     @property
     def step_id(self) -> int: ...
@@ -95,23 +142,51 @@ class SchedulerOutput:
     @property
     def request_ids(self) -> npt.NDArray[np.uint64]: ...
     @property
+    def indices(self) -> npt.NDArray[np.int32]: ...  # of the sample within its request
+    @property
     def rows(self) -> npt.NDArray[np.int32]: ...
     @property
     def num_computed_tokens(self) -> npt.NDArray[np.int32]: ...
     @property
     def num_new_tokens(self) -> npt.NDArray[np.int32]: ...
     @property
-    def samples(self) -> npt.NDArray[np.bool_]: ...
+    def num_sampling_rows(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def swap_outs(self) -> npt.NDArray[np.int32]: ...  # [swaps][2]: device block, host block
+    @property
+    def block_copies(self) -> npt.NDArray[np.int32]: ...  # [copies][2]: src, dst
+    @property
+    def swap_ins(self) -> npt.NDArray[np.int32]: ...  # [swaps][2]: device block, host block
 
 class SequenceUpdates:
+    """Arrays, one entry per update, valid until the next update(). The tokens of all updates follow
+    one another in new_token_ids; they are read from the array that update() was given, which must
+    not be changed before."""
+
     @property
     def request_ids(self) -> npt.NDArray[np.uint64]: ...
     @property
-    def new_token_ids(self) -> npt.NDArray[np.int32]: ...  # -1: none
+    def indices(self) -> npt.NDArray[np.int32]: ...  # of the sample; of a finished beam: its rank
+    @property
+    def num_new_tokens(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def new_token_ids(self) -> npt.NDArray[np.int32]: ...  # [sum of num_new_tokens]
+    @property
+    def sampling_rows(self) -> npt.NDArray[np.int32]: ...  # of the first new token; -1: none
     @property
     def finish_reasons(self) -> npt.NDArray[np.uint8]: ...  # FinishReason
+    @property
+    def stop_token_ids(self) -> npt.NDArray[np.int32]: ...  # -1: none
+    @property
+    def num_output_tokens(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def num_cached_tokens(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def scores(self) -> npt.NDArray[np.float32]: ...  # beams only
 
 class Scheduler:
+    """fastpage/scheduler.h. Not to be called from several threads at once."""
+
     def __init__(self, config: SchedulerConfig) -> None: ...
     def add_request(
         self,
@@ -121,16 +196,53 @@ class Scheduler:
         priority: int = 0,
         cache_salt: str = "",
     ) -> int: ...
+    @overload
     def abort(self, request_id: int) -> bool: ...
+    @overload
+    def abort(self, request_id: int, index: int) -> bool:
+        """One sample of it; the others go on."""
     def has_unfinished(self) -> bool: ...
+    def fork(self, request_id: int, index: int, seed: int) -> int:
+        """Adds a sample that continues what sample `index` has so far. Returns its index."""
+    def propose(
+        self, request_id: int, index: int, token_ids: Sequence[int] | npt.NDArray[np.int32]
+    ) -> bool:
+        """Tokens that may come next, for the next step that reaches the sample's end to check."""
     def schedule(self) -> SchedulerOutput: ...
     def prepare(self, step: SchedulerOutput, batch: InputBatch) -> None: ...
     def update(
-        self, step: SchedulerOutput, sampled_token_ids: npt.NDArray[np.int32]
-    ) -> SequenceUpdates: ...
+        self,
+        step: SchedulerOutput,
+        sampled_token_ids: Sequence[int] | npt.NDArray[np.int32],
+        logprobs: Sequence[TokenLogprobs] | None = None,
+    ) -> SequenceUpdates:
+        """logprobs: one per sampling row, only needed for beams."""
+    def discard(self, step: SchedulerOutput) -> None:
+        """The step failed or was not run; so did every later one under way."""
     def reset_prefix_cache(self) -> bool: ...
+    def take_kv_events(self) -> list[KvEvent]:
+        """Those since the last call; with enable_kv_events."""
     def stats(self) -> SchedulerStats: ...
     def check_integrity(self) -> None: ...
+    def record(self, path: str) -> None:
+        """From here on every call is written to a new file, for replay(); before the first request.
+        It holds all prompts and outputs."""
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of sample `index` of a request that has this seed."""
+
+class ReplayResult:
+    @property
+    def num_calls(self) -> int: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def complete(self) -> bool: ...  # False: the log ends in the midst of a call
+    @property
+    def divergence(self) -> str: ...  # "": everything went as recorded
+
+def replay(path: str, check_integrity: bool = True) -> ReplayResult:
+    """Runs what Scheduler.record() wrote on a new scheduler, and compares: fastpage/replay.h."""
 
 class InputBatch:
     """fastpage/input_batch.h. The arrays are views: valid until the next step."""
@@ -225,6 +337,7 @@ class EngineConfig:
     vocab_size: int
     seed: int
     random_hash_key: bool
+    async_scheduling: bool
     def __init__(self, **kwargs: Any) -> None: ...
 
 class FinishReason:
@@ -263,6 +376,10 @@ class RequestOutput:
     def num_output_tokens(self) -> int: ...
     @property
     def num_cached_tokens(self) -> int: ...
+    @property
+    def cumulative_logprob(self) -> float: ...  # logprobs, best_of > n, beams; otherwise 0
+    @property
+    def score(self) -> float: ...  # beams only
 
 class StepOutput:
     @property
@@ -271,6 +388,8 @@ class StepOutput:
     def num_tokens(self) -> int: ...
     @property
     def outputs(self) -> list[RequestOutput]: ...
+    @property
+    def kv_events(self) -> list[KvEvent]: ...
 
 class EngineStats:
     @property
@@ -301,11 +420,13 @@ class Engine:
     def abort(self, request_id: int) -> bool: ...
     @overload
     def abort(self, request_id: int, index: int) -> bool:
-        """One sample of it; the others go on."""
+        """One sample of it; the others go on. False for one of beams or best_of > n."""
     def step(self) -> StepOutput: ...
     def has_unfinished(self) -> bool: ...
     def wait_for_work(self, timeout_seconds: float) -> bool: ...
     def wake(self) -> None: ...
+    def record(self, path: str) -> None:
+        """See Scheduler.record(). Before the first request."""
     def reset_prefix_cache(self) -> bool: ...
     def stats(self) -> EngineStats: ...
     def check_integrity(self) -> None: ...
