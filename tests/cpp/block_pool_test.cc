@@ -127,14 +127,101 @@ TEST(BlockPool, EvictsTheLeastRecentlyFreedAndUselessOnesFirst) {
   pool.check_integrity();
 }
 
+TEST(BlockPool, FirstFreeIsWhatAllocateTakes) {
+  BlockPool pool(3);
+  const BlockId cached = pool.allocate();
+  pool.publish(cached, hash_of(1));
+  pool.release(cached);
+  for (int i = 0; i < 3; ++i) {
+    const BlockId first = pool.first_free();
+    EXPECT_EQ(pool.block(first).ref_count, 0);
+    EXPECT_EQ(pool.allocate(), first);
+  }
+  EXPECT_EQ(pool.first_free(), kNoBlock);
+}
+
 TEST(BlockPool, TheFirstBlockWithAHashStaysTheOneFound) {
   BlockPool pool(2);
   const BlockId a = pool.allocate();
   const BlockId b = pool.allocate();
-  pool.publish(a, hash_of(1));
-  pool.publish(b, hash_of(1));
+  EXPECT_TRUE(pool.publish(a, hash_of(1)));
+  EXPECT_FALSE(pool.publish(b, hash_of(1)));
+  EXPECT_FALSE(pool.publish(a, hash_of(1)));  // nothing new
   EXPECT_EQ(pool.find(hash_of(1)), a);
   EXPECT_FALSE(pool.block(b).hash);
+  EXPECT_EQ(pool.num_published(), 1);
+  pool.check_integrity();
+}
+
+TEST(BlockPool, UnpublishedInUseItStaysWithItsHolder) {
+  BlockPool pool(2);
+  const BlockId id = pool.allocate();
+  pool.publish(id, hash_of(1));
+  pool.unpublish(id);
+  EXPECT_EQ(pool.find(hash_of(1)), kNoBlock);
+  EXPECT_EQ(pool.block(id).ref_count, 1);
+  EXPECT_EQ(pool.num_free(), 1);
+  EXPECT_EQ(pool.num_published(), 0);
+  pool.check_integrity();
+}
+
+TEST(BlockPool, UnpublishedWhileFreeItIsTheNextToBeTaken) {
+  BlockPool pool(3);
+  BlockId ids[3];
+  for (int i = 0; i < 3; ++i) {
+    ids[i] = pool.allocate();
+    pool.publish(ids[i], hash_of(i + 1));
+  }
+  for (const BlockId id : ids) pool.release(id);
+  pool.unpublish(ids[1]);
+  pool.check_integrity();
+  EXPECT_EQ(pool.num_free(), 3);
+  EXPECT_EQ(pool.allocate(), ids[1]);
+  EXPECT_EQ(pool.allocate(), ids[0]);
+}
+
+TEST(BlockPool, MarksEndWithThePublication) {
+  BlockPool pool(1);
+  const auto publish_marked = [&] {
+    const BlockId id = pool.allocate();
+    pool.publish(id, hash_of(1));
+    pool.set_announced(id, true);
+    pool.set_offload(id, true);
+    pool.check_integrity();
+    return id;
+  };
+  const auto is_unmarked = [&](BlockId id) {
+    pool.check_integrity();
+    return !pool.block(id).announced && !pool.block(id).offload;
+  };
+  BlockId id = publish_marked();
+  pool.release(id);
+  EXPECT_FALSE(is_unmarked(id));
+  pool.allocate();
+  EXPECT_TRUE(is_unmarked(id));
+  pool.release(id);
+
+  id = publish_marked();
+  pool.unpublish(id);
+  EXPECT_TRUE(is_unmarked(id));
+  pool.release(id);
+
+  id = publish_marked();
+  pool.reset_prefix_cache();
+  EXPECT_TRUE(is_unmarked(id));
+
+  pool.set_offload(id, true);  // of a block that is not published
+  EXPECT_THROW(pool.check_integrity(), Error);
+}
+
+TEST(BlockPool, MayBeEmpty) {
+  BlockPool pool(0);
+  pool.check_integrity();
+  EXPECT_EQ(pool.num_free(), 0);
+  EXPECT_EQ(pool.first_free(), kNoBlock);
+  EXPECT_EQ(pool.allocate(), kNoBlock);
+  EXPECT_EQ(pool.find(hash_of(1)), kNoBlock);
+  pool.reset_prefix_cache();
   pool.check_integrity();
 }
 
@@ -144,6 +231,7 @@ TEST(BlockPool, ResetForgetsEverythingButHolders) {
   pool.publish(id, hash_of(1));
   pool.reset_prefix_cache();
   EXPECT_EQ(pool.find(hash_of(1)), kNoBlock);
+  EXPECT_EQ(pool.num_published(), 0);
   EXPECT_EQ(pool.block(id).ref_count, 1);
   pool.check_integrity();
 }
@@ -165,6 +253,7 @@ TEST(BlockPool, SurvivesCollidingHashes) {
       held.push_back(id);
     } else if (!held.empty()) {
       std::swap(held[random() % held.size()], held.back());
+      if (pool.block(held.back()).hash && random() % 4 == 0) pool.unpublish(held.back());
       pool.release(held.back());
       held.pop_back();
     }
