@@ -79,6 +79,23 @@ struct Converter<std::optional<uint64_t>> {
   }
 };
 
+// transformers' values: False, True, "never".
+template <>
+struct Converter<EarlyStopping> {
+  static EarlyStopping from(py::handle value, const std::string& field) {
+    if (value.ptr() == Py_False) return EarlyStopping::kNo;
+    if (value.ptr() == Py_True) return EarlyStopping::kYes;
+    if (!py::isinstance<py::str>(value) || value.cast<std::string>() != "never") {
+      throw_type_error(field, "False, True or 'never'", value);
+    }
+    return EarlyStopping::kNever;
+  }
+  static py::object to(EarlyStopping value) {
+    if (value == EarlyStopping::kNever) return py::str("never");
+    return py::bool_(value == EarlyStopping::kYes);
+  }
+};
+
 template <typename T>
 struct Converter<std::vector<T>> {
   static std::vector<T> from(py::handle value, const std::string& field) {
@@ -154,6 +171,7 @@ void bind_sampling_params(py::module_& m) {
   py::class_<SamplingParams> cls(m, "SamplingParams");
   cls.def(py::init(&from_kwargs));
   bind_field(cls, "n", &SamplingParams::n);
+  bind_field(cls, "best_of", &SamplingParams::best_of);
   bind_field(cls, "temperature", &SamplingParams::temperature);
   bind_field(cls, "top_p", &SamplingParams::top_p);
   bind_field(cls, "top_k", &SamplingParams::top_k);
@@ -171,6 +189,9 @@ void bind_sampling_params(py::module_& m) {
   bind_field(cls, "seed", &SamplingParams::seed);
   bind_field(cls, "logprobs", &SamplingParams::logprobs);
   bind_field(cls, "prompt_logprobs", &SamplingParams::prompt_logprobs);
+  bind_field(cls, "beam_width", &SamplingParams::beam_width);
+  bind_field(cls, "length_penalty", &SamplingParams::length_penalty);
+  bind_field(cls, "early_stopping", &SamplingParams::early_stopping);
   cls.def("validate", &SamplingParams::validate, py::arg("vocab_size"));
 }
 

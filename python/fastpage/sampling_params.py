@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fastpage import _C
 from fastpage.errors import InvalidArgument
@@ -24,7 +24,9 @@ class SamplingParams:
     """Sampling parameters of one request; wrong values are a ValueError that names the field.
 
     Args:
-        n: Samples of the same prompt, 1 to 1024.
+        n: Outputs for the same prompt, 1 to 1024.
+        best_of: Draw that many, n to 1024, and return the n most likely, the likeliest first (by
+            the sum of their tokens' log probabilities). None: n.
         presence_penalty: Taken off the logit of every token in the output so far, [-2, 2].
         frequency_penalty: The same for each time that it occurs there, [-2, 2].
         repetition_penalty: Divides (or, if negative, multiplies) the logit of every token in the
@@ -51,12 +53,22 @@ class SamplingParams:
         logit_bias: Added to the logits of these token ids.
         allowed_token_ids: Only these tokens may be generated.
         truncate_prompt_tokens: Use the last that many prompt tokens; -1: what the context holds.
+        beam_width: Beam search, as transformers' `num_beams`: keep that many beams, n to 64, and
+            return the n with the best score. Nothing is drawn then, and nothing may change the
+            model's probabilities: penalties, biases, top_k, ..., and logprobs and stop strings, are
+            refused. None: no beam search.
+        length_penalty: Of beam search: a beam's score is the sum of its tokens' log probabilities
+            divided by their number to this power.
+        early_stopping: Of beam search: when it looks no further, once beam_width beams have ended.
+            True: at once. False: when the best one that goes on scores no better now than the worst
+            of them. "never": when it could not, however long it grows.
 
     Raises:
         InvalidArgument: also a ValueError.
     """
 
     n: int = 1
+    best_of: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -80,6 +92,9 @@ class SamplingParams:
     logit_bias: dict[int, float] | dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     truncate_prompt_tokens: int | None = None
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         self.stop = _strings("stop", self.stop)
@@ -118,6 +133,10 @@ class SamplingParams:
                 raise InvalidArgument(f"{name} must be True or False, got {value!r}")
         if self.stop and not self.detokenize:
             raise InvalidArgument("stop strings need detokenize=True")
+        if self.stop and self.beam_width:
+            raise InvalidArgument(
+                "stop does not go with beam search, which knows tokens only: use stop_token_ids"
+            )
         limit = self.truncate_prompt_tokens
         if limit is not None and (not _is_int(limit) or (limit < 1 and limit != -1)):
             raise InvalidArgument(f"truncate_prompt_tokens must be >= 1 or -1, got {limit!r}")
@@ -126,6 +145,7 @@ class SamplingParams:
         try:
             return _C.SamplingParams(
                 n=self.n,
+                best_of=0 if self.best_of is None else self.best_of,
                 temperature=self.temperature,
                 top_p=self.top_p,
                 top_k=self.top_k,
@@ -143,6 +163,9 @@ class SamplingParams:
                 seed=self.seed,
                 logprobs=_num_logprobs("logprobs", self.logprobs),
                 prompt_logprobs=_num_logprobs("prompt_logprobs", self.prompt_logprobs),
+                beam_width=0 if self.beam_width is None else self.beam_width,
+                length_penalty=self.length_penalty,
+                early_stopping=self.early_stopping,
             )
         except TypeError as error:
             raise InvalidArgument(str(error)) from None

@@ -56,6 +56,62 @@ WRONG = [
     ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1"),
     ({"detokenize": None}, "detokenize must be True or False, got None"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be >= 1 or -1, got 0"),
+    ({"n": 3, "best_of": 2}, "best_of must be between n (3) and 1024, or 0 for n, got 2"),
+    ({"best_of": -1}, "best_of must be between n (1) and 1024, or 0 for n, got -1"),
+    ({"best_of": 1025}, "best_of must be between n (1) and 1024, or 0 for n, got 1025"),
+    ({"best_of": "all"}, "best_of must be an integer, got 'all'"),
+    (
+        {"best_of": 2, "temperature": 0},
+        "best_of=2 with temperature=0 draws the same output again and again: set temperature > 0, "
+        "or best_of to 0",
+    ),
+    ({"beam_width": -1}, "beam_width must be between n and 64, or 0 for no beam search, got -1"),
+    ({"beam_width": 65}, "beam_width must be between n and 64, or 0 for no beam search, got 65"),
+    ({"beam_width": 2.0}, "beam_width must be an integer, got 2.0"),
+    ({"beam_width": 2, "n": 3}, "n must be at most beam_width (2), got 3"),
+    ({"beam_width": 2, "length_penalty": math.inf}, "length_penalty must be finite, got inf"),
+    ({"beam_width": 2, "length_penalty": math.nan}, "length_penalty must be finite, got nan"),
+    ({"beam_width": 2, "length_penalty": "x"}, "length_penalty must be a number, got 'x'"),
+    (
+        {"beam_width": 2, "early_stopping": "always"},
+        "early_stopping must be False, True or 'never', got 'always'",
+    ),
+    (
+        {"beam_width": 2, "early_stopping": 1},
+        "early_stopping must be False, True or 'never', got 1",
+    ),
+    (
+        {"beam_width": 24, "stop_token_ids": list(range(1001))},
+        "number of stop_token_ids must be at most 1024 - beam_width (24), got 1001",
+    ),
+    (
+        {"beam_width": 2, "stop": "end"},
+        "stop does not go with beam search, which knows tokens only: use stop_token_ids",
+    ),
+    (
+        {"length_penalty": 2},
+        "length_penalty=2 needs beam search: set beam_width, or leave it at 1",
+    ),
+    (
+        {"early_stopping": True},
+        "early_stopping needs beam search: set beam_width, or leave it at False",
+    ),
+]
+
+# With beam search: the field, what the message calls it, the remedy.
+NOT_WITH_BEAM_SEARCH = [
+    ({"best_of": 2}, "best_of=2", "leave it at 0"),
+    ({"temperature": 0.5}, "temperature=0.5", "leave it at 1 or 0 (it is deterministic anyhow)"),
+    ({"top_p": 0.5}, "top_p=0.5", "leave it at 1"),
+    ({"top_k": 5}, "top_k=5", "leave it at 0"),
+    ({"min_p": 0.1}, "min_p=0.1", "leave it at 0"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty=1.1", "leave it at 1"),
+    ({"presence_penalty": 1}, "presence_penalty=1", "leave it at 0"),
+    ({"frequency_penalty": 1}, "frequency_penalty=1", "leave it at 0"),
+    ({"logit_bias": {1: 1.0}}, "logit_bias", "leave it empty"),
+    ({"allowed_token_ids": [1, 2, 3]}, "allowed_token_ids", "leave it empty"),
+    ({"logprobs": 0}, "logprobs=0", "leave it unset (each output has its score)"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs=1", "leave it unset"),
 ]
 
 
@@ -64,6 +120,47 @@ def test_wrong_values(fields: dict, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         SamplingParams(**fields)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("fields", "name", "remedy"), NOT_WITH_BEAM_SEARCH)
+def test_what_does_not_go_with_beam_search(fields: dict, name: str, remedy: str) -> None:
+    SamplingParams(**fields)
+    with pytest.raises(InvalidArgument) as caught:
+        SamplingParams(beam_width=2, **fields)
+    assert str(caught.value) == (
+        f"{name} does not go with beam search: {remedy}, or set beam_width to 0"
+    )
+
+
+def test_bad_words_do_not_go_with_beam_search() -> None:
+    params = SamplingParams(beam_width=2, bad_words=["cat"])
+    with pytest.raises(InvalidArgument, match="bad_words does not go with beam search"):
+        params.to_core(_Words())
+
+
+def test_beam_search_within_the_vocabulary() -> None:
+    core = SamplingParams(beam_width=8).to_core()
+    core.validate(8)
+    with pytest.raises(InvalidArgument, match="beam_width must be at most the vocabulary of 7"):
+        core.validate(7)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_beam_search_fields(early_stopping: object, temperature: float) -> None:
+    params = SamplingParams(
+        n=2,
+        beam_width=4,
+        length_penalty=-0.5,
+        early_stopping=early_stopping,
+        temperature=temperature,
+        top_k=-1,
+        min_tokens=3,
+        stop_token_ids=[5],
+    )
+    core = params.to_core()
+    assert (core.n, core.beam_width, core.length_penalty) == (2, 4, -0.5)
+    assert core.early_stopping is early_stopping or core.early_stopping == "never"
 
 
 def test_unknown_fields_are_named() -> None:
@@ -85,7 +182,7 @@ def test_defaults_are_vllms() -> None:
     core = params.to_core()
     default = _C.SamplingParams()
     fields = [name for name in dir(_C.SamplingParams) if isinstance(_attribute(name), property)]
-    assert len(fields) == 18
+    assert len(fields) == 22
     for name in fields:
         assert getattr(core, name) == getattr(default, name), name
 
@@ -97,6 +194,7 @@ def _attribute(name: str) -> object:
 def test_to_core_carries_every_field() -> None:
     params = SamplingParams(
         n=2,
+        best_of=3,
         temperature=0.5,
         top_p=0.25,
         top_k=np.int64(7),
@@ -117,7 +215,8 @@ def test_to_core_carries_every_field() -> None:
     )
     assert params.stop == ["end"]
     core = params.to_core()
-    assert (core.n, core.temperature, core.top_p, core.top_k) == (2, 0.5, 0.25, 7)
+    assert (core.n, core.best_of, core.temperature) == (2, 3, 0.5)
+    assert (core.top_p, core.top_k) == (0.25, 7)
     assert (core.min_p, core.repetition_penalty) == (0.125, 1.5)
     assert (core.presence_penalty, core.frequency_penalty) == (-0.5, 0.75)
     assert core.logit_bias == {3: 1.5}

@@ -1,7 +1,7 @@
 """libfastpage as Python sees it. Needs numpy only; tensors are anything with `__dlpack__`."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol, overload, type_check_only
+from typing import Any, ClassVar, Literal, Protocol, overload, type_check_only
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ class SamplingParams:
     """All fields of fastpage/sampling_params.h, as keyword arguments and attributes."""
 
     n: int
+    best_of: int  # 0: n
     temperature: float
     top_p: float
     top_k: int
@@ -44,6 +45,9 @@ class SamplingParams:
     seed: int | None
     logprobs: int  # -1: none
     prompt_logprobs: int  # -1: none
+    beam_width: int  # 0: no beam search
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
     def __init__(self, **kwargs: Any) -> None: ...
     def validate(self, vocab_size: int) -> None: ...
 
