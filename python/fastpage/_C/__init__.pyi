@@ -21,7 +21,7 @@ class DLPackTensor(Protocol):
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
-# ------------------------------------------------ core (bind_sampling_params, bind_scheduler, bind_core)
+# ------------------------------------------- core (bind_core.cc, bind_scheduler.cc, bind_engine.cc)
 
 class SamplingParams:
     """All fields of fastpage/sampling_params.h, as keyword arguments and attributes."""
