@@ -1,12 +1,10 @@
-// Scheduler, what its steps are and what comes of them, as arrays; the replay of its log.
+// Scheduler, what its steps are and what comes of them, as arrays.
 #include <pybind11/stl.h>
 
-#include <cerrno>
+#include <algorithm>
 #include <cstring>
-#include <fstream>
 
 #include "arrays.h"
-#include "fastpage/replay.h"
 #include "fastpage/scheduler.h"
 #include "kwargs.h"
 #include "module.h"
@@ -209,27 +207,7 @@ void bind_sequence_updates(py::module_& m) {
 
 // ---------------------------------------------------------------- Scheduler
 
-struct LogFile {
-  std::ofstream file;
-};
-
-// The file that a scheduler may be writing its calls to has to outlive it: bases go in reverse.
-class PyScheduler : private LogFile, public Scheduler {
- public:
-  using Scheduler::Scheduler;
-
-  void record(const std::string& path) {
-    Scheduler::record(nullptr);  // it may be `file` that is written so far
-    file = std::ofstream(path, std::ios::binary | std::ios::trunc);
-    if (!file) {
-      throw InvalidArgument("record(): cannot write " + path + ": " + std::strerror(errno));
-    }
-    file << std::unitbuf;
-    Scheduler::record(&file);
-  }
-};
-
-RequestId add_request(PyScheduler& self, const py::object& prompt_token_ids,
+RequestId add_request(Scheduler& self, const py::object& prompt_token_ids,
                       const SamplingParams& params, uint64_t seed, int32_t priority,
                       std::string cache_salt) {
   SequenceRequest request;
@@ -242,7 +220,7 @@ RequestId add_request(PyScheduler& self, const py::object& prompt_token_ids,
 }
 
 void prepare(const py::object& self, const SchedulerOutput& step, const py::object& batch) {
-  auto& scheduler = self.cast<PyScheduler&>();
+  auto& scheduler = self.cast<Scheduler&>();
   auto& inputs = batch.cast<InputBatch&>();
   // It borrows the block tables, and more. Once will do: Python would remember every time.
   if (inputs.block_tables != scheduler.blocks().block_tables()) {
@@ -251,7 +229,7 @@ void prepare(const py::object& self, const SchedulerOutput& step, const py::obje
   scheduler.prepare(step, &inputs);
 }
 
-SequenceUpdates update(PyScheduler& self, const SchedulerOutput& step, const py::object& sampled,
+SequenceUpdates update(Scheduler& self, const SchedulerOutput& step, const py::object& sampled,
                        const py::object& logprobs) {
   SequenceUpdates updates;
   Span<const TokenId> token_ids;
@@ -271,14 +249,14 @@ SequenceUpdates update(PyScheduler& self, const SchedulerOutput& step, const py:
   return updates;
 }
 
-std::vector<KvEvent> take_kv_events(PyScheduler& self) {
+std::vector<KvEvent> take_kv_events(Scheduler& self) {
   std::vector<KvEvent> events;
   self.take_kv_events(&events);
   return events;
 }
 
 void bind_scheduler_class(py::module_& m) {
-  using S = PyScheduler;
+  using S = Scheduler;
   py::class_<S>(m, "Scheduler")
       .def(py::init<const SchedulerConfig&>(), py::arg("config"))
       .def("add_request", &add_request, py::arg("prompt_token_ids"), py::arg("params"),
@@ -302,26 +280,8 @@ void bind_scheduler_class(py::module_& m) {
       .def("reset_prefix_cache", &S::reset_prefix_cache)
       .def("take_kv_events", &take_kv_events)
       .def("stats", &S::stats)
-      .def("check_integrity", &S::check_integrity)
-      .def("record", &S::record, py::arg("path"));
+      .def("check_integrity", &S::check_integrity);
   m.def("sample_seed", &sample_seed, py::arg("seed"), py::arg("index"));
-}
-
-ReplayResult replay_file(const std::string& path, bool check_integrity) {
-  std::ifstream log(path, std::ios::binary);
-  if (!log) throw InvalidArgument("replay(): cannot read " + path + ": " + std::strerror(errno));
-  return replay(log, {check_integrity});
-}
-
-void bind_replay(py::module_& m) {
-  using R = ReplayResult;
-  py::class_<R>(m, "ReplayResult")
-      .def_readonly("num_calls", &R::num_calls)
-      .def_readonly("num_steps", &R::num_steps)
-      .def_readonly("complete", &R::complete)
-      .def_readonly("divergence", &R::divergence);
-  m.def("replay", &replay_file, py::arg("path"), py::arg("check_integrity") = true,
-        py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
@@ -333,7 +293,6 @@ void bind_scheduler(py::module_& m) {
   bind_scheduler_output(m);
   bind_sequence_updates(m);
   bind_scheduler_class(m);
-  bind_replay(m);
 }
 
 }  // namespace fastpage

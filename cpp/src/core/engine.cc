@@ -115,7 +115,7 @@ struct Engine::State {
   void end_step(StepOutput* out);
   void fail();
   void wait_for(int32_t first) noexcept;
-  void collect(const StepUnderWay& done, const std::vector<SequenceUpdate>& updates,
+  void collect(const InputBatch& batch, const std::vector<SequenceUpdate>& updates,
                const ModelRunnerOutput& result, StepOutput* out);
   void deliver_best(Group* group, StepOutput* out);
   void finish(Group* group, int32_t index);
@@ -324,7 +324,8 @@ void Engine::State::end_step(StepOutput* out) {
     const Clock::time_point computed = Clock::now();
     check_result(done.batch, result, config.vocab_size, num_with_logprobs > 0);
     drain();
-    collect(done, scheduler.update(step, result.sampled_token_ids, result.logprobs), result, out);
+    collect(done.batch, scheduler.update(step, result.sampled_token_ids, result.logprobs), result,
+            out);
     totals.model_seconds += seconds(computed - start);
     totals.schedule_seconds += seconds(Clock::now() - computed);
   } catch (...) {
@@ -373,9 +374,10 @@ Span<const PromptLogprobRow> rows_of(Span<const PromptLogprobRow> rows, int32_t 
 
 }  // namespace
 
-void Engine::State::collect(const StepUnderWay& done, const std::vector<SequenceUpdate>& updates,
+void Engine::State::collect(const InputBatch& batch, const std::vector<SequenceUpdate>& updates,
                             const ModelRunnerOutput& result, StepOutput* out) {
-  const Span<const PromptLogprobRow> prompt_rows = done.batch.prompt_logprob_rows;
+  const Span<const PromptLogprobRow> prompt_rows = batch.prompt_logprob_rows;
+  int32_t last_seq = -1;
   out->outputs.reserve(updates.size());
   for (const SequenceUpdate& update : updates) {
     Span<const PromptLogprobRow> prompt;

@@ -228,9 +228,9 @@ class Scheduler:
         """Those since the last call; with enable_kv_events."""
     def stats(self) -> SchedulerStats: ...
     def check_integrity(self) -> None: ...
-    def record(self, path: str) -> None:
+    def record(self, path: str | None) -> None:
         """From here on every call is written to a new file, for replay(); before the first request.
-        It holds all prompts and outputs."""
+        It holds all prompts and outputs. None: no longer."""
 
 def sample_seed(seed: int, index: int) -> int:
     """The seed of sample `index` of a request that has this seed."""
