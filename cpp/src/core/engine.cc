@@ -381,11 +381,9 @@ void Engine::State::collect(const InputBatch& batch, const std::vector<SequenceU
   out->outputs.reserve(updates.size());
   for (const SequenceUpdate& update : updates) {
     Span<const PromptLogprobRow> prompt;
-    // A sample that is born here has the seq of the one that computed the prompt, and not its
-    // index.
-    if (!prompt_rows.empty() && update.index == done.step->sequences[update.seq].index) {
-      prompt = rows_of(prompt_rows, update.seq);
-    }
+    // Samples that are born here follow the one that computed the prompt, and have its seq.
+    if (!prompt_rows.empty() && update.seq != last_seq) prompt = rows_of(prompt_rows, update.seq);
+    last_seq = update.seq;
     if (update.new_token_ids.empty() && prompt.empty()) continue;
     totals.num_generated_tokens += static_cast<int64_t>(update.new_token_ids.size());
 
