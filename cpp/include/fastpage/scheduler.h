@@ -112,11 +112,11 @@ struct SchedulerStats {
   int32_t num_free_blocks = 0;  // cached ones that nobody holds count as free
   int32_t num_host_blocks = 0;
   int32_t num_cached_host_blocks = 0;
-  int64_t num_preemptions = 0;         // since the start, like all below
-  int64_t num_preemptions_swap = 0;    // of them with the host tier in mind
-  int64_t prefix_cache_queries = 0;    // tokens looked up at first admission
-  int64_t prefix_cache_hits = 0;       // tokens found
-  int64_t preempted_cache_queries = 0; // the same when a preempted sequence returns
+  int64_t num_preemptions = 0;          // since the start, like all below
+  int64_t num_preemptions_swap = 0;     // of them with the host tier in mind
+  int64_t prefix_cache_queries = 0;     // tokens looked up at first admission
+  int64_t prefix_cache_hits = 0;        // tokens found
+  int64_t preempted_cache_queries = 0;  // the same when a preempted sequence returns
   int64_t preempted_cache_hits = 0;
   int64_t num_blocks_swapped_out = 0;
   int64_t num_blocks_swapped_in = 0;

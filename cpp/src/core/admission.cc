@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "core/beam_search.h"
+
 namespace fastpage {
 
 namespace {
@@ -17,6 +19,26 @@ void check_range(const char* name, int64_t value, int64_t min, int64_t max) {
   }
 }
 
+int64_t blocks_for(const SchedulerConfig& config, int64_t num_tokens) {
+  return (num_tokens + config.block_size - 1) / config.block_size;
+}
+
+void check_beams(const SchedulerConfig& config, const SamplingParams& params) {
+  if (params.beam_width > config.max_num_seqs) {
+    throw InvalidArgument("beam_width is " + std::to_string(params.beam_width) +
+                          ": more than max_num_seqs " + std::to_string(config.max_num_seqs) +
+                          " can never run at once");
+  }
+  const int32_t num_candidates = BeamSearch(params, config.eos_token_ids, 1, 2).num_candidates();
+  if (num_candidates > SamplingParams::kMaxLogprobs) {
+    throw InvalidArgument("beam_width " + std::to_string(params.beam_width) + " with " +
+                          std::to_string(params.stop_token_ids.size()) + " stop tokens asks for " +
+                          std::to_string(num_candidates) + " candidates a beam, " +
+                          std::to_string(SamplingParams::kMaxLogprobs) +
+                          " are possible: lower one of them");
+  }
+}
+
 }  // namespace
 
 void SchedulerConfig::validate() const {
@@ -24,11 +46,21 @@ void SchedulerConfig::validate() const {
   check_range("block_size", block_size, 1, 1 << 16);
   // A slot, block * block_size + offset, is an int32.
   check_range("num_blocks", num_blocks, 1, kMax / block_size);
+  check_range("num_host_blocks", num_host_blocks, 0, kMax / block_size);
   check_range("max_num_seqs", max_num_seqs, 1, kMaxSeqs);
   check_range("max_num_batched_tokens", max_num_batched_tokens, 1, 1 << 24);
   check_range("max_model_len", max_model_len, 2, 1 << 28);
   check_range("max_num_waiting", max_num_waiting, 1, kMaxWaiting);
   check_range("long_prefill_token_threshold", long_prefill_token_threshold, 0, kMax);
+  check_range("max_num_partial_prefills", max_num_partial_prefills, 0, kMax);
+  check_range("max_steps_in_flight", max_steps_in_flight, 1, 2);
+  check_range("num_speculative_tokens", num_speculative_tokens, 0, 1 << 10);
+  check_range("prompt_lookup_min", prompt_lookup_min, 1, 1 << 10);
+  check_range("prompt_lookup_max", prompt_lookup_max, prompt_lookup_min, 1 << 10);
+  if (!(swap_cost_per_block >= 0)) {
+    throw InvalidArgument("swap_cost_per_block is " + std::to_string(swap_cost_per_block) +
+                          ": must be at least 0");
+  }
 }
 
 int32_t final_length(const SchedulerConfig& config, size_t num_prompt_tokens,
@@ -55,11 +87,19 @@ void check_fits(const SchedulerConfig& config, size_t num_prompt_tokens,
   }
   // The last token is sampled, but its keys and values are never needed.
   const int32_t num_cached = final_length(config, num_prompt_tokens, params) - 1;
-  const int32_t needed = (num_cached + config.block_size - 1) / config.block_size;
+  int64_t needed = blocks_for(config, num_cached);
+  if (params.beam_width > 0) {
+    check_beams(config, params);
+    // All beams run at once, and share no more than the prompt's full blocks for sure.
+    const int64_t shared = static_cast<int64_t>(num_prompt_tokens) / config.block_size;
+    needed = shared + params.beam_width * (needed - shared);
+  }
   if (needed > config.num_blocks) {
+    const std::string times =
+        params.beam_width > 0 ? " x " + std::to_string(params.beam_width) + " beams" : "";
     throw InvalidArgument("prompt " + std::to_string(num_prompt_tokens) + " + output " +
                           std::to_string(num_cached + 1 - static_cast<int64_t>(num_prompt_tokens)) +
-                          " tokens needs " + std::to_string(needed) + " blocks, " +
+                          " tokens" + times + " needs " + std::to_string(needed) + " blocks, " +
                           std::to_string(config.num_blocks) +
                           " exist: lower max_tokens or give the KV cache more memory");
   }

@@ -28,23 +28,18 @@ void ask_prompt_logprobs(const Sequence& seq, const ScheduledSequence& scheduled
                          int32_t at, InputBatch* batch) {
   const int32_t end = scheduled.num_computed_tokens + scheduled.num_scheduled_tokens;
   const int32_t last = std::min(end, seq.num_prompt_tokens - 1);
-  const int32_t first = std::max(scheduled.num_computed_tokens + 1, seq.next_prompt_logprob);
+  const int32_t first = std::max(scheduled.num_computed_tokens + 1, seq.group->next_prompt_logprob);
   for (int32_t position = first; position <= last; ++position) {
-    batch->prompt_logprob_rows.push_back(
-        {index, batch->num_logits(), position, seq.tokens[position], seq.params.prompt_logprobs});
+    batch->prompt_logprob_rows.push_back({index, batch->num_logits(), position,
+                                          seq.tokens[position], seq.group->params.prompt_logprobs});
     batch->logits_indices.push_back(at + position - 1 - scheduled.num_computed_tokens);
   }
 }
 
-}  // namespace
-
-void Scheduler::State::prepare(const SchedulerOutput& step, InputBatch* batch) const {
-  if (&step != &output || step.sequences.size() != step_sequences.size()) {
-    throw InvalidArgument("prepare() of a step that is not under way");
-  }
-  const int32_t num_seqs = static_cast<int32_t>(step.sequences.size());
+void size_for(const SchedulerOutput& step, InputBatch* batch) {
+  const size_t num_seqs = step.sequences.size();
   batch->step_id = step.step_id;
-  batch->num_seqs = num_seqs;
+  batch->num_seqs = static_cast<int32_t>(num_seqs);
   batch->token_ids.resize(step.num_scheduled_tokens);
   batch->positions.resize(step.num_scheduled_tokens);
   batch->slot_mapping.resize(step.num_scheduled_tokens);
@@ -54,37 +49,80 @@ void Scheduler::State::prepare(const SchedulerOutput& step, InputBatch* batch) c
   batch->logits_indices.clear();
   batch->sampling_rows.clear();
   batch->prompt_logprob_rows.clear();
-  batch->block_copies.assign(step.block_copies.begin(), step.block_copies.end());
+  batch->future_tokens.clear();
+  batch->transfers = step.transfers;
+}
+
+}  // namespace
+
+void Scheduler::State::prepare(const SchedulerOutput& output, InputBatch* batch) {
+  if (num_steps == 0 || &output != &newest().output) {
+    throw InvalidArgument("prepare() of a step that is not the last one scheduled");
+  }
+  const Step& step = newest();
+  for (const ScheduledEntry& entry : step.entries) {
+    if (entry.seq->dead) {
+      throw Error("request " + std::to_string(entry.seq->id) +
+                  " was aborted between schedule() and prepare(): discard() the step and "
+                  "schedule() again");
+    }
+  }
+  size_for(output, batch);
   batch->block_tables = blocks.block_tables();
   batch->block_table_stride = blocks.stride();
 
   int32_t at = 0;
   batch->query_start_loc[0] = 0;
-  for (int32_t i = 0; i < num_seqs; ++i) {
-    const ScheduledSequence& scheduled = step.sequences[i];
-    const Sequence& seq = *step_sequences[i];
-    if (seq.id != scheduled.id) {
-      throw Error("sequence " + std::to_string(scheduled.id) +
-                  " was aborted between schedule() and prepare(): schedule() again");
-    }
+  for (int32_t i = 0; i < batch->num_seqs; ++i) {
+    const ScheduledSequence& scheduled = output.sequences[i];
+    Sequence& seq = *step.entries[i].seq;
     const int32_t begin = scheduled.num_computed_tokens;
     const int32_t n = scheduled.num_scheduled_tokens;
     lay_out_tokens(seq.tokens.data(), batch->block_tables + int64_t{seq.row} * blocks.stride(),
                    config.block_size, begin, n, at, batch);
-    if (seq.next_prompt_logprob < seq.num_prompt_tokens) {
+    // Of the placeholders one is this step's to sample, and one may be its input.
+    if (seq.num_placeholders == 2) {
+      const int32_t position = seq.num_tokens - 2;
+      batch->future_tokens.push_back(
+          {at + position - begin, seq.previous_sampling_row, &seq.tokens[position]});
+      seq.written_by_runner = true;
+    }
+    if (seq.group->next_prompt_logprob < seq.num_prompt_tokens) {
       ask_prompt_logprobs(seq, scheduled, i, at, batch);
     }
     at += n;
     batch->query_start_loc[i + 1] = at;
     batch->seq_lens[i] = begin + n;
     batch->block_table_rows[i] = seq.row;
-    if (scheduled.samples) {
-      Span<const TokenId> eos;
-      if (!seq.params.ignore_eos) eos = config.eos_token_ids;
-      batch->sampling_rows.push_back(
-          {i, batch->num_logits(), &seq.params, seq.tokens, seq.num_prompt_tokens, seq.seed, eos});
-      batch->logits_indices.push_back(at - 1);
+    if (scheduled.num_sampling_rows > 0) ask_samples(seq, scheduled, i, at, batch);
+  }
+}
+
+// The last tokens of the sequence end at `at` in the batch: one row for what follows each of the
+// proposed tokens, or a row for each sample that is to be born.
+void Scheduler::State::ask_samples(const Sequence& seq, const ScheduledSequence& scheduled,
+                                   int32_t index, int32_t at, InputBatch* batch) const {
+  const SequenceGroup& group = *seq.group;
+  Span<const TokenId> eos;
+  if (!group.params.ignore_eos) eos = config.eos_token_ids;
+  const int32_t end = scheduled.num_computed_tokens + scheduled.num_scheduled_tokens;
+  const int32_t num_rows = scheduled.num_sampling_rows;
+  SamplingRow row{index, batch->num_logits(), &group.params, {}, seq.num_prompt_tokens, seq.seed,
+                  eos};
+  if (!group.unborn.empty()) {
+    row.tokens = {seq.tokens.data(), static_cast<size_t>(end)};
+    for (int32_t sample = 0; sample < num_rows; ++sample) {
+      row.seed = sample_seed(group.seed, sample);
+      batch->sampling_rows.push_back(row);
     }
+    batch->logits_indices.push_back(at - 1);
+    return;
+  }
+  for (int32_t left = num_rows - 1; left >= 0; --left) {
+    row.logits_row = batch->num_logits();
+    row.tokens = {seq.tokens.data(), static_cast<size_t>(end - left)};
+    batch->sampling_rows.push_back(row);
+    batch->logits_indices.push_back(at - 1 - left);
   }
 }
 

@@ -12,10 +12,11 @@ namespace {
 BlockManagerConfig block_manager_config(const SchedulerConfig& config) {
   BlockManagerConfig out;
   out.num_blocks = config.num_blocks;
+  out.num_host_blocks = config.num_host_blocks;
   out.block_size = config.block_size;
   out.max_num_seqs = config.max_num_seqs;
   out.max_model_len = config.max_model_len;
-  out.enable_prefix_caching = config.enable_prefix_caching;
+  out.enable_kv_events = config.enable_kv_events;
   return out;
 }
 
@@ -24,11 +25,19 @@ const SchedulerConfig& validated(const SchedulerConfig& config) {
   return config;
 }
 
-void require(bool ok, const char* what, const Sequence& seq) {
-  if (!ok) throw Error("sequence " + std::to_string(seq.id) + ": " + what);
+// SplitMix64's output function (Steele et al., OOPSLA 2014): neighbours in, strangers out.
+uint64_t mix(uint64_t x) {
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
 }
 
 }  // namespace
+
+uint64_t sample_seed(uint64_t seed, int32_t index) {
+  return index == 0 ? seed : mix(seed + static_cast<uint64_t>(index));
+}
 
 Scheduler::State::State(const SchedulerConfig& c)
     : config(validated(c)),
@@ -37,132 +46,285 @@ Scheduler::State::State(const SchedulerConfig& c)
       watermark(c.num_blocks / 100) {
   for (int32_t row = config.max_num_seqs - 1; row >= 0; --row) free_rows.push_back(row);
   running.reserve(config.max_num_seqs);
-  output.sequences.reserve(config.max_num_seqs);
-  step_sequences.reserve(config.max_num_seqs);
+  for (Step& each : steps) {
+    each.output.sequences.reserve(config.max_num_seqs);
+    each.entries.reserve(config.max_num_seqs);
+  }
   updates.reserve(config.max_num_seqs);
-  aborted.reserve(config.max_num_seqs);
+  dead.reserve(config.max_num_seqs);
 }
 
 RequestId Scheduler::State::add(SequenceRequest request) {
   check_fits(config, request.prompt_token_ids.size(), request.params);
-  check_queue(config, num_never_admitted, 1);
-  const int32_t slot = new_slot();
-  Sequence* seq = slots[slot].get();
-  seq->id = next_serial++ << kSlotBits | static_cast<RequestId>(slot);
-  seq->priority = config.policy == SchedulingPolicy::kPriority ? request.priority : 0;
-  seq->num_prompt_tokens = static_cast<int32_t>(request.prompt_token_ids.size());
-  seq->final_length = final_length(config, request.prompt_token_ids.size(), request.params);
+  const int32_t num_samples = request.params.num_samples();
+  check_queue(config, num_never_admitted, num_samples);
+  SequenceGroup* group = new_group();
+  const bool is_private = !config.enable_prefix_caching;
+  group->tag = request.tag;
+  group->seed = request.seed;
+  group->num_alive = num_samples;
+  // Blocks of requests with a salt are nobody else's to hit.
+  group->announce = config.enable_kv_events && !is_private && request.cache_salt.empty();
+  group->root = hasher.root(request.cache_salt);
+  if (is_private) {
+    const TokenId serial[] = {static_cast<TokenId>(group->id),
+                              static_cast<TokenId>(group->id >> 32)};
+    group->root = hasher.next(group->root, {serial, 2});
+  }
+  // Without a shared cache, blocks are still found again by their own request: by its samples, and
+  // on the host.
+  group->uses_hashes = !is_private || num_samples > 1 || config.num_host_blocks > 0;
+
+  Sequence* leader = new_sequence(group, 0);
+  leader->priority = config.policy == SchedulingPolicy::kPriority ? request.priority : 0;
+  leader->seed = request.seed;
+  leader->num_prompt_tokens = static_cast<int32_t>(request.prompt_token_ids.size());
+  leader->num_tokens = leader->num_prompt_tokens;
+  leader->final_length = final_length(config, request.prompt_token_ids.size(), request.params);
+  leader->tokens = std::move(request.prompt_token_ids);
   const bool wants_prompt_logprobs = request.params.prompt_logprobs >= 0;
-  seq->next_prompt_logprob = wants_prompt_logprobs ? 1 : seq->num_prompt_tokens;
-  seq->tag = request.tag;
-  seq->tokens = std::move(request.prompt_token_ids);
-  seq->root = hasher.root(request.cache_salt);
-  seq->seed = request.seed;
-  seq->params = std::move(request.params);
-  waiting.insert(seq);
-  ++num_never_admitted;
-  return seq->id;
+  group->next_prompt_logprob = wants_prompt_logprobs ? 1 : leader->num_prompt_tokens;
+  group->params = std::move(request.params);
+  if (group->params.beam_width > 0) {
+    start_beams(group, leader);
+  } else {
+    group->samples.assign(num_samples, nullptr);
+    group->samples[0] = leader;
+    for (int32_t i = 1; i < num_samples; ++i) group->unborn.push_back(i);
+  }
+  waiting.insert(leader);
+  num_never_admitted += num_samples;
+  return group->id;
 }
 
 bool Scheduler::State::abort(RequestId id) {
-  Sequence* seq = find(id);
-  if (seq == nullptr) return false;
-  if (seq->row == kNoRow) {
-    num_never_admitted -= seq->num_cached_tokens == kNeverAdmitted;
-    waiting.erase(seq);
+  SequenceGroup* group = find(id);
+  if (group == nullptr) return false;
+  if (group->beams != nullptr) {
+    end_beams(group);
   } else {
-    running.erase(std::lower_bound(running.begin(), running.end(), seq, ComesFirst()));
-    release_row(seq);
+    while (!group->unborn.empty()) end_unborn(group, group->unborn.back());
+    const std::vector<Sequence*> samples = group->samples;
+    for (Sequence* seq : samples) {
+      if (seq != nullptr) end_sample(seq);
+    }
   }
-  if (step_under_way() && seq->last_step == output.step_id) {
-    seq->id = 0;
-    aborted.push_back(seq);
-  } else {
-    recycle(seq);
-  }
+  drop_dead();
   return true;
 }
 
-Sequence* Scheduler::State::find(RequestId id) const {
-  const uint64_t slot = id & ((uint64_t{1} << kSlotBits) - 1);
-  if (id == 0 || slot >= slots.size() || slots[slot]->id != id) return nullptr;
-  return slots[slot].get();
-}
-
-int32_t Scheduler::State::new_slot() {
-  if (free_slots.empty()) {
-    slots.push_back(std::make_unique<Sequence>());
-    slots.back()->slot = static_cast<int32_t>(slots.size()) - 1;
-    return slots.back()->slot;
+bool Scheduler::State::abort(RequestId id, int32_t index) {
+  SequenceGroup* group = find(id);
+  if (group == nullptr || group->beams != nullptr) return false;
+  const auto unborn = std::find(group->unborn.begin(), group->unborn.end(), index);
+  if (unborn != group->unborn.end()) {
+    end_unborn(group, index);
+    return true;
   }
-  const int32_t slot = free_slots.back();
-  free_slots.pop_back();
-  return slot;
+  Sequence* seq = find(id, index);
+  if (seq == nullptr) return false;
+  if (!group->unborn.empty()) {
+    // It computes the prompt for the others: the next of them goes on with it.
+    const int32_t heir = group->unborn.front();
+    group->samples[index] = nullptr;
+    group->samples[heir] = seq;
+    seq->index = heir;
+    seq->seed = sample_seed(group->seed, heir);
+    end_unborn(group, heir);
+    return true;
+  }
+  end_sample(seq);
+  drop_dead();
+  return true;
 }
 
-void Scheduler::State::release_row(Sequence* seq) {
-  blocks.free(seq->row);
+int32_t Scheduler::State::fork(RequestId id, int32_t index, uint64_t seed) {
+  const auto refuse = [&](const char* why) {
+    throw InvalidArgument("fork of sample " + std::to_string(index) + " of request " +
+                          std::to_string(id) + ": " + why);
+  };
+  SequenceGroup* group = find(id);
+  if (group == nullptr) refuse("there is no such request");
+  if (group->beams != nullptr) refuse("beams cannot be forked");
+  Sequence* seq = find(id, index);
+  if (seq == nullptr) refuse("there is no such sample");
+  if (seq->num_steps_in_flight > 0) refuse("it is in a step under way: update() first");
+  if (seq->num_output_tokens() == 0) refuse("its first token is not out yet");
+  const int32_t child_index = static_cast<int32_t>(group->samples.size());
+  Sequence* child = fork(seq, child_index);
+  child->seed = seed;
+  group->samples.push_back(child);
+  ++group->num_alive;
+  return child_index;
+}
+
+bool Scheduler::State::propose(RequestId id, int32_t index, Span<const TokenId> token_ids) {
+  SequenceGroup* group = find(id);
+  if (group == nullptr) return false;
+  if (group->beams != nullptr) {
+    throw InvalidArgument("request " + std::to_string(id) +
+                          " is a beam search: tokens cannot be proposed for it");
+  }
+  Sequence* seq = find(id, index);
+  if (seq == nullptr || seq->num_steps_in_flight > 0 || !group->unborn.empty()) return false;
+  // The token after the last draft is sampled, and the sequence ends there at the latest.
+  const int32_t room = std::max(0, seq->final_length - seq->num_tokens - 1);
+  seq->num_drafts = std::min(room, static_cast<int32_t>(token_ids.size()));
+  seq->tokens.resize(seq->num_tokens);
+  seq->tokens.insert(seq->tokens.end(), token_ids.begin(), token_ids.begin() + seq->num_drafts);
+  return true;
+}
+
+SequenceGroup* Scheduler::State::find(RequestId id) const {
+  const uint64_t slot = id & ((uint64_t{1} << kSlotBits) - 1);
+  if (id == 0 || slot >= groups.size() || groups[slot]->id != id) return nullptr;
+  return groups[slot].get();
+}
+
+Sequence* Scheduler::State::find(RequestId id, int32_t index) const {
+  const SequenceGroup* group = find(id);
+  if (group == nullptr || index < 0 || static_cast<size_t>(index) >= group->samples.size()) {
+    return nullptr;
+  }
+  return group->samples[index];
+}
+
+SequenceGroup* Scheduler::State::new_group() {
+  if (free_slots.empty()) {
+    free_slots.push_back(static_cast<int32_t>(groups.size()));
+    groups.push_back(std::make_unique<SequenceGroup>());
+    groups.back()->slot = free_slots.back();
+  }
+  SequenceGroup* group = groups[free_slots.back()].get();
+  free_slots.pop_back();
+  group->id = next_serial++ << kSlotBits | static_cast<RequestId>(group->slot);
+  return group;
+}
+
+Sequence* Scheduler::State::new_sequence(SequenceGroup* group, int32_t index) {
+  if (free_sequences.empty()) {
+    sequences.push_back(std::make_unique<Sequence>());
+    free_sequences.push_back(sequences.back().get());
+  }
+  Sequence* seq = free_sequences.back();
+  free_sequences.pop_back();
+  seq->id = group->id;
+  seq->group = group;
+  seq->index = index;
+  ++group->num_sequences;
+  return seq;
+}
+
+// A copy that shares all blocks, if there is a row for it; else it waits, and takes from the cache
+// what it finds there.
+Sequence* Scheduler::State::fork(Sequence* parent, int32_t index) {
+  Sequence* child = new_sequence(parent->group, index);
+  child->priority = parent->priority;
+  child->num_tokens = parent->num_tokens;
+  child->num_prompt_tokens = parent->num_prompt_tokens;
+  child->final_length = parent->final_length;
+  child->tokens.reserve(parent->final_length);
+  child->tokens.assign(parent->tokens.begin(), parent->tokens.begin() + parent->num_tokens);
+  child->hashes.reserve(parent->hashes.capacity());
+  child->hashes.assign(parent->hashes.begin(), parent->hashes.end());
+  if (parent->row == kNoRow || free_rows.empty()) {
+    waiting.insert(child);
+    return child;
+  }
+  enter_running(child);
+  child->num_computed_tokens = parent->num_computed_tokens;
+  child->num_published_blocks = parent->num_published_blocks;
+  blocks.fork(parent->row, child->row, blocks.blocks_for(parent->num_computed_tokens));
+  const bool tail_is_partial = parent->num_computed_tokens % config.block_size != 0;
+  child->shares_tail = tail_is_partial;
+  parent->shares_tail |= tail_is_partial;
+  return child;
+}
+
+void Scheduler::State::enter_running(Sequence* seq) {
+  seq->row = free_rows.back();
+  free_rows.pop_back();
+  running.insert(std::upper_bound(running.begin(), running.end(), seq, ComesFirst()), seq);
+}
+
+// Frees what it holds. It stays in `running` until drop_dead(), for whoever walks there.
+void Scheduler::State::leave_queues(Sequence* seq) {
+  if (seq->row == kNoRow) {
+    waiting.erase(seq);
+  } else {
+    release_row(seq, keep_when_ended());
+  }
+}
+
+void Scheduler::State::release_row(Sequence* seq, Keep keep) {
+  blocks.free(seq->row, keep);
   free_rows.push_back(seq->row);
   seq->row = kNoRow;
+  seq->shares_tail = false;
+}
+
+Keep Scheduler::State::keep_when_ended() const {
+  return config.enable_prefix_caching ? Keep::kOffload : Keep::kForget;
+}
+
+void Scheduler::State::end_sample(Sequence* seq) {
+  SequenceGroup* group = seq->group;
+  leave_queues(seq);
+  group->samples[seq->index] = nullptr;
+  num_never_admitted -= group->num_cached_tokens == kNeverAdmitted;
+  bury(seq);
+  count_down(group);
+}
+
+void Scheduler::State::end_unborn(SequenceGroup* group, int32_t index) {
+  group->unborn.erase(std::find(group->unborn.begin(), group->unborn.end(), index));
+  num_never_admitted -= group->num_cached_tokens == kNeverAdmitted;
+  count_down(group);
+}
+
+void Scheduler::State::count_down(SequenceGroup* group) {
+  if (--group->num_alive == 0) group->id = 0;
+}
+
+void Scheduler::State::bury(Sequence* seq) {
+  seq->dead = true;
+  dead.push_back(seq);
+}
+
+// Out of `running`, and what no step points to is for others to use.
+void Scheduler::State::drop_dead() {
+  if (dead.empty()) return;
+  const auto is_dead = [](const Sequence* seq) { return seq->dead; };
+  running.erase(std::remove_if(running.begin(), running.end(), is_dead), running.end());
+  const auto rest = std::partition(
+      dead.begin(), dead.end(), [](const Sequence* seq) { return seq->num_steps_in_flight > 0; });
+  for (auto it = rest; it != dead.end(); ++it) recycle(*it);
+  dead.erase(rest, dead.end());
 }
 
 void Scheduler::State::recycle(Sequence* seq) {
-  const int32_t slot = seq->slot;
+  SequenceGroup* group = seq->group;
   *seq = Sequence();
-  seq->slot = slot;
+  free_sequences.push_back(seq);
+  if (--group->num_sequences > 0 || group->num_alive > 0) return;
+  const int32_t slot = group->slot;
+  *group = SequenceGroup();
+  group->slot = slot;
   free_slots.push_back(slot);
 }
 
-void Scheduler::State::recycle_aborted() {
-  for (Sequence* seq : aborted) recycle(seq);
-  aborted.clear();
-}
-
-void Scheduler::State::check_integrity() const {
-  blocks.check_integrity();
-  int32_t num_held_rows = 0;
-  for (const Sequence* seq : running) {
-    require(find(seq->id) == seq, "running, yet not to be found", *seq);
-    require(seq->row != kNoRow, "running without a row", *seq);
-    require(seq->num_computed_tokens < seq->num_tokens(), "running with nothing to compute", *seq);
-    require(seq->num_tokens() < seq->final_length, "running past its end", *seq);
-    const int32_t num_blocks = blocks.num_blocks_of(seq->row);
-    require(num_blocks >= blocks.blocks_for(seq->num_computed_tokens),
-            "computed more than it holds", *seq);
-    const int32_t num_full = seq->num_computed_tokens / config.block_size;
-    require(seq->num_published_blocks <= num_full, "published more than it computed", *seq);
-    for (int32_t i = 0; i < num_blocks; ++i) {
-      const Block& block = blocks.pool().block(blocks.block_at(seq->row, i));
-      if (!block.hash) {
-        require(block.ref_count == 1, "shares a block that is not published", *seq);
-      } else {
-        require(i < num_full, "holds a published block that is not computed", *seq);
-        require(block.hash == seq->hashes[i], "holds a block of other contents", *seq);
-      }
-    }
-    ++num_held_rows;
-  }
-  if (!std::is_sorted(running.begin(), running.end(), ComesFirst())) {
-    throw Error("the running sequences are out of order");
-  }
-  int32_t num_new = 0;
-  for (const Sequence* seq : waiting) {
-    require(find(seq->id) == seq, "waiting, yet not to be found", *seq);
-    require(seq->row == kNoRow, "waiting with a row", *seq);
-    require(seq->num_computed_tokens == 0, "waiting with computed tokens", *seq);
-    num_new += seq->num_cached_tokens == kNeverAdmitted;
-  }
-  if (num_new != num_never_admitted) throw Error("miscounted the sequences never admitted");
-  for (int32_t row = 0; row < config.max_num_seqs; ++row) {
-    if (blocks.num_blocks_of(row) > 0) --num_held_rows;
-  }
-  if (num_held_rows != 0) throw Error("a block table row has no sequence, or none a row");
-  if (free_rows.size() + running.size() != static_cast<size_t>(config.max_num_seqs)) {
-    throw Error("a block table row was lost");
-  }
-  if (free_slots.size() + running.size() + waiting.size() + aborted.size() != slots.size()) {
-    throw Error("a slot was lost");
-  }
+SchedulerStats Scheduler::State::current_stats() const {
+  SchedulerStats out = stats;
+  out.num_waiting = static_cast<int32_t>(waiting.size());
+  out.num_running = static_cast<int32_t>(running.size());
+  out.num_blocks = config.num_blocks;
+  out.num_free_blocks = blocks.pool().num_free();
+  out.num_host_blocks = config.num_host_blocks;
+  out.num_cached_host_blocks = blocks.host_pool().num_published();
+  out.num_blocks_swapped_out = blocks.stats().num_swapped_out;
+  out.num_blocks_swapped_in = blocks.stats().num_swapped_in;
+  out.num_blocks_copied = blocks.stats().num_copied;
+  return out;
 }
 
 Scheduler::Scheduler(const SchedulerConfig& config) : s_(std::make_unique<State>(config)) {}
@@ -170,34 +332,39 @@ Scheduler::~Scheduler() = default;
 
 RequestId Scheduler::add_request(SequenceRequest request) { return s_->add(std::move(request)); }
 bool Scheduler::abort(RequestId id) { return s_->abort(id); }
+bool Scheduler::abort(RequestId id, int32_t index) { return s_->abort(id, index); }
 bool Scheduler::has_unfinished() const { return !s_->running.empty() || !s_->waiting.empty(); }
+
+int32_t Scheduler::fork(RequestId id, int32_t index, uint64_t seed) {
+  return s_->fork(id, index, seed);
+}
+
+bool Scheduler::propose(RequestId id, int32_t index, Span<const TokenId> token_ids) {
+  return s_->propose(id, index, token_ids);
+}
+
 const SchedulerOutput& Scheduler::schedule() { return s_->schedule(); }
 
-void Scheduler::prepare(const SchedulerOutput& step, InputBatch* batch) const {
+void Scheduler::prepare(const SchedulerOutput& step, InputBatch* batch) {
   s_->prepare(step, batch);
 }
 
 const std::vector<SequenceUpdate>& Scheduler::update(const SchedulerOutput& step,
-                                                     Span<const TokenId> sampled_token_ids) {
-  return s_->update(step, sampled_token_ids);
+                                                     Span<const TokenId> sampled_token_ids,
+                                                     Span<const TokenLogprobs> logprobs) {
+  return s_->update(step, sampled_token_ids, logprobs);
 }
 
+void Scheduler::discard(const SchedulerOutput& step) { s_->discard(step); }
+
 bool Scheduler::reset_prefix_cache() {
-  BlockPool& pool = s_->blocks.pool();
-  if (pool.num_free() != pool.num_blocks()) return false;
-  pool.reset_prefix_cache();
+  if (s_->blocks.pool().num_free() != s_->blocks.pool().num_blocks()) return false;
+  s_->blocks.reset_prefix_cache();
   return true;
 }
 
-SchedulerStats Scheduler::stats() const {
-  SchedulerStats stats = s_->stats;
-  stats.num_waiting = static_cast<int32_t>(s_->waiting.size());
-  stats.num_running = static_cast<int32_t>(s_->running.size());
-  stats.num_blocks = s_->config.num_blocks;
-  stats.num_free_blocks = s_->blocks.pool().num_free();
-  return stats;
-}
-
+void Scheduler::take_kv_events(std::vector<KvEvent>* events) { s_->blocks.take_kv_events(events); }
+SchedulerStats Scheduler::stats() const { return s_->current_stats(); }
 const SchedulerConfig& Scheduler::config() const { return s_->config; }
 const BlockManager& Scheduler::blocks() const { return s_->blocks; }
 void Scheduler::check_integrity() const { s_->check_integrity(); }

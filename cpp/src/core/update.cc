@@ -11,96 +11,223 @@ bool contains(Span<const TokenId> ids, TokenId id) {
   return std::find(ids.begin(), ids.end(), id) != ids.end();
 }
 
+// `num_tokens`: of the sequence, with `token`, its last.
+FinishReason finish_reason(const SequenceGroup& group, Span<const TokenId> eos_token_ids,
+                           int32_t num_prompt_tokens, int32_t final_length, int32_t num_tokens,
+                           TokenId token) {
+  // The sampler masks what may end it for as long (SamplingRow::eos_token_ids).
+  const SamplingParams& params = group.params;
+  const bool may_stop = num_tokens - num_prompt_tokens > params.min_tokens;
+  const bool stops = (!params.ignore_eos && contains(eos_token_ids, token)) ||
+                     contains(params.stop_token_ids, token);
+  if (may_stop && stops) return FinishReason::kStop;
+  return num_tokens >= final_length ? FinishReason::kLength : FinishReason::kNone;
+}
+
 }  // namespace
 
-const std::vector<SequenceUpdate>& Scheduler::State::update(const SchedulerOutput& step,
-                                                            Span<const TokenId> sampled) {
-  if (&step != &output || step.sequences.size() != step_sequences.size()) {
-    throw InvalidArgument("update() of a step that is not under way");
+const std::vector<SequenceUpdate>& Scheduler::State::update(const SchedulerOutput& output,
+                                                            Span<const TokenId> sampled,
+                                                            Span<const TokenLogprobs> results) {
+  if (num_steps == 0 || &output != &oldest().output) {
+    throw InvalidArgument("update() of a step that is not the oldest one under way");
   }
-  size_t num_samples = 0;
-  for (const ScheduledSequence& scheduled : step.sequences) num_samples += scheduled.samples;
-  if (sampled.size() != num_samples) {
-    throw InvalidArgument("update() with " + std::to_string(sampled.size()) + " tokens of " +
-                          std::to_string(num_samples) + " sampling rows");
-  }
-
+  const Step& step = oldest();
+  check_results(step, sampled, results);
+  logprobs = results;
   updates.clear();
-  bool any_finished = false;
-  int32_t sampling_row = 0;
-  for (size_t i = 0; i < step_sequences.size(); ++i) {
-    const ScheduledSequence& scheduled = step.sequences[i];
-    const int32_t row = scheduled.samples ? sampling_row++ : -1;
-    Sequence* seq = step_sequences[i];
-    if (seq->id != scheduled.id) continue;  // aborted: nobody wants its token
-
-    seq->num_computed_tokens += scheduled.num_scheduled_tokens;
-    publish(seq);
-    // Computing again after a preemption owes nothing new until it is past where it was.
-    seq->next_prompt_logprob = std::max(
-        seq->next_prompt_logprob, std::min(seq->num_computed_tokens + 1, seq->num_prompt_tokens));
-    SequenceUpdate news{seq->id,
-                        seq->tag,
-                        static_cast<int32_t>(i),
-                        -1,
-                        false,
-                        FinishReason::kNone,
-                        -1,
-                        seq->num_prompt_tokens,
-                        seq->num_output_tokens(),
-                        seq->num_cached_tokens,
-                        row};
-    if (row >= 0) take_sample(seq, sampled[row], &news);
-    any_finished |= news.finish_reason != FinishReason::kNone;
-    updates.push_back(news);
+  finished_hypotheses.clear();
+  int32_t row = 0;
+  for (size_t i = 0; i < step.entries.size(); ++i) {
+    const int32_t num_rows = step.output.sequences[i].num_sampling_rows;
+    Sequence* seq = step.entries[i].seq;
+    --seq->num_steps_in_flight;
+    // An aborted one: nobody wants its tokens.
+    if (!seq->dead) take_in(step, i, row, sampled.subspan(row, num_rows));
+    row += num_rows;
   }
-  if (any_finished) drop_finished();
-  step_sequences.clear();
-  recycle_aborted();
+  oldest_step = (oldest_step + 1) % kMaxStepsInFlight;
+  --num_steps;
+  drop_dead();
   return updates;
 }
 
-void Scheduler::State::take_sample(Sequence* seq, TokenId token, SequenceUpdate* news) const {
-  // The sampler masks what may end it for as long (SamplingRow::eos_token_ids).
-  const bool may_stop = seq->num_output_tokens() >= seq->params.min_tokens;
-  seq->tokens.push_back(token);
-  news->new_token_id = token;
-  news->has_new_token = true;
-  news->num_output_tokens = seq->num_output_tokens();
-  const bool stops = (!seq->params.ignore_eos && contains(config.eos_token_ids, token)) ||
-                     contains(seq->params.stop_token_ids, token);
-  if (may_stop && stops) {
-    news->finish_reason = FinishReason::kStop;
-    news->stop_token_id = token;
-  } else if (seq->num_tokens() >= seq->final_length) {
-    news->finish_reason = FinishReason::kLength;
+void Scheduler::State::check_results(const Step& step, Span<const TokenId> sampled,
+                                     Span<const TokenLogprobs> results) const {
+  const auto num_rows = static_cast<size_t>(step.num_sampling_rows);
+  if (sampled.size() != num_rows) {
+    throw InvalidArgument("update() with " + std::to_string(sampled.size()) + " tokens of " +
+                          std::to_string(num_rows) + " sampling rows");
+  }
+  if (!results.empty() && results.size() != num_rows) {
+    throw InvalidArgument("update() with " + std::to_string(results.size()) + " logprobs of " +
+                          std::to_string(num_rows) + " sampling rows");
+  }
+  int32_t row = 0;
+  for (size_t i = 0; i < step.entries.size(); ++i) {
+    const Sequence& seq = *step.entries[i].seq;
+    const int32_t rows_here = step.output.sequences[i].num_sampling_rows;
+    const bool is_beam = rows_here > 0 && !seq.dead && seq.group->beams != nullptr;
+    if (is_beam && (results.empty() || results[row].token_ids.size() < 2 ||
+                    results[row].logprobs.size() != results[row].token_ids.size())) {
+      throw InvalidArgument("update() without the logprobs of sampling row " + std::to_string(row) +
+                            ", a beam's");
+    }
+    row += rows_here;
+  }
+}
+
+void Scheduler::State::take_in(const Step& step, size_t i, int32_t row,
+                               Span<const TokenId> sampled) {
+  const ScheduledSequence& scheduled = step.output.sequences[i];
+  const ScheduledEntry& entry = step.entries[i];
+  Sequence* seq = entry.seq;
+  SequenceGroup* group = seq->group;
+  const int32_t num_kept = scheduled.num_scheduled_tokens - entry.num_drafts;
+  const int32_t end = scheduled.num_computed_tokens + num_kept;
+  // Computing again after a preemption owes nothing new until it is past where it was.
+  group->next_prompt_logprob =
+      std::max(group->next_prompt_logprob, std::min(end + 1, seq->num_prompt_tokens));
+  SequenceUpdate news{seq->id,
+                      group->tag,
+                      seq->index,
+                      static_cast<int32_t>(i),
+                      {},
+                      -1,
+                      FinishReason::kNone,
+                      -1,
+                      seq->num_prompt_tokens,
+                      seq->num_output_tokens() - seq->num_placeholders,
+                      group->num_cached_tokens,
+                      0};
+  const bool samples = !sampled.empty() && group->beams == nullptr;
+  if (samples) {
+    news.sampling_row = row;
+    take_tokens(seq, end, sampled, entry.num_drafts, &news);
+  }
+  if (entry.epoch == seq->epoch) {
+    const int32_t num_accepted = samples ? static_cast<int32_t>(news.new_token_ids.size()) - 1 : 0;
+    seq->num_in_flight_tokens -= scheduled.num_scheduled_tokens;
+    seq->num_computed_tokens += num_kept + num_accepted;
+    publish(seq);
+  }
+  if (!sampled.empty() && group->beams != nullptr) {
+    take_candidates(seq, logprobs[row], static_cast<int32_t>(i));
+    return;
+  }
+  updates.push_back(news);
+  if (samples && !group->unborn.empty()) bear_samples(seq, row, sampled);
+  if (news.finish_reason != FinishReason::kNone) end_sample(seq);
+}
+
+// The tokens at `position` and after it. Of proposed ones those count that were sampled again, and
+// the first that was not.
+void Scheduler::State::take_tokens(Sequence* seq, int32_t position, Span<const TokenId> sampled,
+                                   int32_t num_drafts, SequenceUpdate* news) {
+  const SequenceGroup& group = *seq->group;
+  const int32_t first = group.unborn.empty() ? 0 : seq->index;
+  int32_t count = 0;
+  while (true) {
+    const TokenId token = sampled[first + count];
+    const bool is_draft = count < num_drafts && seq->tokens[position + count] == token;
+    ++count;
+    news->finish_reason = finish_reason(group, config.eos_token_ids, seq->num_prompt_tokens,
+                                        seq->final_length, position + count, token);
+    if (news->finish_reason == FinishReason::kStop) news->stop_token_id = token;
+    if (!is_draft || news->finish_reason != FinishReason::kNone) break;
+  }
+  news->sampling_row += first;
+  news->new_token_ids = sampled.subspan(first, count);
+  news->num_output_tokens = position + count - seq->num_prompt_tokens;
+  if (seq->awaits_result) {
+    seq->awaits_result = false;
+    seq->tokens.resize(position);
+    seq->tokens.insert(seq->tokens.end(), news->new_token_ids.begin(), news->new_token_ids.end());
+    seq->num_tokens = position + count;
+    seq->num_drafts = 0;
+    stats.num_draft_tokens += num_drafts;
+    stats.num_accepted_tokens += count - 1;
+    return;
+  }
+  --seq->num_placeholders;
+  // If a later step has the token as its input, the runner has written it.
+  if (!seq->written_by_runner) seq->tokens[position] = sampled[0];
+  seq->written_by_runner = false;
+}
+
+// The samples of a prompt that has been computed: each continues it with a token of its own.
+void Scheduler::State::bear_samples(Sequence* leader, int32_t row, Span<const TokenId> sampled) {
+  SequenceGroup* group = leader->group;
+  const std::vector<int32_t> unborn = std::move(group->unborn);
+  group->unborn.clear();
+  SequenceUpdate news = updates.back();
+  for (const int32_t index : unborn) {
+    const TokenId token = sampled[index];
+    Sequence* seq = fork(leader, index);
+    seq->seed = sample_seed(group->seed, index);
+    seq->tokens.back() = token;
+    group->samples[index] = seq;
+    news.index = index;
+    news.sampling_row = row + index;
+    news.new_token_ids = sampled.subspan(index, 1);
+    news.finish_reason = finish_reason(*group, config.eos_token_ids, seq->num_prompt_tokens,
+                                       seq->final_length, seq->num_tokens, token);
+    news.stop_token_id = news.finish_reason == FinishReason::kStop ? token : -1;
+    updates.push_back(news);
+    if (news.finish_reason != FinishReason::kNone) end_sample(seq);
   }
 }
 
 // Only now that they are computed: whoever found them earlier would read garbage if the step
 // failed.
 void Scheduler::State::publish(Sequence* seq) {
-  if (!config.enable_prefix_caching) return;
+  if (!seq->group->uses_hashes) return;
   const int32_t first = seq->num_published_blocks;
   if (seq->num_computed_tokens < (first + 1) * config.block_size) return;
   const int32_t num_full = seq->num_computed_tokens / config.block_size;
   extend_hashes(seq, num_full);
-  blocks.publish(seq->row, first,
-                 {seq->hashes.data() + first, static_cast<size_t>(num_full - first)});
+  blocks.publish(seq->row, first, num_full, seq->hashes.data(), seq->tokens.data(),
+                 seq->group->announce);
   seq->num_published_blocks = num_full;
 }
 
-void Scheduler::State::drop_finished() {
-  for (const SequenceUpdate& news : updates) {
-    if (news.finish_reason == FinishReason::kNone) continue;
-    Sequence* seq = step_sequences[news.seq];
-    release_row(seq);
-    seq->id = 0;
-    aborted.push_back(seq);
+void Scheduler::State::discard(const SchedulerOutput& output) {
+  int32_t age = 0;
+  while (age < num_steps && &output != &steps[(oldest_step + age) % kMaxStepsInFlight].output) {
+    ++age;
   }
-  running.erase(std::remove_if(running.begin(), running.end(),
-                               [](const Sequence* seq) { return seq->id == 0; }),
-                running.end());
+  if (age == num_steps) throw InvalidArgument("discard() of a step that is not under way");
+  while (num_steps > age) discard_newest();
+  drop_dead();
+}
+
+void Scheduler::State::discard_newest() {
+  const Step& step = newest();
+  for (size_t i = 0; i < step.entries.size(); ++i) {
+    const ScheduledEntry& entry = step.entries[i];
+    const ScheduledSequence& scheduled = step.output.sequences[i];
+    Sequence* seq = entry.seq;
+    --seq->num_steps_in_flight;
+    if (seq->dead) continue;
+    if (scheduled.num_sampling_rows > 0) {
+      if (seq->awaits_result) {
+        seq->awaits_result = false;
+      } else {
+        --seq->num_placeholders;
+        seq->tokens.resize(--seq->num_tokens);
+        seq->written_by_runner = false;
+        seq->sampling_row = seq->previous_sampling_row;
+      }
+    }
+    if (entry.epoch != seq->epoch) continue;
+    seq->num_in_flight_tokens -= scheduled.num_scheduled_tokens;
+    if (entry.needs_transfers) {
+      running.erase(std::lower_bound(running.begin(), running.end(), seq, ComesFirst()));
+      lose_blocks(seq, Keep::kCache);
+    }
+  }
+  blocks.discard_step(step.output.transfers);
+  --num_steps;
 }
 
 }  // namespace fastpage
