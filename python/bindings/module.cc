@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, m) {
   fastpage::bind_sampling_params(m);  // before what takes one
   fastpage::bind_core(m);
   fastpage::bind_scheduler(m);
+  fastpage::bind_replay(m);
   fastpage::bind_engine(m);
   fastpage::bind_sampler(m);
   fastpage::bind_ops(m);

@@ -12,5 +12,6 @@ void bind_sampling_params(pybind11::module_& m);
 void bind_sampler(pybind11::module_& m);
 void bind_ops(pybind11::module_& m);
 void bind_program(pybind11::module_& m);
+void bind_replay(pybind11::module_& m);  // after bind_scheduler: adds Scheduler.record
 
 }  // namespace fastpage
