@@ -266,13 +266,20 @@ Array paged_attention(ThreadPool& pool, py::object q_arg, const KvCache& cache,
 }
 
 void copy_blocks(ThreadPool& pool, KvCache& cache, py::object copies_arg) {
-  int64_t columns = 0;
-  const std::vector<int32_t> pairs = import_indices(copies_arg, "copies", &columns);
-  if (columns != 2) throw InvalidArgument("copies must be [n][2]: pairs of source and destination");
-  std::vector<BlockCopy> copies;
-  for (size_t i = 0; i < pairs.size(); i += 2) copies.push_back({pairs[i], pairs[i + 1]});
+  const auto copies = import_pairs<BlockCopy>(copies_arg, "copies");
   py::gil_scoped_release release;
   ops::copy_blocks(pool, cache.view, copies);
+}
+
+void swap_blocks(ThreadPool& pool, KvCache& device, KvCache& host, py::object swaps_arg,
+                 const std::string& direction) {
+  if (direction != "out" && direction != "in") {
+    throw InvalidArgument("direction is '" + direction + "': one of out, in");
+  }
+  const auto swaps = import_pairs<BlockSwap>(swaps_arg, "swaps");
+  py::gil_scoped_release release;
+  ops::swap_blocks(pool, device.view, host.view, swaps,
+                   direction == "out" ? ops::SwapDirection::kOut : ops::SwapDirection::kIn);
 }
 
 }  // namespace
@@ -325,6 +332,8 @@ void bind_ops(py::module_& m) {
         py::arg("num_heads"), py::arg("scale"), py::arg("sliding_window") = 0,
         py::arg("soft_cap") = 0.0f, py::arg("out").noconvert() = py::none());
   o.def("copy_blocks", &copy_blocks, py::arg("pool"), py::arg("cache"), py::arg("copies"));
+  o.def("swap_blocks", &swap_blocks, py::arg("pool"), py::arg("device"), py::arg("host"),
+        py::arg("swaps"), py::arg("direction"));
 }
 
 }  // namespace fastpage

@@ -47,4 +47,15 @@ class ImportedTensor {
 std::vector<int32_t> import_indices(pybind11::handle source, const char* name,
                                     int64_t* columns = nullptr);
 
+// A copy of an array [n][2] of indices, as n structs of two.
+template <typename Pair>
+std::vector<Pair> import_pairs(pybind11::handle source, const char* name) {
+  int64_t columns = 0;
+  const std::vector<int32_t> indices = import_indices(source, name, &columns);
+  if (columns != 2) throw InvalidArgument(std::string(name) + " must be an array [n][2]");
+  std::vector<Pair> pairs;
+  for (size_t i = 0; i < indices.size(); i += 2) pairs.push_back({indices[i], indices[i + 1]});
+  return pairs;
+}
+
 }  // namespace fastpage

@@ -135,4 +135,11 @@ void paged_attention(ThreadPool& pool, Matrix<const float> q, const KvCacheView&
 // Copies whole blocks of one layer, in order.
 void copy_blocks(ThreadPool& pool, const KvCacheView& cache, Span<const BlockCopy> copies);
 
+enum class SwapDirection : uint8_t { kOut, kIn };  // device -> host, host -> device
+
+// Copies whole blocks of one layer between its cache and a host cache of the same layout (any
+// number of blocks), in order.
+void swap_blocks(ThreadPool& pool, const KvCacheView& device, const KvCacheView& host,
+                 Span<const BlockSwap> swaps, SwapDirection direction);
+
 }  // namespace fastpage::ops

@@ -75,4 +75,10 @@ def paged_attention(
     soft_cap: float = 0.0,
     out: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32]: ...
-def copy_blocks(pool: ThreadPool, cache: KvCache, copies: DLPackTensor) -> None: ...
+def copy_blocks(pool: ThreadPool, cache: KvCache, copies: DLPackTensor) -> None:
+    """copies: [n][2], source and destination blocks, in order."""
+
+def swap_blocks(
+    pool: ThreadPool, device: KvCache, host: KvCache, swaps: DLPackTensor, direction: str
+) -> None:
+    """swaps: [n][2], blocks of `device` and of `host`, in order; direction: "out" or "in"."""
