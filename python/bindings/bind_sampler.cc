@@ -33,7 +33,7 @@ class PySampler {
   ModelRunnerOutput sample(LogitsArray logits, const InputBatch& batch) {
     check(logits.ndim() == 2 && logits.shape(0) == batch.num_logits(),
           "logits must be of shape [" + std::to_string(batch.num_logits()) + ", vocab_size]");
-    const Matrix<float> matrix(logits.mutable_data(), logits.shape(0), logits.shape(1));
+    const Matrix<const float> matrix(logits.data(), logits.shape(0), logits.shape(1));
     ModelRunnerOutput out;
     py::gil_scoped_release release;
     sampler_.begin(batch, &out);
@@ -74,14 +74,14 @@ py::tuple sample_logits(const py::array_t<float, py::array::c_style | py::array:
     batch.sampling_rows.push_back(
         {row, row, &params[i], token_ids[i], num_prompt_tokens[i], seeds[i], eos});
   }
-  std::vector<float> copy(logits.data(), logits.data() + logits.size());
+  const Matrix<const float> matrix(logits.data(), logits.shape(0), vocab_size);
   ModelRunnerOutput out;
   {
     py::gil_scoped_release release;
     const auto pool = make_pool(num_threads);
     Sampler sampler(vocab_size, pool.get());
     sampler.begin(batch, &out);
-    sampler.sample({copy.data(), static_cast<int64_t>(num_rows), vocab_size}, 0, batch, &out);
+    sampler.sample(matrix, 0, batch, &out);
   }
   py::list logprobs;
   for (size_t i = 0; i < num_rows; ++i) {

@@ -20,12 +20,13 @@ class Sampler {
   explicit Sampler(int32_t vocab_size, ThreadPool* pool = nullptr);
   ~Sampler();
 
-  // Sizes `out` for the batch. Once per step, before sample().
+  // Sizes `out` for the batch. Once per step, before sample(). Throws InvalidArgument unless
+  // sampling_rows and prompt_logprob_rows are in the order of their logits_row.
   void begin(const InputBatch& batch, ModelRunnerOutput* out);
 
-  // logits: rows [first_row, first_row + logits.rows) of the step's logits, fp32, overwritten.
-  // Fills in `out` for those of the batch's sampling_rows and prompt_logprob_rows whose logits_row
-  // lies among them.
+  // logits: rows [first_row, first_row + logits.rows) of the step's logits, fp32. Fills in `out`
+  // for those of the batch's sampling_rows and prompt_logprob_rows whose logits_row lies among
+  // them.
   //
   // Order (vLLM's): logprobs are those of the raw logits; then allowed_token_ids, bad_words,
   // min_tokens, logit_bias, penalties, temperature, min_p, top_k, top_p, draw. The draw is Philox
@@ -35,8 +36,9 @@ class Sampler {
   // every token is forbidden yields the argmax of its raw logits, and token 0 if they are all -inf:
   // never an error, which would take the rest of the batch down with it.
   //
-  // A logits row serves at most one of the sampling rows; a prompt logprob row may share it.
-  void sample(Matrix<float> logits, int32_t first_row, const InputBatch& batch,
+  // Any number of rows may share a logits row. Neighbours that differ in their seed alone (samples
+  // of one prompt) share the work up to the draw.
+  void sample(Matrix<const float> logits, int32_t first_row, const InputBatch& batch,
               ModelRunnerOutput* out);
 
  private:

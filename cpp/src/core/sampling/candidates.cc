@@ -14,58 +14,23 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// Weights of the tokens that may be drawn, in vocabulary order. Without ids, all tokens.
-struct Candidates {
-  float* weights;
-  const TokenId* ids;
-  int64_t size;
-
-  TokenId token(int64_t i) const { return ids ? ids[i] : static_cast<TokenId>(i); }
-};
-
 // exp() of anything divided by less than this is 0 or 1 already, and the quotient stays finite.
 float inverse_temperature(const SamplingParams& params) {
   return 1.0f / std::max(params.temperature, 1e-30f);
 }
 
-Candidates keep_min_p_and_top_k(Span<float> logits, float greatest, const SamplingParams& params,
-                                Scratch* scratch) {
+// Logits and ids of what min_p and top_k keep, in scratch->values and scratch->ids; returns their
+// number. That of all, leaving scratch alone, if neither is asked for.
+int64_t keep_min_p_and_top_k(Span<const float> logits, float greatest, const SamplingParams& params,
+                             Scratch* scratch) {
   const auto vocab_size = static_cast<int64_t>(logits.size());
   const bool top_k = params.top_k > 0 && params.top_k < vocab_size;
-  if (!top_k && params.min_p <= 0.0f) return {logits.data(), nullptr, vocab_size};
+  if (!top_k && params.min_p <= 0.0f) return vocab_size;
   float bound = kLowest;
   if (params.min_p > 0.0f) {
     bound = std::max(bound, greatest + params.temperature * std::log(params.min_p));
   }
-  const int64_t k = top_k ? params.top_k : vocab_size;
-  const int64_t size = gather_top_k({logits.data(), logits.size()}, greatest, k, bound, scratch);
-  return {scratch->values.data(), scratch->ids.data(), size};
-}
-
-// The first candidate at which the running sum of the weights >= threshold exceeds `uniform` of
-// their total; sums are those weights' sums by chunk.
-int64_t inverse_cdf(const Candidates& candidates, float threshold, Span<const float> sums,
-                    double uniform) {
-  const double target = uniform * std::accumulate(sums.begin(), sums.end(), 0.0);
-  double below = 0.0;
-  int64_t chunk = 0;
-  for (int64_t c = 0; c < static_cast<int64_t>(sums.size()); ++c) {
-    if (sums[c] <= 0.0f) continue;
-    chunk = c;
-    if (below + sums[c] > target) break;
-    below += sums[c];
-  }
-  // Rounding may let the chunk end before the target: its last candidate is the answer then.
-  int64_t last = 0;
-  const int64_t end = std::min(candidates.size, (chunk + 1) * kChunk);
-  for (int64_t i = chunk * kChunk; i < end; ++i) {
-    const float weight = candidates.weights[i];
-    if (weight <= 0.0f || weight < threshold) continue;
-    last = i;
-    below += weight;
-    if (below > target) break;
-  }
-  return last;
+  return gather_top_k(logits, greatest, top_k ? params.top_k : vocab_size, bound, scratch);
 }
 
 }  // namespace
@@ -107,27 +72,58 @@ int64_t gather_top_k(Span<const float> logits, float greatest, int64_t k, float 
   return kept;
 }
 
-TokenId draw(Span<float> logits, const SamplingParams& params, double uniform, Scratch* scratch) {
+Distribution distribution(Span<const float> logits, const SamplingParams& params,
+                          Scratch* scratch) {
   const Kernels& kernel = kernels();
   const auto n = static_cast<int64_t>(logits.size());
+  Distribution result;
   const float greatest = kernel.maxima(logits.data(), n, scratch->maxima.data());
-  if (greatest == -kInfinity) return -1;
+  if (greatest == -kInfinity) return result;
   if (greatest == kInfinity) {
-    return static_cast<TokenId>(kernel.find(logits.data(), n, kInfinity));
+    result.certain = static_cast<TokenId>(kernel.find(logits.data(), n, kInfinity));
+    return result;
   }
-  const Candidates candidates = keep_min_p_and_top_k(logits, greatest, params, scratch);
-  const Span<float> sums(scratch->sums.data(), num_chunks(candidates.size));
-  kernel.weigh(candidates.weights, candidates.size, greatest, inverse_temperature(params),
-               candidates.weights, sums.data());
-  float threshold = 0.0f;
+  result.size = keep_min_p_and_top_k(logits, greatest, params, scratch);
+  const bool all = result.size == n;
+  result.ids = all ? nullptr : scratch->ids.data();
+  result.weights = scratch->values.data();
+  float* sums = scratch->sums.data();
+  result.sums = {sums, static_cast<size_t>(num_chunks(result.size))};
+  kernel.weigh(all ? logits.data() : scratch->values.data(), result.size, greatest,
+               inverse_temperature(params), scratch->values.data(), sums);
   if (params.top_p < 1.0f) {
-    const double total = std::accumulate(sums.begin(), sums.end(), 0.0);
-    threshold = mass_threshold(candidates.weights, candidates.size, params.top_p * total, total,
-                               scratch->search.data());
-    kernel.sum(candidates.weights, candidates.size, threshold, sums.data());
+    const double total = std::accumulate(result.sums.begin(), result.sums.end(), 0.0);
+    result.threshold = mass_threshold(result.weights, result.size, params.top_p * total, total,
+                                      scratch->search.data());
+    kernel.sum(result.weights, result.size, result.threshold, sums);
   }
-  const int64_t chosen = inverse_cdf(candidates, threshold, {sums.data(), sums.size()}, uniform);
-  return candidates.token(chosen);
+  return result;
+}
+
+// The first candidate at which the running sum of the weights >= threshold exceeds `uniform` of
+// their total.
+TokenId draw(const Distribution& d, double uniform) {
+  if (d.size == 0) return d.certain;
+  const double target = uniform * std::accumulate(d.sums.begin(), d.sums.end(), 0.0);
+  double below = 0.0;
+  int64_t chunk = 0;
+  for (int64_t c = 0; c < static_cast<int64_t>(d.sums.size()); ++c) {
+    if (d.sums[c] <= 0.0f) continue;
+    chunk = c;
+    if (below + d.sums[c] > target) break;
+    below += d.sums[c];
+  }
+  // Rounding may let the chunk end before the target: its last candidate is the answer then.
+  int64_t last = 0;
+  const int64_t end = std::min(d.size, (chunk + 1) * kChunk);
+  for (int64_t i = chunk * kChunk; i < end; ++i) {
+    const float weight = d.weights[i];
+    if (weight <= 0.0f || weight < d.threshold) continue;
+    last = i;
+    below += weight;
+    if (below > target) break;
+  }
+  return d.token(last);
 }
 
 }  // namespace fastpage::sampling

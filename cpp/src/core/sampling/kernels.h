@@ -32,7 +32,7 @@ struct Kernels {
   int64_t (*gather)(const float* values, int64_t n, float low, float high, float* out_values,
                     int32_t* out_indices);
   // weights[i] = w = exp((values[i] - max) * scale), where values <= max; sums[c] = their sum in
-  // chunk c. `weights` may be null or `values`. Exactly 1 at max, relative error below
+  // chunk c. `weights` may be null, or `values`. Exactly 1 at max, relative error below
   // 3e-7 * (1 - log(w)) down to 2^-126, and 0 below 2^-127.
   void (*weigh)(const float* values, int64_t n, float max, float scale, float* weights,
                 float* sums);

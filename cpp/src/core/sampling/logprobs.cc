@@ -33,12 +33,14 @@ void rank_top_k(Span<const float> logits, float greatest, int64_t k, Scratch* sc
 
 }  // namespace
 
-void compute_logprobs(Span<float> logits, TokenId token, Scratch* scratch, TokenLogprobs* out) {
+void compute_logprobs(Span<const float> logits, TokenId token, Scratch* scratch,
+                      TokenLogprobs* out) {
   const Kernels& kernel = kernels();
   const auto n = static_cast<int64_t>(logits.size());
   float greatest = kernel.maxima(logits.data(), n, scratch->maxima.data());
   if (greatest == kInfinity) {
-    std::replace(logits.begin(), logits.end(), kInfinity, kLargest);
+    std::replace_copy(logits.begin(), logits.end(), scratch->copy.begin(), kInfinity, kLargest);
+    logits = scratch->copy;
     greatest = kernel.maxima(logits.data(), n, scratch->maxima.data());
   }
   kernel.weigh(logits.data(), n, greatest, 1.0f, nullptr, scratch->sums.data());
@@ -56,7 +58,7 @@ void compute_logprobs(Span<float> logits, TokenId token, Scratch* scratch, Token
   out->logprobs[0] = logprob(logit);
   const auto k = static_cast<int64_t>(out->token_ids.size()) - 1;
   if (k == 0) return;
-  rank_top_k({logits.data(), logits.size()}, greatest, k, scratch);
+  rank_top_k(logits, greatest, k, scratch);
   for (int64_t i = 0; i < k; ++i) {
     out->token_ids[i + 1] = scratch->ids[i];
     out->logprobs[i + 1] = logprob(logits[scratch->ids[i]]);
