@@ -87,13 +87,14 @@ void bind_program_class(py::module_& m) {
       .def("__str__", &Program::to_string);
 }
 
-// All logits of a step in one new array.
+// All logits of a step in one new array; does its transfers first.
 py::array_t<float> forward(CpuExecutor& executor, const InputBatch& batch) {
   const auto vocab_size = static_cast<py::ssize_t>(executor.program().vocab_size());
   py::array_t<float> logits({static_cast<py::ssize_t>(batch.num_logits()), vocab_size});
   float* out = logits.mutable_data();
   py::gil_scoped_release release;
   executor.check_batch(batch);
+  executor.apply_transfers(batch.transfers);
   executor.forward(batch, [&](int32_t first_row, Matrix<float> slice) {
     for (int64_t i = 0; i < slice.rows; ++i) {
       std::copy_n(slice.row(i), slice.cols, out + (first_row + i) * vocab_size);
@@ -125,9 +126,19 @@ py::array_t<float> forward_arrays(CpuExecutor& executor, py::handle token_ids, p
   return forward(executor, batch);
 }
 
+void apply_transfers(CpuExecutor& executor, py::handle swap_outs, py::handle block_copies,
+                     py::handle swap_ins) {
+  BlockTransfers transfers;
+  transfers.swap_outs = import_pairs<BlockSwap>(swap_outs, "swap_outs");
+  transfers.block_copies = import_pairs<BlockCopy>(block_copies, "block_copies");
+  transfers.swap_ins = import_pairs<BlockSwap>(swap_ins, "swap_ins");
+  py::gil_scoped_release release;
+  executor.apply_transfers(transfers);
+}
+
 void bind_executor(py::module_& m) {
   py::class_<CpuExecutor, std::shared_ptr<CpuExecutor>>(m, "CpuExecutor")
-      .def(py::init([](const Program& program, int32_t num_kv_blocks,
+      .def(py::init([](const Program& program, int32_t num_kv_blocks, int32_t num_host_kv_blocks,
                        const std::string& weight_dtype, const std::string& kv_cache_dtype,
                        int32_t block_size, int32_t max_num_tokens, int32_t max_num_logits,
                        std::shared_ptr<ThreadPool> pool) {
@@ -135,14 +146,15 @@ void bind_executor(py::module_& m) {
              config.weight_dtype = dtype_from_name(weight_dtype);
              config.kv_cache_dtype = dtype_from_name(kv_cache_dtype);
              config.num_kv_blocks = num_kv_blocks;
+             config.num_host_kv_blocks = num_host_kv_blocks;
              config.block_size = block_size;
              config.max_num_tokens = max_num_tokens;
              config.max_num_logits = max_num_logits;
              return std::make_shared<CpuExecutor>(program, config, std::move(pool));
            }),
-           "program"_a, py::kw_only(), "num_kv_blocks"_a, "weight_dtype"_a = "bfloat16",
-           "kv_cache_dtype"_a = "bfloat16", "block_size"_a = 16, "max_num_tokens"_a = 2048,
-           "max_num_logits"_a = 256, "pool"_a = nullptr)
+           "program"_a, py::kw_only(), "num_kv_blocks"_a, "num_host_kv_blocks"_a = 0,
+           "weight_dtype"_a = "bfloat16", "kv_cache_dtype"_a = "bfloat16", "block_size"_a = 16,
+           "max_num_tokens"_a = 2048, "max_num_logits"_a = 256, "pool"_a = nullptr)
       .def(
           "load_weight",
           [](CpuExecutor& executor, const std::string& name, py::object weight,
@@ -153,11 +165,13 @@ void bind_executor(py::module_& m) {
           },
           "name"_a, "weight"_a, "source_dtype"_a = std::nullopt)
       .def("finish_loading", &CpuExecutor::finish_loading, py::call_guard<py::gil_scoped_release>())
+      .def("apply_transfers", &apply_transfers, "swap_outs"_a, "block_copies"_a, "swap_ins"_a)
       .def("forward", &forward, "batch"_a)
       .def("forward_arrays", &forward_arrays, "token_ids"_a, "positions"_a, "slot_mapping"_a,
            "query_start_loc"_a, "seq_lens"_a, "block_tables"_a, "logits_indices"_a)
       .def_property_readonly("weight_bytes", &CpuExecutor::weight_bytes)
       .def_property_readonly("kv_cache_bytes", &CpuExecutor::kv_cache_bytes)
+      .def_property_readonly("kv_host_cache_bytes", &CpuExecutor::kv_host_cache_bytes)
       .def_static(
           "kv_block_bytes",
           [](int32_t num_layers, int32_t num_kv_heads, int32_t head_dim, const std::string& dtype,
@@ -169,7 +183,8 @@ void bind_executor(py::module_& m) {
       .def("set_profiling", &CpuExecutor::set_profiling, "on"_a)
       .def("profile", &CpuExecutor::profile);
   py::class_<ProgramRunner, ModelRunner, std::shared_ptr<ProgramRunner>>(m, "ProgramRunner")
-      .def(py::init<std::shared_ptr<CpuExecutor>>(), "executor"_a);
+      .def(py::init<std::shared_ptr<CpuExecutor>, int32_t>(), "executor"_a,
+           "max_steps_in_flight"_a = 1);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ struct ExecutorConfig {
       DType::kBFloat16;  // of linear weights and embedding tables: fp32, bf16 or fp16
   DType kv_cache_dtype = DType::kBFloat16;
   int32_t num_kv_blocks = 0;
+  int32_t num_host_kv_blocks = 0;  // of the host cache, where blocks are swapped to; 0 = none
   int32_t block_size = 16;
   int32_t max_num_tokens = 2048;  // rows of a step
   int32_t max_num_logits =
@@ -36,6 +37,10 @@ class CpuExecutor {
   // ResourceExhausted if memory is short.
   void finish_loading();
 
+  // What a step asks to be done to the cache before forward(), in every layer: swap_outs, then
+  // block_copies, then swap_ins. Throws InvalidArgument for blocks that do not exist.
+  void apply_transfers(const BlockTransfers& transfers);
+
   // Runs the step. `sink` is called with consecutive slices of at most max_num_logits rows of the
   // logits, fp32 [rows][vocab_size], which it may overwrite; first_row counts from the batch's
   // first logits row.
@@ -49,8 +54,10 @@ class CpuExecutor {
   const Program& program() const;
   const ExecutorConfig& config() const;
   ops::KvCacheView kv_cache(int32_t layer) const;
+  ops::KvCacheView kv_host_cache(int32_t layer) const;  // of 0 blocks if there is none
   size_t weight_bytes() const;  // read by one step of one row: every linear weight once (packed)
   size_t kv_cache_bytes() const;
+  size_t kv_host_cache_bytes() const;
   static size_t kv_block_bytes(const KvCacheSpec& spec, DType dtype,
                                int32_t block_size);  // all layers, k and v
   ThreadPool& pool() const;
@@ -63,17 +70,26 @@ class CpuExecutor {
   std::unique_ptr<Impl> impl_;
 };
 
+// Runs the steps of an Engine on a CpuExecutor, and samples their tokens.
 class ProgramRunner : public ModelRunner {
  public:
-  explicit ProgramRunner(std::shared_ptr<CpuExecutor> executor);
+  // With max_steps_in_flight = 1 execute() computes in the caller's thread. With 2 it only
+  // enqueues, and a thread of the runner's own computes the steps in their order. (In a child of
+  // fork(), which does not have that thread, the caller computes.) A step's exception comes out of
+  // its wait(); a step whose future tokens were to come from a failed one fails too.
+  explicit ProgramRunner(std::shared_ptr<CpuExecutor> executor, int32_t max_steps_in_flight = 1);
+  // Waits for the step that is being computed, if any. Steps not begun yet are dropped.
   ~ProgramRunner() override;
+
+  // Throws InvalidArgument if max_steps_in_flight steps have not been waited for.
   void execute(const InputBatch& batch) override;
+  int32_t max_steps_in_flight() const override;
+  // Throws InvalidArgument for a step that was not executed, or is older than the last ones.
   const ModelRunnerOutput& wait(int64_t step_id) override;
 
  private:
-  std::shared_ptr<CpuExecutor> executor_;
-  Sampler sampler_;
-  ModelRunnerOutput output_;
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
 };
 
 }  // namespace fastpage

@@ -1,7 +1,5 @@
 #include "fastpage/thread_pool.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -10,6 +8,8 @@
 #include <exception>
 #include <mutex>
 #include <thread>
+
+#include "ops/fork_depth.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -72,16 +72,6 @@ bool spin_until(bool oversubscribed, const Done& done) {
     if (oversubscribed) std::this_thread::yield();
   } while (std::chrono::steady_clock::now() < deadline);
   return done();
-}
-
-// fork() copies the calling thread alone: how many forks lie between the first process and this one
-// tells a pool whether its workers exist here.
-int fork_depth() {
-  static std::atomic<int> depth{0};
-  static const int registered =
-      pthread_atfork(nullptr, nullptr, [] { depth.fetch_add(1, std::memory_order_relaxed); });
-  static_cast<void>(registered);
-  return depth.load(std::memory_order_relaxed);
 }
 
 }  // namespace

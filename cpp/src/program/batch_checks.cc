@@ -49,6 +49,23 @@ void check_sequence(const InputBatch& batch, int32_t seq, const ExecutorConfig& 
               config.num_kv_blocks);
 }
 
+void check_transfers(const BlockTransfers& transfers, const ExecutorConfig& config) {
+  const auto check = [](const char* list, BlockId block, int32_t num_blocks) {
+    check_range(list, {&block, 1}, 0, num_blocks);
+  };
+  for (const auto& [list, swaps] :
+       {std::pair{"swap_outs", &transfers.swap_outs}, std::pair{"swap_ins", &transfers.swap_ins}}) {
+    for (const BlockSwap& swap : *swaps) {
+      check(list, swap.device, config.num_kv_blocks);
+      check(list, swap.host, config.num_host_kv_blocks);
+    }
+  }
+  for (const BlockCopy& copy : transfers.block_copies) {
+    check("block_copies", copy.src, config.num_kv_blocks);
+    check("block_copies", copy.dst, config.num_kv_blocks);
+  }
+}
+
 }  // namespace
 
 void check_batch(const InputBatch& batch, const Program& program, const ExecutorConfig& config) {
@@ -68,6 +85,7 @@ void check_batch(const InputBatch& batch, const Program& program, const Executor
               static_cast<int64_t>(config.num_kv_blocks) * config.block_size);
   check_range("logits_indices", batch.logits_indices, 0, batch.num_tokens());
   for (int32_t seq = 0; seq < batch.num_seqs; ++seq) check_sequence(batch, seq, config);
+  check_transfers(batch.transfers, config);
 }
 
 }  // namespace fastpage

@@ -45,6 +45,10 @@ void check_config(const ExecutorConfig& config) {
                             ": at least 1 needed");
     }
   }
+  if (config.num_host_kv_blocks < 0) {
+    throw InvalidArgument("num_host_kv_blocks is " + std::to_string(config.num_host_kv_blocks) +
+                          ": give a positive number, or 0 for no host cache");
+  }
 }
 
 Program validated(Program program) {
@@ -63,7 +67,7 @@ struct CpuExecutor::Impl {
     check_config(config);
   }
 
-  void allocate_cache();
+  void allocate_caches();
   std::vector<float*> allocate_workspace(const WorkspacePlan& plan);
   void run(const std::vector<Step>& steps, const Frame& frame);
 
@@ -73,6 +77,8 @@ struct CpuExecutor::Impl {
   WeightStore weights;
   ZeroedMemory cache_memory;
   std::vector<ops::KvCacheView> caches;  // per layer
+  ZeroedMemory host_cache_memory;
+  std::vector<ops::KvCacheView> host_caches;  // per layer
   ZeroedMemory workspace;
   CompiledProgram compiled;
   bool is_ready = false;
@@ -80,23 +86,30 @@ struct CpuExecutor::Impl {
   std::array<double, kNumOpKinds> seconds{};
 };
 
-void CpuExecutor::Impl::allocate_cache() {
+void CpuExecutor::Impl::allocate_caches() {
   const KvCacheSpec spec = program.kv_cache_spec();
   ops::KvCacheView view;
   view.dtype = config.kv_cache_dtype;
-  view.num_blocks = config.num_kv_blocks;
   view.num_kv_heads = spec.num_kv_heads;
   view.block_size = config.block_size;
   view.head_dim = spec.head_dim;
-  const size_t half = aligned(static_cast<size_t>(view.elements_per_block()) *
-                              dtype_size(view.dtype) * static_cast<size_t>(config.num_kv_blocks));
-  cache_memory = ZeroedMemory(2 * half * spec.num_layers, "the KV cache");
-  std::byte* next = cache_memory.data();
-  for (int32_t layer = 0; layer < spec.num_layers; ++layer, next += 2 * half) {
-    view.k = next;
-    view.v = next + half;
-    caches.push_back(view);
-  }
+  const size_t block = static_cast<size_t>(view.elements_per_block()) * dtype_size(view.dtype);
+  const auto allocate = [&](int32_t num_blocks, const char* what, size_t promised,
+                            std::vector<ops::KvCacheView>* layers) {
+    view.num_blocks = num_blocks;
+    const size_t half = aligned(block * static_cast<size_t>(num_blocks));
+    ZeroedMemory memory(2 * half * spec.num_layers, what, promised);
+    std::byte* next = memory.data();
+    for (int32_t layer = 0; layer < spec.num_layers; ++layer, next += 2 * half) {
+      view.k = next;
+      view.v = next + half;
+      layers->push_back(view);
+    }
+    return memory;
+  };
+  cache_memory = allocate(config.num_kv_blocks, "the KV cache", 0, &caches);
+  host_cache_memory =
+      allocate(config.num_host_kv_blocks, "the host KV cache", cache_memory.size(), &host_caches);
 }
 
 std::vector<float*> CpuExecutor::Impl::allocate_workspace(const WorkspacePlan& plan) {
@@ -153,11 +166,24 @@ void CpuExecutor::load_weight(const std::string& name, const TensorView& weight)
 void CpuExecutor::finish_loading() {
   if (impl_->is_ready) throw InvalidArgument("finish_loading is called twice");
   impl_->weights.check_complete();
-  impl_->allocate_cache();
+  impl_->allocate_caches();
   const WorkspacePlan plan = plan_workspace(impl_->program);
   const std::vector<float*> regions = impl_->allocate_workspace(plan);
   impl_->compiled = compile(impl_->program, plan, regions, impl_->weights, impl_->caches);
   impl_->is_ready = true;
+}
+
+void CpuExecutor::apply_transfers(const BlockTransfers& transfers) {
+  if (transfers.empty()) return;
+  if (!impl_->is_ready) throw InvalidArgument("apply_transfers comes before finish_loading");
+  ThreadPool& pool = *impl_->pool;
+  for (size_t layer = 0; layer < impl_->caches.size(); ++layer) {
+    const ops::KvCacheView& cache = impl_->caches[layer];
+    const ops::KvCacheView& host = impl_->host_caches[layer];
+    ops::swap_blocks(pool, cache, host, transfers.swap_outs, ops::SwapDirection::kOut);
+    ops::copy_blocks(pool, cache, transfers.block_copies);
+    ops::swap_blocks(pool, cache, host, transfers.swap_ins, ops::SwapDirection::kIn);
+  }
 }
 
 void CpuExecutor::forward(const InputBatch& batch, const LogitsSink& sink) {
@@ -193,8 +219,12 @@ void CpuExecutor::check_batch(const InputBatch& batch) const {
 const Program& CpuExecutor::program() const { return impl_->program; }
 const ExecutorConfig& CpuExecutor::config() const { return impl_->config; }
 ops::KvCacheView CpuExecutor::kv_cache(int32_t layer) const { return impl_->caches.at(layer); }
+ops::KvCacheView CpuExecutor::kv_host_cache(int32_t layer) const {
+  return impl_->host_caches.at(layer);
+}
 size_t CpuExecutor::weight_bytes() const { return impl_->weights.linear_bytes(); }
 size_t CpuExecutor::kv_cache_bytes() const { return impl_->cache_memory.size(); }
+size_t CpuExecutor::kv_host_cache_bytes() const { return impl_->host_cache_memory.size(); }
 ThreadPool& CpuExecutor::pool() const { return *impl_->pool; }
 
 size_t CpuExecutor::kv_block_bytes(const KvCacheSpec& spec, DType dtype, int32_t block_size) {

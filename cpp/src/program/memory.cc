@@ -34,9 +34,10 @@ std::string mebibytes(size_t bytes) { return std::to_string(bytes >> 20) + " MiB
 
 }  // namespace
 
-ZeroedMemory::ZeroedMemory(size_t bytes, const std::string& what) : size_(bytes) {
+ZeroedMemory::ZeroedMemory(size_t bytes, const std::string& what, size_t promised) : size_(bytes) {
   if (bytes == 0) return;
-  const size_t available = available_bytes();
+  size_t available = available_bytes();
+  available -= std::min(available, promised);
   if (bytes > available) {
     throw ResourceExhausted(what + " needs " + mebibytes(bytes) + ", but only " +
                             mebibytes(available) + " of memory are available");

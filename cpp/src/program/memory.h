@@ -11,8 +11,9 @@ namespace fastpage {
 class ZeroedMemory {
  public:
   ZeroedMemory() = default;
-  // Throws ResourceExhausted, naming `what`, if the machine cannot hold so many bytes now.
-  ZeroedMemory(size_t bytes, const std::string& what);
+  // Throws ResourceExhausted, naming `what`, if the machine cannot hold so many bytes now beside
+  // `promised` bytes that were handed out before and may not have been touched yet.
+  ZeroedMemory(size_t bytes, const std::string& what, size_t promised = 0);
   ~ZeroedMemory();
   ZeroedMemory(ZeroedMemory&& other) noexcept;
   ZeroedMemory& operator=(ZeroedMemory&& other) noexcept;

@@ -323,7 +323,7 @@ class ModelRunner:
 class Sampler:
     def __init__(self, vocab_size: int, num_threads: int = 1) -> None: ...
     def sample(self, logits: npt.NDArray[np.float32], batch: InputBatch) -> ModelRunnerOutput:
-        """logits [num_logits, vocab_size], C-contiguous, overwritten: all rows of the step."""
+        """logits [num_logits, vocab_size], C-contiguous: all rows of the step."""
 
 def sample_logits(
     logits: npt.NDArray[np.float32],
@@ -334,7 +334,7 @@ def sample_logits(
     eos_token_ids: Sequence[int] = (),
     num_threads: int = 1,
 ) -> tuple[npt.NDArray[np.int32], list[TokenLogprobs | None]]:
-    """The sampler without an engine: row i of `logits` under params[i]. `logits` is not changed."""
+    """The sampler without an engine: row i of `logits` under params[i]."""
 
 class EngineConfig:
     scheduler: SchedulerConfig
@@ -504,6 +504,7 @@ class CpuExecutor:
         program: Program,
         *,
         num_kv_blocks: int,
+        num_host_kv_blocks: int = 0,
         weight_dtype: str = "bfloat16",
         kv_cache_dtype: str = "bfloat16",
         block_size: int = 16,
@@ -514,8 +515,12 @@ class CpuExecutor:
     def load_weight(self, name: str, weight: DLPackTensor, source_dtype: str | None = None) -> None:
         """source_dtype="bfloat16": `weight` is a uint16 array that holds bfloat16 bits."""
     def finish_loading(self) -> None: ...
+    def apply_transfers(
+        self, swap_outs: DLPackTensor, block_copies: DLPackTensor, swap_ins: DLPackTensor
+    ) -> None:
+        """[n][2] each, in every layer: device and host blocks; source and destination; again."""
     def forward(self, batch: InputBatch) -> npt.NDArray[np.float32]:
-        """All logits of the step, [num_logits, vocab_size]: for tests."""
+        """All logits of the step, [num_logits, vocab_size], its transfers done first: for tests."""
     def forward_arrays(
         self,
         token_ids: npt.NDArray[np.int32],
@@ -531,6 +536,8 @@ class CpuExecutor:
     def weight_bytes(self) -> int: ...
     @property
     def kv_cache_bytes(self) -> int: ...
+    @property
+    def kv_host_cache_bytes(self) -> int: ...
     @staticmethod
     def kv_block_bytes(
         num_layers: int, num_kv_heads: int, head_dim: int, dtype: str, block_size: int
@@ -539,4 +546,6 @@ class CpuExecutor:
     def profile(self) -> dict[str, float]: ...
 
 class ProgramRunner(ModelRunner):
-    def __init__(self, executor: CpuExecutor) -> None: ...
+    """With max_steps_in_flight=2 a thread of its own computes; execute() only enqueues."""
+
+    def __init__(self, executor: CpuExecutor, max_steps_in_flight: int = 1) -> None: ...
