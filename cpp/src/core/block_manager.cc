@@ -246,7 +246,9 @@ void BlockManager::check_integrity() const {
   for (BlockId id = 0; id < config_.num_blocks; ++id) {
     compare("block", id, pool_.block(id).ref_count, holders[id]);
     if (pool_.block(id).swapping_in != swapping_in[id]) {
-      throw Error("block " + std::to_string(id) + ": whether it is swapped in is not clear");
+      throw Error("block " + std::to_string(id) +
+                  (swapping_in[id] ? ": is being swapped in, yet not marked so"
+                                   : ": marked as being swapped in, yet no host block is pinned"));
     }
   }
   for (BlockId id = 0; id < config_.num_host_blocks; ++id) {
