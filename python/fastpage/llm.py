@@ -26,7 +26,6 @@ _WITHOUT_EFFECT = {
     "gpu_memory_utilization": "the KV cache is in CPU memory: see kv_cache_memory",
     "enforce_eager": "nothing is compiled or captured",
     "trust_remote_code": "code from a checkpoint is never run",
-    "swap_space": "a preempted request is computed again",
     "disable_log_stats": "nothing is logged",
 }
 
@@ -52,6 +51,8 @@ class LLM:
             if kwargs.pop(name):
                 warnings.warn(f"{name} has no effect: {_WITHOUT_EFFECT[name]}", stacklevel=2)
         known = {field.name for field in dataclasses.fields(EngineArgs)}
+        if "swap_space" in kwargs:
+            _take_swap_space(kwargs)
         unknown = kwargs.keys() - known
         if unknown:
             raise InvalidArgument(
@@ -200,6 +201,18 @@ class LLM:
         """Lets the core report what was aborted, to nobody."""
         while self._core.has_unfinished():
             self._core.step()
+
+
+def _take_swap_space(kwargs: dict[str, Any]) -> None:
+    """vLLM's name for host_cache_memory, in GiB."""
+    swap_space = kwargs.pop("swap_space")
+    is_number = isinstance(swap_space, int | float) and not isinstance(swap_space, bool)
+    if not is_number or not 0 <= swap_space < 2**30:
+        raise InvalidArgument(f"swap_space={swap_space!r} is not a number of GiB")
+    if kwargs.get("host_cache_memory") is not None:
+        raise InvalidArgument("swap_space and host_cache_memory are the same: give one of them")
+    if swap_space > 0:
+        kwargs["host_cache_memory"] = int(swap_space * 2**30)
 
 
 class _naming:

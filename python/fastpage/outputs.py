@@ -21,16 +21,19 @@ PositionLogprobs = dict[int, Logprob]
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One of the `n` samples of a request."""
+    """One of the `n` outputs of a request. With best_of and beam search: the index-th best."""
 
     index: int
     text: str
     token_ids: list[int]
-    cumulative_logprob: float | None = None  # of token_ids, if logprobs were asked for
+    # Of token_ids, if logprobs were asked for; with best_of and beam search always.
+    cumulative_logprob: float | None = None
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None  # "stop", "length", "abort"; None while it goes on
     # The stop string or stop token id that ended it; None for the model's own end of sequence.
     stop_reason: int | str | None = None
+    # Of a beam: cumulative_logprob / len(token_ids) ** length_penalty.
+    score: float | None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -58,7 +61,7 @@ class RequestOutput:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    num_output_tokens: int = field(default=0, kw_only=True)  # so far, of all samples
+    num_output_tokens: int = field(default=0, kw_only=True)  # so far, of all outputs
 
 
 class RequestOutputKind(Enum):

@@ -26,7 +26,7 @@ class SamplingParams:
     Args:
         n: Outputs for the same prompt, 1 to 1024.
         best_of: Draw that many, n to 1024, and return the n most likely, the likeliest first (by
-            the sum of their tokens' log probabilities). None: n.
+            the sum of their tokens' log probabilities). Stop strings are refused then. None: n.
         presence_penalty: Taken off the logit of every token in the output so far, [-2, 2].
         frequency_penalty: The same for each time that it occurs there, [-2, 2].
         repetition_penalty: Divides (or, if negative, multiplies) the logit of every token in the
@@ -136,6 +136,10 @@ class SamplingParams:
         if self.stop and self.beam_width:
             raise InvalidArgument(
                 "stop does not go with beam search, which knows tokens only: use stop_token_ids"
+            )
+        if self.stop and self.best_of is not None and self.best_of > self.n:
+            raise InvalidArgument(
+                "stop does not go with best_of > n, which compares tokens only: use stop_token_ids"
             )
         limit = self.truncate_prompt_tokens
         if limit is not None and (not _is_int(limit) or (limit < 1 and limit != -1)):

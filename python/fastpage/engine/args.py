@@ -77,6 +77,13 @@ class EngineArgs:
         metavar="BLOCKS",
         type=int,
     )
+    host_cache_memory: int | str | None = _arg(
+        None,
+        "Memory and batching",
+        "memory for KV blocks that the KV cache has no room for, e.g. 4GiB: they are moved there "
+        "and back instead of being computed again (default: none)",
+        metavar="SIZE",
+    )
     kv_cache_dtype: str = _arg(
         "auto",
         "Memory and batching",
@@ -102,6 +109,21 @@ class EngineArgs:
         metavar="TOKENS",
         type=int,
     )
+    long_prefill_token_threshold: int = _arg(
+        0,
+        "Memory and batching",
+        "most tokens of one prompt in a step; 0: no limit of its own",
+        metavar="TOKENS",
+        type=int,
+    )
+    max_num_partial_prefills: int = _arg(
+        0,
+        "Memory and batching",
+        "most prompts that are partly computed at once: shorter ones go past those that wait; 0: "
+        "no limit",
+        metavar="N",
+        type=int,
+    )
     max_num_waiting: int = _arg(
         4096,
         "Memory and batching",
@@ -125,7 +147,34 @@ class EngineArgs:
         "cpu: libfastpage's own kernels; torch: the reference, needs torch",
         choices=EXECUTORS,
     )
+    async_scheduling: bool = _arg(
+        False,
+        "Execution",
+        "prepare each step while the one before is computed (default: off)",
+        action=argparse.BooleanOptionalAction,
+    )
+    num_speculative_tokens: int = _arg(
+        0,
+        "Execution",
+        "speculative decoding: check up to that many tokens a step, proposed by looking the last "
+        "ones up in the prompt and the output so far; 0: off. Outputs are the same",
+        metavar="TOKENS",
+        type=int,
+    )
+    prompt_lookup_min: int = _arg(
+        2, "Execution", "fewest tokens that are looked up", metavar="TOKENS", type=int
+    )
+    prompt_lookup_max: int = _arg(
+        4, "Execution", "most tokens that are looked up", metavar="TOKENS", type=int
+    )
     seed: int = _arg(0, "Execution", "of requests that bring no seed of their own", type=int)
+    record_scheduler: str | None = _arg(
+        None,
+        "Execution",
+        "for bug reports: a new file for the scheduler's calls, which python -m fastpage.replay "
+        "runs again. It holds all prompts and outputs",
+        metavar="PATH",
+    )
 
     def __post_init__(self) -> None:
         """The checks that need no model; raises InvalidArgument naming the field."""
@@ -145,7 +194,12 @@ class EngineArgs:
             ("block_size", 1),
             ("max_num_seqs", 1),
             ("max_num_batched_tokens", 1),
+            ("long_prefill_token_threshold", 0),
+            ("max_num_partial_prefills", 0),
             ("max_num_waiting", 1),
+            ("num_speculative_tokens", 0),
+            ("prompt_lookup_min", 1),
+            ("prompt_lookup_max", 1),
             ("threads", 0),
             ("seed", 0),
         ):
@@ -156,8 +210,14 @@ class EngineArgs:
                 raise InvalidArgument(f"{name}={value!r} is not a whole number")
             if not least <= value < 2**31:
                 raise InvalidArgument(f"{name}={value}: must be at least {least} and below 2**31")
-        if self.kv_cache_memory is not None:
-            parse_bytes(self.kv_cache_memory, "kv_cache_memory")
+        for name in ("kv_cache_memory", "host_cache_memory"):
+            if getattr(self, name) is not None:
+                parse_bytes(getattr(self, name), name)
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise InvalidArgument(
+                f"prompt_lookup_min={self.prompt_lookup_min} is more than "
+                f"prompt_lookup_max={self.prompt_lookup_max}"
+            )
         if not self.model or not isinstance(self.model, str):
             raise InvalidArgument(f"model={self.model!r} is not a path or the name of a model")
 

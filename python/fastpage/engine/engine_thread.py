@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 import time
 from collections.abc import Callable
 
 from fastpage import _C
+
+_logger = logging.getLogger("fastpage.engine")
+_SECONDS_BETWEEN_WARNINGS = 10.0
+
+
+class PreemptionLog:
+    """Warns when sequences were preempted. One line for all of several seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._next_time = 0.0
+        self._num_preemptions = 0
+        self._num_swapped = 0
+
+    def look_at(self, stats: _C.SchedulerStats) -> None:
+        num_new = stats.num_preemptions - self._num_preemptions
+        if num_new == 0 or self._clock() < self._next_time:
+            return
+        num_swapped = stats.num_preemptions_swap - self._num_swapped
+        self._next_time = self._clock() + _SECONDS_BETWEEN_WARNINGS
+        self._num_preemptions = stats.num_preemptions
+        self._num_swapped = stats.num_preemptions_swap
+        _logger.warning(
+            "the KV cache was full: %d preempted (%d by swapping to the host cache, %d to be "
+            "computed again); %d of %d blocks are free now. Nothing is lost but time: give more "
+            "kv_cache_memory (num_kv_blocks)%s, or lower max_num_seqs",
+            num_new,
+            num_swapped,
+            num_new - num_swapped,
+            stats.num_free_blocks,
+            stats.num_blocks,
+            "" if stats.num_host_blocks else " or some host_cache_memory",
+        )
 
 
 class EngineThread:
@@ -26,6 +60,7 @@ class EngineThread:
         self._on_outputs = on_outputs
         self._on_error = on_error
         self._stopping = False
+        self._preemption_log = PreemptionLog()
         self._peak_used_blocks = 0
         self._thread = threading.Thread(target=self._run, name="fastpage-engine", daemon=True)
 
@@ -65,3 +100,4 @@ class EngineThread:
             scheduler = self._engine.stats().scheduler
             used = scheduler.num_blocks - scheduler.num_free_blocks
             self._peak_used_blocks = max(self._peak_used_blocks, used)
+            self._preemption_log.look_at(scheduler)

@@ -51,10 +51,17 @@ class ModelInfo:
     max_num_batched_tokens: int
     num_threads: int
     scheduling_policy: str
+    num_host_kv_blocks: int = 0
+    async_scheduling: bool = False
+    num_speculative_tokens: int = 0
 
     @property
     def kv_cache_bytes(self) -> int:
         return self.num_kv_blocks * self.kv_block_bytes
+
+    @property
+    def host_cache_bytes(self) -> int:
+        return self.num_host_kv_blocks * self.kv_block_bytes
 
     def check_priority(self, priority: int) -> None:
         if priority != 0 and self.scheduling_policy != "priority":
@@ -117,6 +124,8 @@ def load_model(args: EngineArgs, progress: Callable[[int, int], None] | None = N
     info = replace(info, weight_bytes=weight_bytes)
     with phase("engine"):
         engine = _C.Engine(_engine_config(args, info), runner)
+        if args.record_scheduler is not None:
+            engine.record(args.record_scheduler)
     return LoadedModel(engine, runner, tokenizer, info, checkpoint.generation_config, phase.seconds)
 
 
@@ -146,6 +155,8 @@ def _decide(
     weight_bytes = _ITEM_BYTES[dtype] * sum(
         math.prod(buffer.shape) for buffer in model.program.buffers if buffer.kind == "weight"
     )
+    num_host_kv_blocks = _num_host_kv_blocks(args, block_bytes)
+    taken = weight_bytes + num_host_kv_blocks * block_bytes
     return ModelInfo(
         served_model_name=args.served_model_name or checkpoint.name,
         model=args.model,
@@ -157,19 +168,33 @@ def _decide(
         eos_token_ids=sorted(tokenizer.eos_token_ids),
         has_chat_template=tokenizer.chat_template is not None,
         block_size=args.block_size,
-        num_kv_blocks=_num_kv_blocks(args, max_model_len, block_bytes, weight_bytes),
+        num_kv_blocks=_num_kv_blocks(args, max_model_len, block_bytes, taken),
         kv_block_bytes=block_bytes,
         weight_bytes=weight_bytes,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         num_threads=num_threads,
         scheduling_policy=args.scheduling_policy,
+        num_host_kv_blocks=num_host_kv_blocks,
+        async_scheduling=args.async_scheduling,
+        num_speculative_tokens=args.num_speculative_tokens,
     )
 
 
-def _num_kv_blocks(
-    args: EngineArgs, max_model_len: int, block_bytes: int, weight_bytes: int
-) -> int:
+def _num_host_kv_blocks(args: EngineArgs, block_bytes: int) -> int:
+    if args.host_cache_memory is None:
+        return 0
+    size = parse_bytes(args.host_cache_memory, "host_cache_memory")
+    if size < block_bytes:
+        raise ResourceExhausted(
+            f"host_cache_memory={args.host_cache_memory} is too little for one KV block: that "
+            f"takes {block_bytes} bytes"
+        )
+    return min(size // block_bytes, _MOST_BLOCKS)
+
+
+def _num_kv_blocks(args: EngineArgs, max_model_len: int, block_bytes: int, taken: int) -> int:
+    """`taken`: bytes of weights and whatever else has to be there beside the cache."""
     needed = math.ceil(max_model_len / args.block_size)
     if args.num_kv_blocks is not None:
         blocks, given = args.num_kv_blocks, f"num_kv_blocks={args.num_kv_blocks}"
@@ -178,7 +203,7 @@ def _num_kv_blocks(
         blocks = min(size // block_bytes, _MOST_BLOCKS)
         given = f"kv_cache_memory={args.kv_cache_memory}"
     else:
-        free = max(0, available_bytes() - weight_bytes)
+        free = max(0, available_bytes() - taken)
         size = min(int(free * _DEFAULT_CACHE_SHARE), _DEFAULT_CACHE_LIMIT)
         blocks = min(size // block_bytes, needed * args.max_num_seqs)
         given = f"the memory that is free ({format_bytes(free)} beside the weights)"
@@ -206,7 +231,9 @@ def _load_runner(
         "weight_dtype": info.dtype,
         "kv_cache_dtype": info.kv_cache_dtype,
         "block_size": info.block_size,
+        "num_host_kv_blocks": info.num_host_kv_blocks,
     }
+    max_steps_in_flight = 2 if info.async_scheduling else 1
     if args.executor == "torch":
         from fastpage.executors.torch import TorchExecutor, TorchRunner
 
@@ -221,19 +248,30 @@ def _load_runner(
         pool=pool,
     )
     model.load_weights(checkpoint, executor, progress=progress)
-    return _C.ProgramRunner(executor), executor.weight_bytes
+    return _C.ProgramRunner(executor, max_steps_in_flight), executor.weight_bytes
 
 
 def _engine_config(args: EngineArgs, info: ModelInfo) -> _C.EngineConfig:
     scheduler = _C.SchedulerConfig(
         num_blocks=info.num_kv_blocks,
+        num_host_blocks=info.num_host_kv_blocks,
         block_size=info.block_size,
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
         max_num_waiting=args.max_num_waiting,
+        long_prefill_token_threshold=args.long_prefill_token_threshold,
+        max_num_partial_prefills=args.max_num_partial_prefills,
         enable_prefix_caching=args.enable_prefix_caching,
         policy=args.scheduling_policy,
+        num_speculative_tokens=info.num_speculative_tokens,
+        prompt_lookup_min=args.prompt_lookup_min,
+        prompt_lookup_max=args.prompt_lookup_max,
         eos_token_ids=info.eos_token_ids,
     )
-    return _C.EngineConfig(scheduler=scheduler, vocab_size=info.vocab_size, seed=args.seed)
+    return _C.EngineConfig(
+        scheduler=scheduler,
+        vocab_size=info.vocab_size,
+        seed=args.seed,
+        async_scheduling=info.async_scheduling,
+    )

@@ -99,6 +99,7 @@ class _Sample:
             None if out.logprobs is None else list(out.logprobs),
             out.finish_reason,
             out.stop_reason,
+            out.score,
         )
 
     def delta(self) -> CompletionOutput | None:
@@ -113,6 +114,7 @@ class _Sample:
             None if out.logprobs is None else out.logprobs[self._sent_tokens :],
             out.finish_reason,
             out.stop_reason,
+            out.score,
         )
         self._sent_chars = len(out.text)
         self._sent_tokens = len(out.token_ids)
@@ -149,6 +151,8 @@ class RequestState:
         self.samples = [
             _Sample(i, prompt, params, tokenizer, matcher.fresh()) for i in range(params.n)
         ]
+        # The core hands in ranked outputs whole, at the end, when it has compared them.
+        self.ranked = bool(params.beam_width) or (params.best_of or 0) > params.n
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
@@ -271,6 +275,10 @@ class OutputProcessor:
             if sample.finished:
                 return
         if reason != _C.FinishReason.NONE:
+            if state.ranked:
+                sample.output.cumulative_logprob = output.cumulative_logprob
+            if state.params.beam_width:
+                sample.output.score = output.score
             listed = by_stop_token and output.stop_token_id in (state.params.stop_token_ids or ())
             sample.finish(reason.name.lower(), output.stop_token_id if listed else None)
 

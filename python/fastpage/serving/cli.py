@@ -150,6 +150,9 @@ def _summary(loaded: LoadedModel, phases: dict[str, float], address: str) -> str
         ),
         ("address", address),
     ]
+    if info.num_host_kv_blocks:
+        text = f"{format_bytes(info.host_cache_bytes)}: {info.num_host_kv_blocks} blocks"
+        rows.insert(3, ("host cache", text))
     lines = [f"fastpage {__version__} is ready"]
     lines += [f"  {name:<12} {value}" for name, value in rows]
     lines.append("  start-up     seconds")

@@ -21,6 +21,13 @@ _FINISH_REASONS = {
     "abort": pb.FINISH_REASON_ABORT,
 }
 
+_EARLY_STOPPING: dict[int, bool | str] = {
+    pb.EARLY_STOPPING_UNSPECIFIED: False,
+    pb.EARLY_STOPPING_NO: False,
+    pb.EARLY_STOPPING_YES: True,
+    pb.EARLY_STOPPING_NEVER: "never",
+}
+
 # Fields of pb.SamplingParams that are set or not; the rest are lists.
 _OPTIONAL_FIELDS = [f.name for f in pb.SamplingParams.DESCRIPTOR.fields if f.has_presence]
 _LIST_FIELDS = ("allowed_token_ids", "bad_words", "stop", "stop_token_ids")
@@ -57,6 +64,8 @@ def sampling_params_from_proto(
     for name in _OPTIONAL_FIELDS:
         if message.HasField(name):
             changes[name] = getattr(message, name)
+    if "early_stopping" in changes:
+        changes["early_stopping"] = _early_stopping(changes["early_stopping"])
     for name in _LIST_FIELDS:
         values = list(getattr(message, name))
         if values:
@@ -64,6 +73,13 @@ def sampling_params_from_proto(
     if message.logit_bias:
         changes["logit_bias"] = dict(message.logit_bias)
     return dataclasses.replace(defaults, **changes)
+
+
+def _early_stopping(value: int) -> bool | str:
+    try:
+        return _EARLY_STOPPING[value]
+    except KeyError:
+        raise InvalidArgument(f"early_stopping={value} is unknown") from None
 
 
 def sampling_params_to_proto(params: SamplingParams) -> pb.SamplingParams:
@@ -104,6 +120,10 @@ def _completion(output: CompletionOutput) -> pb.CompletionDelta:
         message.stop_string = output.stop_reason
     elif output.stop_reason is not None:
         message.stop_token_id = output.stop_reason
+    if output.cumulative_logprob is not None:
+        message.cumulative_logprob = output.cumulative_logprob
+    if output.score is not None:
+        message.score = output.score
     if output.logprobs:
         message.logprobs.extend(map(_position, output.logprobs))
     return message

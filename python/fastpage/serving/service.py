@@ -187,6 +187,16 @@ class FastpageService(pb_grpc.FastpageServicer):
             schedule_seconds=stats.schedule_seconds,
             model_seconds=stats.model_seconds,
             uptime_seconds=time.monotonic() - self._start,
+            num_preemptions_swap=scheduler.num_preemptions_swap,
+            preempted_cache_queries=scheduler.preempted_cache_queries,
+            preempted_cache_hits=scheduler.preempted_cache_hits,
+            host_blocks_total=scheduler.num_host_blocks,
+            host_blocks_cached=scheduler.num_cached_host_blocks,
+            num_blocks_swapped_out=scheduler.num_blocks_swapped_out,
+            num_blocks_swapped_in=scheduler.num_blocks_swapped_in,
+            num_blocks_copied=scheduler.num_blocks_copied,
+            num_draft_tokens=scheduler.num_draft_tokens,
+            num_accepted_tokens=scheduler.num_accepted_tokens,
         )
 
     def _ready_engine(self) -> AsyncEngine:
