@@ -128,9 +128,10 @@ void describe(const InputBatch& batch, int32_t block_size, Outcome* outcome) {
                prompt_logprob_rows, transfers, future_tokens] = batch;
   Digest digest;
   digest.words(step_id, num_seqs, block_table_stride);
-  for (const auto* column : {&token_ids, &positions, &slot_mapping, &query_start_loc, &seq_lens,
-                             &block_table_rows, &logits_indices}) {
-    digest.ints(*column);
+  for (const Span<const int32_t> column : std::initializer_list<Span<const int32_t>>{
+           token_ids, positions, slot_mapping, query_start_loc, seq_lens, block_table_rows,
+           logits_indices}) {
+    digest.ints(column);
   }
   if (block_tables != nullptr) {
     for (int32_t seq = 0; seq < num_seqs; ++seq) {
