@@ -76,6 +76,7 @@ class Driver {
  private:
   struct StepUnderWay {
     const SchedulerOutput* step;
+    std::unique_ptr<InputBatch> batch;
     std::vector<TokenId> sampled;
     std::vector<TokenLogprobs> logprobs;
   };
@@ -161,16 +162,17 @@ class Driver {
     if (step == nullptr || step->sequences.empty()) return;
     if (random_.one_in(20)) call([&] { scheduler_.abort(some_id()); });
     bool prepared = false;
+    auto batch = std::make_unique<InputBatch>();
     call([&] {
-      scheduler_.prepare(*step, &batch_);
+      scheduler_.prepare(*step, batch.get());
       prepared = true;
     });
     if (!prepared) {  // aborted just now
       call([&] { scheduler_.discard(*step); });
       return;
     }
-    StepUnderWay next{step, {}, {}};
-    for (const SamplingRow& row : batch_.sampling_rows) {
+    StepUnderWay next{step, std::move(batch), {}, {}};
+    for (const SamplingRow& row : next.batch->sampling_rows) {
       next.sampled.push_back(next_token(row));
       next.logprobs.push_back(beam_candidates(row));
     }
@@ -184,19 +186,26 @@ class Driver {
     }
     const StepUnderWay done = std::move(under_way_.front());
     under_way_.pop_front();
+    // The runner of the next step may be faster or slower than we are.
+    const bool runner_is_faster = random_.one_in(2);
+    if (runner_is_faster) begin_next(done.sampled);
     const size_t begin = log.str().size();
     size_t num_updated = 0;
     call([&] { num_updated = scheduler_.update(*done.step, done.sampled, done.logprobs).size(); });
+    if (!runner_is_faster) begin_next(done.sampled);
     if (!done.sampled.empty() && num_updated == done.step->sequences.size()) {
       updates.emplace_back(begin, done.step->step_id);
     }
+  }
+
+  void begin_next(const std::vector<TokenId>& sampled) {
+    if (!under_way_.empty()) under_way_.front().batch->resolve(sampled);
   }
 
   Random random_;
   Scheduler scheduler_;
   std::deque<StepUnderWay> under_way_;
   std::vector<RequestId> ids_;
-  InputBatch batch_;
   std::vector<KvEvent> events_;
 };
 
@@ -292,7 +301,7 @@ TEST(Replay, EveryFeatureTakesPart) {
 TEST(Replay, ATokenThatWasTamperedWithIsFound) {
   Driver driver(everything_on(), 5);
   driver.run(300);
-  ASSERT_GT(driver.updates.size(), 10u);
+  size_t num_found = 0;
   for (const auto& [begin, step_id] : driver.updates) {
     std::string log = driver.log.str();
     const size_t first_token = begin + 3;  // after the kind, the step, and how many
@@ -304,7 +313,9 @@ TEST(Replay, ATokenThatWasTamperedWithIsFound) {
     if (result.divergence.empty()) continue;
     EXPECT_NE(result.divergence.find(where), std::string::npos) << result.divergence;
     EXPECT_NE(result.divergence.find("update"), std::string::npos) << result.divergence;
+    ++num_found;
   }
+  EXPECT_GT(num_found, 10u);
 }
 
 TEST(Replay, ALogThatIsCutOffIsRunAsFarAsItGoes) {
@@ -376,7 +387,8 @@ TEST(Replay, WhatIsNoLogIsRefused) {
 
 TEST(Replay, ASchedulerThatWouldTakeAllMemoryIsRefused) {
   SchedulerConfig config;
-  config.num_blocks = 1 << 30;
+  config.num_blocks = 1 << 27;
+  config.block_size = 1;
   LogWriter log;
   log.raw(kLogMagic, sizeof kLogMagic - 1);
   log.fixed32(kLogVersion);

@@ -78,15 +78,13 @@ class Digest {
   size_t num_words_ = 0;
 };
 
-// Of the sampler's parameters only what tells one request's from another's: they came in whole, in
-// the log's add_request.
+// The tokens themselves are digested in the steps that compute them; the last ones may just be
+// written by the runner. Of the sampler's parameters only what tells one request's from another's:
+// they are in the log.
 void add_row(const SamplingRow& row, Digest* digest) {
-  constexpr size_t kLastTokens = 4;  // the others were digested in the steps that computed them
   const auto& [seq, logits_row, params, tokens, num_prompt_tokens, seed, eos_token_ids] = row;
   digest->pair(seq, logits_row);
   digest->words(num_prompt_tokens, tokens.size(), seed, eos_token_ids.size());
-  const size_t first = tokens.size() - std::min(tokens.size(), kLastTokens);
-  digest->ints(tokens.subspan(first, tokens.size() - first));
   digest->pair(params->max_tokens, params->logprobs);
   digest->number(params->temperature);
 }

@@ -6,8 +6,8 @@
 //             a digest of all of it
 //
 // Integers are varints (7 bits a byte, low ones first; signed ones zigzag-coded), fixed ones are
-// little-endian, floats are their bits. A step is named by how many schedule() calls ago it was
-// returned. `check` is of the config, whose sizes decide what a replay allocates.
+// little-endian, floats are their bits. A step is named by its age, see RecentSteps. `check` is of
+// the config, whose sizes decide what a replay allocates.
 #pragma once
 
 #include <array>
@@ -65,10 +65,12 @@ void describe(const std::vector<KvEvent>& events, Outcome* outcome);
 void describe(const InputBatch& batch, int32_t block_size, Outcome* outcome);
 void describe(const std::exception& error, Outcome* outcome);
 
-// Which schedule() returned a step: the last one (1), the one before (2), or neither (0).
+// Which step a call is about: the one that schedule() returned last (1), the one before (2), or
+// neither (0). A scheduler has two of them and returns them again and again.
 class RecentSteps {
  public:
   void push(const SchedulerOutput* step) {
+    if (step == steps_[0]) return;
     steps_[1] = steps_[0];
     steps_[0] = step;
   }

@@ -1,6 +1,7 @@
 #include "fastpage/replay.h"
 
-#include <algorithm>
+#include <array>
+#include <deque>
 #include <istream>
 #include <memory>
 #include <utility>
@@ -22,6 +23,20 @@ void check_size(const SchedulerConfig& config) {
     throw ResourceExhausted("the log's scheduler takes " +
                             std::to_string(static_cast<int64_t>(bytes / (1 << 30))) +
                             " GiB: replay() allows 4");
+  }
+}
+
+// What a scheduler takes for granted: its caller has validated the parameters.
+void check_samples(const SamplingParams& params) {
+  const auto within = [](int32_t value, int32_t least, int32_t most) {
+    return least <= value && value <= most;
+  };
+  if (!within(params.n, 1, SamplingParams::kMaxN) ||
+      !within(params.best_of, 0, SamplingParams::kMaxN) ||
+      !within(params.beam_width, 0, SamplingParams::kMaxBeamWidth)) {
+    throw InvalidArgument("the log is damaged: a request with n " + std::to_string(params.n) +
+                          ", best_of " + std::to_string(params.best_of) + ", beam_width " +
+                          std::to_string(params.beam_width));
   }
 }
 
@@ -142,10 +157,8 @@ class Replayer {
         return prepare();
       case Call::kUpdate:
         return update();
-      case Call::kDiscard: {
-        const SchedulerOutput& step = read_step();
-        return outcome_of([&] { scheduler_.discard(step); });
-      }
+      case Call::kDiscard:
+        return discard();
       case Call::kResetPrefixCache:
         return outcome_of([&] { return scheduler_.reset_prefix_cache(); });
       case Call::kTakeKvEvents:
@@ -175,6 +188,7 @@ class Replayer {
   Outcome add_request() {
     SequenceRequest request;
     transfer_request(reader_, request);
+    check_samples(request.params);
     return outcome_of([&] { return scheduler_.add_request(std::move(request)); });
   }
 
@@ -183,17 +197,22 @@ class Replayer {
       const SchedulerOutput& step = scheduler_.schedule();
       steps_.push(&step);
       step_id_ = step.step_id;
-      result_.num_steps += !step.sequences.empty();
+      if (!step.sequences.empty()) {
+        ++result_.num_steps;
+        under_way_.push_back({&step, nullptr});
+      }
       return step;
     });
   }
 
   Outcome prepare() {
     const SchedulerOutput& step = read_step();
+    InputBatch& batch = batches_[step.step_id % 2];
     Outcome outcome;
     try {
-      scheduler_.prepare(step, &batch_);
-      describe(batch_, config_.block_size, &outcome);
+      scheduler_.prepare(step, &batch);
+      if (!under_way_.empty()) under_way_.back().batch = &batch;
+      describe(batch, config_.block_size, &outcome);
     } catch (const std::exception& error) {
       describe(error, &outcome);
     }
@@ -208,7 +227,22 @@ class Replayer {
       transfer_logprobs(reader_, logprobs_.emplace_back());
     }
     return outcome_of([&]() -> const std::vector<SequenceUpdate>& {
-      return scheduler_.update(step, tokens_, logprobs_);
+      const auto& updates = scheduler_.update(step, tokens_, logprobs_);
+      if (!under_way_.empty()) under_way_.pop_front();
+      // What the runner of the next step does, if it is there already.
+      if (!under_way_.empty() && under_way_[0].batch != nullptr) {
+        under_way_[0].batch->resolve(tokens_);
+      }
+      return updates;
+    });
+  }
+
+  Outcome discard() {
+    const SchedulerOutput& step = read_step();
+    return outcome_of([&] {
+      scheduler_.discard(step);
+      while (!under_way_.empty() && under_way_.back().step != &step) under_way_.pop_back();
+      if (!under_way_.empty()) under_way_.pop_back();
     });
   }
 
@@ -244,7 +278,12 @@ class Replayer {
   ReplayResult result_;
   RecentSteps steps_;
   int64_t step_id_ = -1;  // that the call is about
-  InputBatch batch_;
+  struct StepUnderWay {
+    const SchedulerOutput* step;
+    const InputBatch* batch;  // once it is prepared
+  };
+  std::deque<StepUnderWay> under_way_;  // at most two
+  std::array<InputBatch, 2> batches_;
   // Arguments and results of calls, kept for their memory.
   RequestId id_ = 0;
   int32_t index_ = 0;

@@ -313,6 +313,12 @@ void Scheduler::State::recycle(Sequence* seq) {
   free_slots.push_back(slot);
 }
 
+bool Scheduler::State::reset_prefix_cache() {
+  if (blocks.pool().num_free() != blocks.pool().num_blocks()) return false;
+  blocks.reset_prefix_cache();
+  return true;
+}
+
 SchedulerStats Scheduler::State::current_stats() const {
   SchedulerStats out = stats;
   out.num_waiting = static_cast<int32_t>(waiting.size());
@@ -330,43 +336,75 @@ SchedulerStats Scheduler::State::current_stats() const {
 Scheduler::Scheduler(const SchedulerConfig& config) : s_(std::make_unique<State>(config)) {}
 Scheduler::~Scheduler() = default;
 
-RequestId Scheduler::add_request(SequenceRequest request) { return s_->add(std::move(request)); }
-bool Scheduler::abort(RequestId id) { return s_->abort(id); }
-bool Scheduler::abort(RequestId id, int32_t index) { return s_->abort(id, index); }
-bool Scheduler::has_unfinished() const { return !s_->running.empty() || !s_->waiting.empty(); }
+// A call that changes anything goes through the recorder, if there is one.
+
+RequestId Scheduler::add_request(SequenceRequest request) {
+  const auto run = [&] { return s_->add(std::move(request)); };
+  return s_->recorder ? s_->recorder->add_request(request, run) : run();
+}
+
+bool Scheduler::abort(RequestId id) {
+  const auto run = [&] { return s_->abort(id); };
+  return s_->recorder ? s_->recorder->abort(id, run) : run();
+}
+
+bool Scheduler::abort(RequestId id, int32_t index) {
+  const auto run = [&] { return s_->abort(id, index); };
+  return s_->recorder ? s_->recorder->abort(id, index, run) : run();
+}
 
 int32_t Scheduler::fork(RequestId id, int32_t index, uint64_t seed) {
-  return s_->fork(id, index, seed);
+  const auto run = [&] { return s_->fork(id, index, seed); };
+  return s_->recorder ? s_->recorder->fork(id, index, seed, run) : run();
 }
 
 bool Scheduler::propose(RequestId id, int32_t index, Span<const TokenId> token_ids) {
-  return s_->propose(id, index, token_ids);
+  const auto run = [&] { return s_->propose(id, index, token_ids); };
+  return s_->recorder ? s_->recorder->propose(id, index, token_ids, run) : run();
 }
 
-const SchedulerOutput& Scheduler::schedule() { return s_->schedule(); }
+const SchedulerOutput& Scheduler::schedule() {
+  const auto run = [&]() -> const SchedulerOutput& { return s_->schedule(); };
+  return s_->recorder ? s_->recorder->schedule(run) : run();
+}
 
 void Scheduler::prepare(const SchedulerOutput& step, InputBatch* batch) {
-  s_->prepare(step, batch);
+  const auto run = [&] { s_->prepare(step, batch); };
+  s_->recorder ? s_->recorder->prepare(step, *batch, run) : run();
 }
 
 const std::vector<SequenceUpdate>& Scheduler::update(const SchedulerOutput& step,
                                                      Span<const TokenId> sampled_token_ids,
                                                      Span<const TokenLogprobs> logprobs) {
-  return s_->update(step, sampled_token_ids, logprobs);
+  const auto run = [&]() -> const std::vector<SequenceUpdate>& {
+    return s_->update(step, sampled_token_ids, logprobs);
+  };
+  return s_->recorder ? s_->recorder->update(step, sampled_token_ids, logprobs, run) : run();
 }
 
-void Scheduler::discard(const SchedulerOutput& step) { s_->discard(step); }
+void Scheduler::discard(const SchedulerOutput& step) {
+  const auto run = [&] { s_->discard(step); };
+  s_->recorder ? s_->recorder->discard(step, run) : run();
+}
 
 bool Scheduler::reset_prefix_cache() {
-  if (s_->blocks.pool().num_free() != s_->blocks.pool().num_blocks()) return false;
-  s_->blocks.reset_prefix_cache();
-  return true;
+  const auto run = [&] { return s_->reset_prefix_cache(); };
+  return s_->recorder ? s_->recorder->reset_prefix_cache(run) : run();
 }
 
-void Scheduler::take_kv_events(std::vector<KvEvent>* events) { s_->blocks.take_kv_events(events); }
+void Scheduler::take_kv_events(std::vector<KvEvent>* events) {
+  const auto run = [&] { s_->blocks.take_kv_events(events); };
+  s_->recorder ? s_->recorder->take_kv_events(*events, run) : run();
+}
+
+bool Scheduler::has_unfinished() const { return !s_->running.empty() || !s_->waiting.empty(); }
 SchedulerStats Scheduler::stats() const { return s_->current_stats(); }
 const SchedulerConfig& Scheduler::config() const { return s_->config; }
 const BlockManager& Scheduler::blocks() const { return s_->blocks; }
 void Scheduler::check_integrity() const { s_->check_integrity(); }
+
+void Scheduler::record(std::ostream* log) {
+  s_->recorder = log != nullptr ? std::make_unique<Recorder>(log, s_->config) : nullptr;
+}
 
 }  // namespace fastpage

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/beam_search.h"
+#include "core/recorder.h"
 #include "fastpage/scheduler.h"
 
 namespace fastpage {
@@ -131,6 +132,7 @@ struct Scheduler::State {
   void count_down(SequenceGroup* group);
   void bury(Sequence* seq);
   void recycle(Sequence* seq);
+  bool reset_prefix_cache();
   SchedulerStats current_stats() const;
 
   // schedule.cc
@@ -223,6 +225,7 @@ struct Scheduler::State {
   std::vector<std::unique_ptr<BeamHypothesis>> finished_hypotheses;  // `updates` points there
   Span<const TokenLogprobs> logprobs;                                // update()'s argument
   SchedulerStats stats;
+  std::unique_ptr<Recorder> recorder;  // if the calls are recorded
 };
 
 }  // namespace fastpage
