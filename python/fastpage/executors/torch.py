@@ -6,6 +6,7 @@ tables and slots, in the plain layout [num_blocks, block_size, num_kv_heads, hea
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,7 @@ class TorchExecutor:
         program: Program,
         *,
         num_kv_blocks: int,
+        num_host_kv_blocks: int = 0,
         device: str = "cpu",
         dtype: str = "float32",
         weight_dtype: str | None = None,
@@ -57,14 +59,18 @@ class TorchExecutor:
         self._device = torch.device(device)
         self._dtype = _torch_dtype(dtype)
         self._weight_dtype = _torch_dtype(weight_dtype or dtype)
+        cache_dtype = _torch_dtype(kv_cache_dtype or dtype)
         layers, kv_heads, head_dim = program.kv_cache_spec
-        shape = (layers, num_kv_blocks, block_size, kv_heads, head_dim)
-        options: dict[str, Any] = {
-            "dtype": _torch_dtype(kv_cache_dtype or dtype),
-            "device": self._device,
-        }
-        self._keys = torch.zeros(shape, **options)
-        self._values = torch.zeros(shape, **options)
+
+        def allocate(num_blocks: int, device: torch.device) -> torch.Tensor:
+            shape = (layers, num_blocks, block_size, kv_heads, head_dim)
+            return torch.zeros(shape, dtype=cache_dtype, device=device)
+
+        self._keys = allocate(num_kv_blocks, self._device)
+        self._values = allocate(num_kv_blocks, self._device)
+        host = torch.device("cpu")
+        self._host_keys = allocate(num_host_kv_blocks, host)
+        self._host_values = allocate(num_host_kv_blocks, host)
         self._ids = {b.name: i for i, b in enumerate(program.buffers) if b.kind == "weight"}
         self._shapes = {b.name: tuple(b.shape) for b in program.buffers if b.kind == "weight"}
         self._weights: dict[int, torch.Tensor] = {}
@@ -117,8 +123,8 @@ class TorchExecutor:
     # ---- running
 
     def forward(self, batch: InputBatch) -> npt.NDArray[np.float32]:
-        """All logits of the step, [num_logits, vocab_size]; does its block copies first."""
-        self.copy_blocks(batch.block_copies)
+        """All logits of the step, [num_logits, vocab_size], its transfers done first."""
+        self.apply_transfers(batch.swap_outs, batch.block_copies, batch.swap_ins)
         return self.forward_arrays(
             batch.token_ids,
             batch.positions,
@@ -158,11 +164,17 @@ class TorchExecutor:
         logits = frame.activations[self.program.output]
         return logits.float().cpu().numpy()
 
-    def copy_blocks(self, copies: IntArray) -> None:
-        """copies: [n, 2], source and destination blocks, in order."""
-        for src, dst in copies.tolist():
-            self._keys[:, dst] = self._keys[:, src]
-            self._values[:, dst] = self._values[:, src]
+    def apply_transfers(
+        self, swap_outs: IntArray, block_copies: IntArray, swap_ins: IntArray
+    ) -> None:
+        """See CpuExecutor.apply_transfers."""
+        for cache, host in ((self._keys, self._host_keys), (self._values, self._host_values)):
+            for device_block, host_block in swap_outs.tolist():
+                host[:, host_block] = cache[:, device_block]
+            for src, dst in block_copies.tolist():
+                cache[:, dst] = cache[:, src]
+            for device_block, host_block in swap_ins.tolist():
+                cache[:, device_block] = host[:, host_block]
 
     def _to_device(self, array: IntArray) -> torch.Tensor:
         return torch.tensor(np.asarray(array), dtype=torch.int64, device=self._device)
@@ -256,22 +268,35 @@ class TorchExecutor:
 
 
 class TorchRunner(ModelRunner):
-    """Runs the engine's steps on a TorchExecutor."""
+    """Runs the engine's steps on a TorchExecutor, each within execute().
 
-    def __init__(self, executor: TorchExecutor, num_threads: int = 1) -> None:
+    With max_steps_in_flight=2 the engine may lay out a step before it takes in the one before, as
+    it does with a runner that computes meanwhile.
+    """
+
+    def __init__(
+        self, executor: TorchExecutor, num_threads: int = 1, max_steps_in_flight: int = 1
+    ) -> None:
         super().__init__()
         self._executor = executor
         self._sampler = Sampler(executor.program.vocab_size, num_threads)
-        self._output: ModelRunnerOutput | None = None
+        self._max_steps_in_flight = max_steps_in_flight
+        self._outputs: deque[ModelRunnerOutput] = deque(maxlen=max_steps_in_flight)
+
+    def max_steps_in_flight(self) -> int:
+        return self._max_steps_in_flight
 
     def execute(self, batch: InputBatch) -> None:
+        if len(batch.future_tokens):
+            batch.resolve(self._outputs[-1].sampled_token_ids)
         logits = np.ascontiguousarray(self._executor.forward(batch))
-        self._output = self._sampler.sample(logits, batch)
+        self._outputs.append(self._sampler.sample(logits, batch))
 
     def wait(self, step_id: int) -> ModelRunnerOutput:
-        if self._output is None or self._output.step_id != step_id:
-            raise InvalidArgument(f"wait for step {step_id}, which is not the last one executed")
-        return self._output
+        for output in self._outputs:
+            if output.step_id == step_id:
+                return output
+        raise InvalidArgument(f"wait for step {step_id}, which is not among the last ones executed")
 
 
 def _torch_dtype(name: str) -> torch.dtype:
