@@ -382,6 +382,58 @@ def test_reshape_and_cache_and_copy_blocks(pools, dtype, block_size):
         np.testing.assert_array_equal(cache.v, want_v)
 
 
+def random_cache(rng, *shape):
+    cache = ops.KvCache(*shape)
+    for half in (cache.k, cache.v):  # any bits: they are moved, not looked at
+        half.view(np.uint8)[:] = rng.integers(0, 256, half.view(np.uint8).shape, np.uint8)
+    return cache
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 4, 16), (3, 20, 48), (8, 128, 16)], ids=str)
+def test_swap_blocks(pools, dtype, shape):
+    rng = np.random.default_rng(12)
+    kv_heads, head_dim, block_size = shape
+    for pool in pools:
+        device = random_cache(rng, 9, kv_heads, head_dim, block_size, dtype)
+        host = random_cache(rng, 5, kv_heads, head_dim, block_size, dtype)
+        caches = [x.view(np.uint8) for x in (device.k, device.v, host.k, host.v)]
+        want = [x.copy() for x in caches]
+        # Of two that go to one place the later one stays.
+        for direction, swaps in [
+            ("out", [(8, 0), (3, 4), (0, 2), (1, 2)]),
+            ("in", [(0, 4), (5, 2), (5, 3), (6, 0), (7, 0)]),
+            ("out", []),
+        ]:
+            ops.swap_blocks(pool, device, host, np.array(swaps, np.int64).reshape(-1, 2), direction)
+            for at_device, at_host in swaps:
+                for d, h in ((0, 2), (1, 3)):
+                    if direction == "out":
+                        want[h][at_host] = want[d][at_device]
+                    else:
+                        want[d][at_device] = want[h][at_host]
+            for got, expected in zip(caches, want, strict=True):
+                np.testing.assert_array_equal(got, expected)
+
+
+def test_swaps_are_checked(pool):
+    device = ops.KvCache(3, 1, 8, 16, "float32")
+    host = ops.KvCache(2, 1, 8, 16, "float32")
+    device.k[:] = 1
+    for swaps in [(3, 0)], [(0, 2)], [(-1, 0)], [(0, -1)], [(0, 0), (2, 5)]:
+        for direction in ("out", "in"):
+            with pytest.raises(_C.InvalidArgument, match="and host block"):
+                ops.swap_blocks(pool, device, host, np.array(swaps), direction)
+    assert not host.k.any() and device.k.all(), "nothing is moved if anything is wrong"
+    for other in [(2, 2, 8, 16, "float32"), (2, 1, 8, 32, "float32"), (2, 1, 8, 16, "float16")]:
+        with pytest.raises(_C.InvalidArgument, match="one layout"):
+            ops.swap_blocks(pool, device, ops.KvCache(*other), np.array([[0, 0]]), "out")
+    with pytest.raises(_C.InvalidArgument, match="direction is 'up'"):
+        ops.swap_blocks(pool, device, host, np.array([[0, 0]]), "up")
+    with pytest.raises(_C.InvalidArgument, match=r"swaps must be an array \[n\]\[2\]"):
+        ops.swap_blocks(pool, device, host, np.array([[0, 0, 0]]), "out")
+
+
 # ---------------------------------------------------------------- arguments
 
 

@@ -86,10 +86,13 @@ def test_tracing_errors() -> None:
 class Pair:
     """The CPU executor and the reference, with the same weights and steps."""
 
-    def __init__(self, program: Program, dtype: str, block_size: int, seed: int) -> None:
+    def __init__(
+        self, program: Program, dtype: str, block_size: int, seed: int, num_host_kv_blocks: int = 0
+    ) -> None:
         random = np.random.default_rng(seed)
-        options = {"num_kv_blocks": NUM_BLOCKS, "block_size": block_size}
+        options: dict[str, Any] = {"num_kv_blocks": NUM_BLOCKS, "block_size": block_size}
         options |= {"weight_dtype": dtype, "kv_cache_dtype": dtype}
+        options |= {"num_host_kv_blocks": num_host_kv_blocks}
         self.cpu = CpuExecutor(program, max_num_tokens=128, max_num_logits=13, **options)
         self.torch = TorchExecutor(program, **options)
         for buffer in program.buffers:
@@ -251,6 +254,33 @@ def test_rows_do_not_depend_on_their_batch() -> None:
         np.testing.assert_array_equal(np.concatenate(parts), expected[row])
 
 
+def test_transfers_before_a_step() -> None:
+    """Both executors: a sequence goes on in blocks that were away, copied and brought back."""
+    random = np.random.default_rng(3)
+    pair = Pair(decoder(random_spec(random)), "float32", 16, seed=2, num_host_kv_blocks=5)
+    paged = PagedSequences(random_tokens(random, [40, 35]), NUM_BLOCKS - 6, 16)
+    assert pair.error(paged.step({0: 30, 1: 30})) < 1e-5
+    step = paged.step({0: 10, 1: 5})
+    expected = pair.cpu.forward_arrays(**step)
+    tables = step["block_tables"]
+    free = np.arange(NUM_BLOCKS - 6, NUM_BLOCKS, dtype=np.int32)
+    # Sequence 0 leaves for the host and comes back elsewhere; 1 is copied, twice, from and to
+    # blocks that 0 has left.
+    swap_outs = np.stack([tables[0], [4, 0, 2]], axis=1)
+    block_copies = np.stack([[*tables[1], *tables[0]], [*tables[0], *free[:3]]], axis=1)
+    swap_ins = np.stack([free[3:6], [4, 0, 2]], axis=1)
+    for executor in (pair.cpu, pair.torch):
+        executor.apply_transfers(swap_outs, block_copies, swap_ins)
+    moved = np.stack([free[3:6], free[:3]])
+    at = np.concatenate([np.arange(30, 40), np.arange(30, 35)])
+    blocks = moved[np.repeat([0, 1], [10, 5]), at // 16]
+    step |= {"block_tables": moved, "slot_mapping": (blocks * 16 + at % 16).astype(np.int32)}
+    np.testing.assert_array_equal(pair.cpu.forward_arrays(**step), expected)
+    assert pair.error(step) < 1e-5
+    with pytest.raises(InvalidArgument, match="host cache's 5"):
+        pair.cpu.apply_transfers(np.array([[0, 5]]), block_copies[:0], swap_ins[:0])
+
+
 # ---- errors
 
 
@@ -274,6 +304,7 @@ def test_configuration_errors() -> None:
     for options, words in (
         ({"num_kv_blocks": 0}, "num_kv_blocks is 0"),
         ({"num_kv_blocks": 2, "block_size": 24}, "block_size is 24: a multiple of 16"),
+        ({"num_kv_blocks": 2, "num_host_kv_blocks": -1}, "num_host_kv_blocks is -1"),
         ({"num_kv_blocks": 2, "max_num_logits": 0}, "max_num_logits is 0"),
         ({"num_kv_blocks": 2, "weight_dtype": "int32"}, "weight_dtype is int32"),
         ({"num_kv_blocks": 2, "kv_cache_dtype": "float8"}, "unknown dtype 'float8'"),

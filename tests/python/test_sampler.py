@@ -262,6 +262,71 @@ def test_a_row_is_the_same_alone_and_among_others() -> None:
         assert bits(alone) == [together[i]]
 
 
+def samples_of_one_prompt(
+    fields: dict[str, Any], logits: np.ndarray, num_threads: int
+) -> tuple[_C.InputBatch, _C.ModelRunnerOutput]:
+    config = _C.SchedulerConfig(
+        num_blocks=64, block_size=4, max_num_seqs=32, max_num_batched_tokens=64, max_model_len=64
+    )
+    scheduler = _C.Scheduler(config)
+    scheduler.add_request([7, 8], Params(temperature=0), 0)
+    scheduler.add_request([1, 2, 1, 3], Params(**fields), 5)
+    scheduler.add_request([9], Params(temperature=0), 0)
+    batch = _C.InputBatch()
+    scheduler.prepare(scheduler.schedule(), batch)
+    return batch, _C.Sampler(logits.shape[1], num_threads).sample(logits, batch)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 0.0},
+        {"top_k": 50, "top_p": 0.9},
+        {"repetition_penalty": 1.4, "min_p": 0.01},
+        {"temperature": 0.0, "logit_bias": {4: 30.0}},
+        {"allowed_token_ids": [5, 6, 7, 8, 9, 10]},
+        {"top_p": 0.8, "logprobs": 7},
+    ],
+)
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_samples_that_share_a_row_of_logits(fields: dict[str, Any], num_threads: int) -> None:
+    """Each is what it is alone, with a row of its own; the logits stay as they are."""
+    rng = np.random.default_rng(6)
+    logits = (rng.normal(size=(3, 1500)) * 2).astype(np.float32)
+    logits.flags.writeable = False
+    n = 13
+    batch, out = samples_of_one_prompt(fields | {"n": n}, logits, num_threads)
+    assert (batch.num_logits, batch.num_samples) == (3, n + 2)
+    tokens = out.sampled_token_ids
+    assert tokens[0] == logits[0].argmax() and tokens[-1] == logits[2].argmax()
+    assert len(set(tokens[1:-1])) == 1 if fields.get("temperature") == 0 else len(set(tokens)) > 3
+    for i in range(n):
+        # Sample i's seed is the scheduler's affair: n = 1 + i rows have the same for the first i.
+        _, alone = samples_of_one_prompt(fields | {"n": i + 1}, logits, 1)
+        assert alone.sampled_token_ids[1 + i] == tokens[1 + i]
+        if "logprobs" in fields:
+            entry, expected = out.logprobs[1 + i], alone.logprobs[1 + i]
+            assert entry.token_ids == expected.token_ids
+            assert entry.logprobs == expected.logprobs and entry.rank == expected.rank
+    reference_tokens, _ = sample(logits[1], Params(**fields), [5], [[1, 2, 1, 3]], 4)
+    assert reference_tokens[0] == tokens[1], "sample 0 has the request's own seed"
+
+
+@pytest.mark.parametrize("vocab", [300, 49152])
+@pytest.mark.parametrize("k", [130, 192, 299, 1024])
+def test_many_logprobs(vocab: int, k: int) -> None:
+    """As beams ask for them: in order, the lower id first among equals."""
+    rng = np.random.default_rng(k)
+    for logits in (rng.normal(size=vocab) * 3, np.round(rng.normal(size=vocab) * 3)):
+        logits = logits.astype(np.float32)
+        _, [entry] = sample(logits, Params(temperature=0, logprobs=k), [0])
+        order = np.lexsort((np.arange(vocab), -logits))[: min(k, vocab)]
+        assert entry.token_ids == [order[0], *order]
+        expected = reference.log_softmax(logits)[order]
+        np.testing.assert_allclose(entry.logprobs[1:], expected, atol=1e-5)
+
+
 def test_bad_words_do_not_count_the_prompt() -> None:
     logits = np.array([0.0, 1.0, 5.0], np.float32)
     params = Params(temperature=0, bad_words=[[1, 2]])
