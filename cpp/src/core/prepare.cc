@@ -94,14 +94,15 @@ void Scheduler::State::prepare(const SchedulerOutput& output, InputBatch* batch)
     batch->query_start_loc[i + 1] = at;
     batch->seq_lens[i] = begin + n;
     batch->block_table_rows[i] = seq.row;
-    if (scheduled.num_sampling_rows > 0) ask_samples(seq, scheduled, i, at, batch);
+    if (scheduled.num_sampling_rows > 0) ask_samples(step.entries[i], scheduled, i, at, batch);
   }
 }
 
 // The last tokens of the sequence end at `at` in the batch: one row for what follows each of the
 // proposed tokens, or a row for each sample that is to be born.
-void Scheduler::State::ask_samples(const Sequence& seq, const ScheduledSequence& scheduled,
+void Scheduler::State::ask_samples(const ScheduledEntry& entry, const ScheduledSequence& scheduled,
                                    int32_t index, int32_t at, InputBatch* batch) const {
+  const Sequence& seq = *entry.seq;
   const SequenceGroup& group = *seq.group;
   Span<const TokenId> eos;
   if (!group.params.ignore_eos) eos = config.eos_token_ids;
@@ -109,7 +110,7 @@ void Scheduler::State::ask_samples(const Sequence& seq, const ScheduledSequence&
   const int32_t num_rows = scheduled.num_sampling_rows;
   SamplingRow row{index, batch->num_logits(), &group.params, {}, seq.num_prompt_tokens, seq.seed,
                   eos};
-  if (!group.unborn.empty()) {
+  if (entry.splits) {
     row.tokens = {seq.tokens.data(), static_cast<size_t>(end)};
     for (int32_t sample = 0; sample < num_rows; ++sample) {
       row.seed = sample_seed(group.seed, sample);

@@ -128,7 +128,8 @@ void Scheduler::State::schedule_by_force() {
 // promised to the others: else it would soon be pushed out again.
 Scheduler::State::Admission Scheduler::State::admit(Sequence* seq, bool force) {
   SequenceGroup* group = seq->group;
-  if (seq->paused || seq->awaits_result || seq->num_placeholders > 0 || waits_for_sibling(*seq)) {
+  // Pushed out while a step computes it: what that brings (a token, prompt logprobs) comes first.
+  if (seq->paused || seq->num_steps_in_flight > 0 || waits_for_sibling(*seq)) {
     return Admission::kLater;
   }
   const CachedPrefix prefix = find_prefix(seq);
@@ -238,12 +239,13 @@ void Scheduler::State::push(Sequence* seq, int32_t num_tokens, int32_t num_draft
   const SequenceGroup& group = *seq->group;
   const int32_t begin = seq->num_scheduled();
   const bool samples = begin + num_tokens == seq->num_tokens;
+  const bool splits = samples && !group.unborn.empty();
   int32_t num_rows = 0;
   if (samples) {
-    num_rows = group.unborn.empty() ? 1 + num_drafts : static_cast<int32_t>(group.samples.size());
+    num_rows = splits ? static_cast<int32_t>(group.samples.size()) : 1 + num_drafts;
     seq->previous_sampling_row = seq->sampling_row;
     seq->sampling_row = step->num_sampling_rows;
-    if (num_drafts > 0 || speculates() || !group.unborn.empty() || group.beams != nullptr) {
+    if (num_drafts > 0 || speculates() || splits || group.beams != nullptr) {
       seq->awaits_result = true;
     } else {
       seq->tokens.resize(seq->num_tokens);  // without drafts that found no room
@@ -261,7 +263,7 @@ void Scheduler::State::push(Sequence* seq, int32_t num_tokens, int32_t num_draft
   output.sequences.push_back(
       {seq->id, group.tag, seq->index, seq->row, begin, num_tokens, num_rows});
   output.num_scheduled_tokens += num_tokens;
-  step->entries.push_back({seq, seq->epoch, num_drafts, needs_transfers});
+  step->entries.push_back({seq, seq->epoch, num_drafts, splits, needs_transfers});
   step->num_sampling_rows += num_rows;
   seq->num_in_flight_tokens += num_tokens;
   ++seq->num_steps_in_flight;

@@ -98,6 +98,7 @@ struct ScheduledEntry {
   Sequence* seq;
   uint32_t epoch;
   int32_t num_drafts;
+  bool splits;           // into the request's samples, a sampling row for each by index
   bool needs_transfers;  // its KV is not there unless the step's transfers are done
 };
 
@@ -158,7 +159,7 @@ struct Scheduler::State {
 
   // prepare.cc
   void prepare(const SchedulerOutput& step, InputBatch* batch);
-  void ask_samples(const Sequence& seq, const ScheduledSequence& scheduled, int32_t index,
+  void ask_samples(const ScheduledEntry& entry, const ScheduledSequence& scheduled, int32_t index,
                    int32_t at, InputBatch* batch) const;
 
   // update.cc
@@ -170,7 +171,7 @@ struct Scheduler::State {
   void discard(const SchedulerOutput& step);
   void discard_newest();
   void take_in(const Step& step, size_t i, int32_t row, Span<const TokenId> sampled);
-  void take_tokens(Sequence* seq, int32_t position, Span<const TokenId> sampled, int32_t num_drafts,
+  void take_tokens(const ScheduledEntry& entry, int32_t position, Span<const TokenId> sampled,
                    SequenceUpdate* news);
   void bear_samples(Sequence* leader, int32_t row, Span<const TokenId> sampled);
   void publish(Sequence* seq);

@@ -103,7 +103,7 @@ void Scheduler::State::take_in(const Step& step, size_t i, int32_t row,
   const bool samples = !sampled.empty() && group->beams == nullptr;
   if (samples) {
     news.sampling_row = row;
-    take_tokens(seq, end, sampled, entry.num_drafts, &news);
+    take_tokens(entry, end, sampled, &news);
   }
   if (entry.epoch == seq->epoch) {
     const int32_t num_accepted = samples ? static_cast<int32_t>(news.new_token_ids.size()) - 1 : 0;
@@ -122,10 +122,12 @@ void Scheduler::State::take_in(const Step& step, size_t i, int32_t row,
 
 // The tokens at `position` and after it. Of proposed ones those count that were sampled again, and
 // the first that was not.
-void Scheduler::State::take_tokens(Sequence* seq, int32_t position, Span<const TokenId> sampled,
-                                   int32_t num_drafts, SequenceUpdate* news) {
+void Scheduler::State::take_tokens(const ScheduledEntry& entry, int32_t position,
+                                   Span<const TokenId> sampled, SequenceUpdate* news) {
+  Sequence* seq = entry.seq;
   const SequenceGroup& group = *seq->group;
-  const int32_t first = group.unborn.empty() ? 0 : seq->index;
+  const int32_t num_drafts = entry.num_drafts;
+  const int32_t first = entry.splits ? seq->index : 0;
   int32_t count = 0;
   while (true) {
     const TokenId token = sampled[first + count];
@@ -215,6 +217,8 @@ void Scheduler::State::discard_newest() {
       } else {
         --seq->num_placeholders;
         seq->tokens.resize(--seq->num_tokens);
+        // The runner may have written it for the step that is discarded.
+        if (seq->num_placeholders > 0) seq->tokens.back() = -1;
         seq->written_by_runner = false;
         seq->sampling_row = seq->previous_sampling_row;
       }
