@@ -2,72 +2,10 @@
 
 #include <gtest/gtest.h>
 
-#include <numeric>
+#include "scheduler_harness.h"
 
 namespace fastpage {
 namespace {
-
-SchedulerConfig small_config() {
-  SchedulerConfig config;
-  config.num_blocks = 32;
-  config.block_size = 4;
-  config.max_num_seqs = 4;
-  config.max_num_batched_tokens = 16;
-  config.max_model_len = 64;
-  config.eos_token_ids = {0};
-  return config;
-}
-
-std::vector<TokenId> tokens_from(TokenId first, int32_t n) {
-  std::vector<TokenId> tokens(n);
-  std::iota(tokens.begin(), tokens.end(), first);
-  return tokens;
-}
-
-SequenceRequest request(std::vector<TokenId> prompt, int32_t max_tokens = 8) {
-  SequenceRequest out;
-  out.prompt_token_ids = std::move(prompt);
-  out.params.max_tokens = max_tokens;
-  return out;
-}
-
-// A scheduler, its batch, and a model that always says `token`.
-struct Harness {
-  explicit Harness(const SchedulerConfig& config) : scheduler(config) {}
-
-  RequestId add(SequenceRequest r) { return scheduler.add_request(std::move(r)); }
-
-  const SchedulerOutput& begin() {
-    const SchedulerOutput& step = scheduler.schedule();
-    scheduler.prepare(step, &batch);
-    scheduler.check_integrity();
-    return step;
-  }
-  const std::vector<SequenceUpdate>& end(const SchedulerOutput& step, TokenId token = 99) {
-    const std::vector<TokenId> sampled(batch.sampling_rows.size(), token);
-    const auto& updates = scheduler.update(step, sampled);
-    scheduler.check_integrity();
-    return updates;
-  }
-  const std::vector<SequenceUpdate>& step(TokenId token = 99) { return end(begin(), token); }
-  void run_until_idle() {
-    while (scheduler.has_unfinished()) step();
-  }
-
-  Scheduler scheduler;
-  InputBatch batch;
-};
-
-std::string error_of(Scheduler* scheduler, SequenceRequest r) {
-  try {
-    scheduler->add_request(std::move(r));
-  } catch (const InvalidArgument& e) {
-    return e.what();
-  } catch (const ResourceExhausted& e) {
-    return std::string("exhausted: ") + e.what();
-  }
-  return "";
-}
 
 TEST(SchedulerConfig, NamesTheFieldThatIsWrong) {
   SchedulerConfig config = small_config();
@@ -81,7 +19,9 @@ TEST(SchedulerConfig, NamesTheFieldThatIsWrong) {
   for (int32_t SchedulerConfig::* field :
        {&SchedulerConfig::block_size, &SchedulerConfig::max_num_seqs,
         &SchedulerConfig::max_num_batched_tokens, &SchedulerConfig::max_model_len,
-        &SchedulerConfig::max_num_waiting, &SchedulerConfig::long_prefill_token_threshold}) {
+        &SchedulerConfig::max_num_waiting, &SchedulerConfig::long_prefill_token_threshold,
+        &SchedulerConfig::max_num_partial_prefills, &SchedulerConfig::num_host_blocks,
+        &SchedulerConfig::max_steps_in_flight, &SchedulerConfig::num_speculative_tokens}) {
     config = small_config();
     config.*field = -1;
     EXPECT_THROW(config.validate(), InvalidArgument);
@@ -117,9 +57,9 @@ TEST(Schedule, ChunksAPromptWithinTheBudget) {
     ASSERT_EQ(step.sequences.size(), 1u);
     EXPECT_EQ(step.sequences[0].id, id);
     EXPECT_EQ(step.sequences[0].num_scheduled_tokens, n);
-    EXPECT_EQ(step.sequences[0].samples, n == 5);
+    EXPECT_EQ(step.sequences[0].num_sampling_rows, n == 5);
     const auto& updates = h.end(step);
-    EXPECT_EQ(updates[0].has_new_token, n == 5);
+    EXPECT_EQ(updates[0].new_token_ids.size(), n == 5);
   }
   EXPECT_EQ(h.begin().sequences[0].num_computed_tokens, 37);
 }
@@ -143,8 +83,9 @@ TEST(Schedule, RunningFirstThenWaitingInTheOrderOfArrival) {
 TEST(Schedule, SequencesAtOnceAreLimited) {
   Harness h(small_config());
   for (int i = 0; i < 6; ++i) h.add(request({1, 2}, 1));
-  EXPECT_EQ(h.begin().sequences.size(), 4u);
-  EXPECT_EQ(h.end(h.begin()).size(), 4u);
+  const SchedulerOutput& step = h.begin();
+  EXPECT_EQ(step.sequences.size(), 4u);
+  EXPECT_EQ(h.end(step).size(), 4u);
   EXPECT_EQ(h.begin().sequences.size(), 2u);
 }
 
@@ -311,7 +252,7 @@ TEST(PrefixCache, NothingIsFoundBeforeItIsComputed) {
 
   Harness failing(small_config());
   const RequestId id = failing.add(request(tokens_from(1, 7), 4));
-  failing.begin();  // the model fails
+  failing.scheduler.discard(failing.begin());
   failing.scheduler.abort(id);
   failing.add(request(tokens_from(1, 7), 4));
   EXPECT_EQ(failing.begin().sequences[0].num_computed_tokens, 0);
@@ -473,13 +414,18 @@ TEST(Abort, BetweenScheduleAndPrepareAsksForAnotherSchedule) {
   const SchedulerOutput& step = h.scheduler.schedule();
   h.scheduler.abort(a);
   EXPECT_THROW(h.scheduler.prepare(step, &h.batch), Error);
+  h.scheduler.discard(step);
   EXPECT_EQ(h.begin().sequences.size(), 1u);
 }
 
-TEST(Schedule, AStepThatNeverEndsChangesNothing) {
+TEST(Schedule, ADiscardedStepIsTriedAgain) {
   Harness h(small_config());
   h.add(request(tokens_from(1, 6)));
-  h.begin();
+  const SchedulerOutput& step = h.begin();
+  EXPECT_THROW(h.scheduler.schedule(), InvalidArgument) << "one step is under way";
+  h.scheduler.discard(step);
+  h.scheduler.check_integrity();
+  EXPECT_THROW(h.scheduler.discard(step), InvalidArgument) << "a second time";
   const SchedulerOutput& again = h.begin();
   ASSERT_EQ(again.sequences.size(), 1u);
   EXPECT_EQ(again.sequences[0].num_computed_tokens, 0);
@@ -509,8 +455,12 @@ TEST(Scheduler, TheSameCallsGiveTheSameSteps) {
       EXPECT_EQ(a.add(request(tokens_from(i % 5, 5 + i % 17), 5 + i % 7)),
                 b.add(request(tokens_from(i % 5, 5 + i % 17), 5 + i % 7)));
     }
-    const SchedulerOutput& step_a = a.begin();
-    const SchedulerOutput& step_b = b.begin();
+    const SchedulerOutput& step_a = a.scheduler.schedule();
+    const SchedulerOutput& step_b = b.scheduler.schedule();
+    ASSERT_EQ(step_a.sequences.size(), step_b.sequences.size());
+    if (step_a.sequences.empty()) continue;
+    a.scheduler.prepare(step_a, &a.batch);
+    b.scheduler.prepare(step_b, &b.batch);
     ASSERT_EQ(a.batch.slot_mapping, b.batch.slot_mapping);
     ASSERT_EQ(a.batch.token_ids, b.batch.token_ids);
     a.end(step_a, i);
