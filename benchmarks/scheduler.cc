@@ -1,5 +1,6 @@
 // The scheduler alone, from C++: the C++ side of scheduler.py, which says what S1, S2, S5 and
-// `pool` are (scheduler_work.py). Prints one figure a line, name and value.
+// `pool` are (scheduler_work.py). S1 comes once more with each feature that touches every step.
+// Prints one figure a line, name and value.
 //
 //   scheduler_bench TRACE REPEATS      TRACE: lines of prompt and output lengths
 #include "fastpage/scheduler.h"
@@ -10,6 +11,8 @@
 #include <cstdlib>
 #include <fstream>
 #include <map>
+#include <ostream>
+#include <streambuf>
 #include <string>
 #include <vector>
 
@@ -80,27 +83,35 @@ void stream_memory() {
   for (uint64_t& word : memory) ++word;
 }
 
+// What a beam search gets for each row: `k` candidates, none of which ends it.
+TokenLogprobs candidates(int32_t k, int64_t step, size_t row) {
+  TokenLogprobs out;
+  for (int32_t i = 0; i <= k; ++i) {
+    out.token_ids.push_back(static_cast<TokenId>((step * 31 + i * 7) % 32000));
+    out.logprobs.push_back(-0.1f * static_cast<float>(i) - 0.01f * static_cast<float>(row % 4));
+  }
+  return out;
+}
+
 // Runs steps and remembers what each took.
 class Driver {
  public:
   explicit Driver(const SchedulerConfig& config) : scheduler(config) {}
+  virtual ~Driver() = default;
 
-  void step(bool cold = false) {
+  virtual void step(bool cold = false) {
     if (cold) stream_memory();
     const int64_t t0 = now_ns();
     const SchedulerOutput& step = scheduler.schedule();
     const int64_t t1 = now_ns();
     scheduler.prepare(step, &batch);
     const int64_t t2 = now_ns();
-    sampled.assign(batch.sampling_rows.size(), static_cast<TokenId>(step.step_id % 32000));
+    sample(step);
     if (cold) stream_memory();
     const int64_t t3 = now_ns();
-    scheduler.update(step, sampled);
+    scheduler.update(step, sampled, logprobs);
     const int64_t t4 = now_ns();
-    schedule.push_back(t1 - t0);
-    prepare.push_back(t2 - t1);
-    update.push_back(t4 - t3);
-    both.push_back(t1 - t0 + t4 - t3);
+    note(t1 - t0, t2 - t1, t4 - t3);
     num_tokens += step.num_scheduled_tokens;
   }
 
@@ -122,27 +133,202 @@ class Driver {
   Scheduler scheduler;
   InputBatch batch;
   std::vector<TokenId> sampled;
+  std::vector<TokenLogprobs> logprobs;  // empty but with beams
   std::vector<int64_t> schedule, prepare, update, both;
   int64_t num_tokens = 0;
+  int32_t period = 32000;  // of the text that is sampled
+
+ protected:
+  void note(int64_t schedule_ns, int64_t prepare_ns, int64_t update_ns) {
+    schedule.push_back(schedule_ns);
+    prepare.push_back(prepare_ns);
+    update.push_back(update_ns);
+    both.push_back(schedule_ns + update_ns);
+  }
+
+  void sample(const SchedulerOutput& step) {
+    sampled.clear();
+    logprobs.clear();
+    for (const SamplingRow& row : batch.sampling_rows) {
+      sampled.push_back(static_cast<TokenId>(row.tokens.size() % period));
+      if (row.params->beam_width > 0) {
+        logprobs.push_back(candidates(row.params->logprobs, step.step_id, logprobs.size()));
+      }
+    }
+  }
 };
 
-void add_decoding(Driver* driver, int32_t num_seqs, int32_t base, int32_t num_steps) {
-  for (int32_t i = 0; i < num_seqs; ++i) {
-    driver->scheduler.add_request(
-        make_request(tokens(i, base + i * 7 % kBlockSize), kWarmUp + num_steps + 2));
+// Two steps under way: the next is scheduled and laid out before the results of one come.
+class AsyncDriver : public Driver {
+ public:
+  using Driver::Driver;
+
+  void step(bool) override {
+    const int64_t t0 = now_ns();
+    const SchedulerOutput& step = scheduler.schedule();
+    const int64_t t1 = now_ns();
+    if (!step.sequences.empty()) scheduler.prepare(step, &batch);
+    const int64_t t2 = now_ns();
+    const std::vector<TokenId> before = sampled;
+    if (!step.sequences.empty()) {
+      batch.resolve(before);
+      sample(step);
+    }
+    const int64_t t3 = now_ns();
+    if (previous_ != nullptr) scheduler.update(*previous_, before);
+    const int64_t t4 = now_ns();
+    note(t1 - t0, t2 - t1, t4 - t3);
+    previous_ = step.sequences.empty() ? nullptr : &step;
+    num_tokens += step.num_scheduled_tokens;
+  }
+
+ private:
+  const SchedulerOutput* previous_ = nullptr;
+};
+
+void add_decoding(Driver* driver, int32_t num_seqs, int32_t base, int32_t num_steps,
+                  int32_t n = 1) {
+  for (int32_t i = 0; i < num_seqs / n; ++i) {
+    SequenceRequest request =
+        make_request(tokens(i, base + i * 7 % kBlockSize), kWarmUp + num_steps + 2);
+    request.params.n = n;
+    driver->scheduler.add_request(std::move(request));
   }
   driver->run(kWarmUp);
   driver->forget();
 }
 
+SchedulerConfig s1_config(int32_t num_seqs, int32_t num_steps) {
+  const int32_t blocks_each = (1008 + kWarmUp + num_steps) / kBlockSize + 2;
+  return make_config(num_seqs * blocks_each + 64, num_seqs, num_seqs * 1100, 2048);
+}
+
 void s1(int32_t num_seqs, bool cold) {
   const int32_t num_steps = cold ? kColdSteps : kSteps;
-  const int32_t blocks_each = (1008 + kWarmUp + num_steps) / kBlockSize + 2;
-  Driver driver(make_config(num_seqs * blocks_each + 64, num_seqs, num_seqs * 1100, 2048));
+  Driver driver(s1_config(num_seqs, num_steps));
   add_decoding(&driver, num_seqs, 992, num_steps);
   driver.run(num_steps, cold);
   if (driver.batch.num_tokens() != num_seqs) throw Error("S1: not in a steady state");
   driver.record_medians("s1_" + std::to_string(num_seqs) + (cold ? "_cold" : ""));
+}
+
+constexpr int32_t kFeatureSeqs = 256;
+
+void s1_with(const std::string& feature, Driver* driver, int32_t n = 1) {
+  add_decoding(driver, kFeatureSeqs, 992, kSteps, n);
+  driver->run(kSteps);
+  if (driver->batch.num_seqs != kFeatureSeqs) throw Error(feature + ": not in a steady state");
+  driver->record_medians("s1_256_" + feature);
+}
+
+void s1_async() {
+  SchedulerConfig config = s1_config(kFeatureSeqs, kSteps);
+  config.max_steps_in_flight = 2;
+  AsyncDriver driver(config);
+  s1_with("async", &driver);
+}
+
+// What is looked for is never found: the whole text is searched each time.
+void s1_speculation_in_vain() {
+  SchedulerConfig config = s1_config(kFeatureSeqs, kSteps);
+  config.num_speculative_tokens = 4;
+  Driver driver(config);
+  s1_with("speculation_in_vain", &driver);
+  if (driver.scheduler.stats().num_draft_tokens > 0) throw Error("speculation: it found something");
+}
+
+// A text that repeats itself: 4 of 4 proposed tokens are accepted, so that a step is 5 tokens.
+void s1_speculation() {
+  SchedulerConfig config = s1_config(kFeatureSeqs, 5 * kColdSteps);
+  config.num_speculative_tokens = 4;
+  Driver driver(config);
+  driver.period = 16;
+  for (int32_t i = 0; i < kFeatureSeqs; ++i) {
+    driver.scheduler.add_request(make_request(tokens(i, 992), 5 * kColdSteps));
+  }
+  driver.run(kWarmUp);
+  driver.forget();
+  driver.run(kColdSteps / 2);
+  const SchedulerStats stats = driver.scheduler.stats();
+  if (driver.batch.num_tokens() != 5 * kFeatureSeqs) throw Error("speculation: not steady");
+  driver.record_medians("s1_256_speculation");
+  record("s1_256_speculation_accepted", static_cast<double>(stats.num_accepted_tokens) /
+                                            static_cast<double>(stats.num_draft_tokens));
+}
+
+void s1_samples() {
+  Driver driver(s1_config(kFeatureSeqs, kSteps));
+  s1_with("n4", &driver, 4);
+}
+
+void s1_host_tier() {
+  SchedulerConfig config = s1_config(kFeatureSeqs, kSteps);
+  config.num_host_blocks = config.num_blocks;
+  Driver driver(config);
+  s1_with("host_tier", &driver);
+}
+
+// Takes everything and keeps nothing.
+class CountingBuffer : public std::streambuf {
+ public:
+  int64_t num_bytes = 0;
+
+ protected:
+  std::streamsize xsputn(const char*, std::streamsize size) override {
+    num_bytes += size;
+    return size;
+  }
+  int overflow(int byte) override {
+    ++num_bytes;
+    return byte;
+  }
+};
+
+void s1_recorded() {
+  CountingBuffer buffer;
+  std::ostream log(&buffer);
+  Driver driver(s1_config(kFeatureSeqs, kSteps));
+  driver.scheduler.record(&log);
+  add_decoding(&driver, kFeatureSeqs, 992, kSteps);
+  const int64_t before = buffer.num_bytes;
+  driver.run(kSteps);
+  driver.record_medians("s1_256_recorded");
+  record("recorded_bytes_a_step", static_cast<double>(buffer.num_bytes - before) / kSteps);
+  driver.scheduler.record(nullptr);
+}
+
+// A sample more of sequences of about 1,000 tokens; then the step that copies the blocks which both
+// would write.
+void fork() {
+  constexpr int32_t kForks = 128;
+  Driver driver(s1_config(2 * kForks, kSteps));
+  std::vector<RequestId> ids;
+  for (int32_t i = 0; i < kForks; ++i) {
+    ids.push_back(driver.scheduler.add_request(make_request(tokens(i, 1000), kSteps)));
+  }
+  driver.run(4);
+  const int64_t began = now_ns();
+  for (const RequestId id : ids) driver.scheduler.fork(id, 0, id);
+  record("fork_us", 1e-3 * static_cast<double>(now_ns() - began) / kForks);
+  driver.forget();
+  driver.step();
+  record("fork_first_step_us", median_us(driver.both));
+}
+
+// 8 searches of 4 beams, about 1,000 tokens each.
+void beams() {
+  constexpr int32_t kGroups = 8, kWidth = 4;
+  Driver driver(s1_config(kGroups * kWidth, kSteps));
+  for (int32_t i = 0; i < kGroups; ++i) {
+    SequenceRequest request = make_request(tokens(i, 992 + i), kWarmUp + kSteps + 2);
+    request.params.beam_width = kWidth;
+    driver.scheduler.add_request(std::move(request));
+  }
+  driver.run(kWarmUp);
+  driver.forget();
+  driver.run(kSteps);
+  if (driver.batch.num_seqs != kGroups * kWidth) throw Error("beams: not in a steady state");
+  driver.record_medians("beams_8x4");
 }
 
 void s2() {
@@ -220,6 +406,14 @@ void measure(const std::vector<std::pair<int32_t, int32_t>>& trace, int repeats)
       s1(num_seqs, /*cold=*/false);
       s1(num_seqs, /*cold=*/true);
     }
+    s1_async();
+    s1_speculation_in_vain();
+    s1_speculation();
+    s1_samples();
+    s1_host_tier();
+    s1_recorded();
+    fork();
+    beams();
     s2();
     s5(trace);
     for (int32_t num_blocks : {1000, 10000, 100000, 1000000}) {
