@@ -69,10 +69,10 @@ def generate(
             max_num_seqs=4,
             max_num_batched_tokens=24,
             max_model_len=MAX_LEN,
-            max_steps_in_flight=max_steps_in_flight,
         ),
         vocab_size=VOCAB,
         seed=1,
+        async_scheduling=max_steps_in_flight == 2,
     )
     engine = _C.Engine(config, runner)
     random = np.random.default_rng(2)
@@ -149,9 +149,9 @@ def test_a_failing_step_leaves_the_runner_usable() -> None:
                 max_num_seqs=4,
                 max_num_batched_tokens=24,
                 max_model_len=MAX_LEN,
-                max_steps_in_flight=max_steps_in_flight,
             ),
             vocab_size=VOCAB,
+            async_scheduling=max_steps_in_flight == 2,
         )
         engine = _C.Engine(config, _C.ProgramRunner(executor, max_steps_in_flight))
         params = _C.SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)

@@ -56,9 +56,11 @@ struct InputBatch {
   std::vector<int32_t> block_table_rows;   // [num_seqs]: row of block_tables that holds sequence i
   std::vector<int32_t> logits_indices;  // [num_logits]: tokens whose logits are wanted, ascending
 
-  // The block manager's own matrix, [max_num_seqs][block_table_stride], borrowed.
+  // [*][block_table_stride]: the block manager's own matrix, borrowed; with two steps in flight a
+  // copy in own_block_tables, since the next schedule() changes that matrix.
   const BlockId* block_tables = nullptr;
   int32_t block_table_stride = 0;
+  std::vector<BlockId> own_block_tables;
 
   std::vector<SamplingRow> sampling_rows;  // ascending in seq, and in logits_row within one
   std::vector<PromptLogprobRow> prompt_logprob_rows;

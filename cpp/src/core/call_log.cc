@@ -122,8 +122,8 @@ void describe(const SchedulerOutput& step, Outcome* outcome) {
 
 void describe(const InputBatch& batch, int32_t block_size, Outcome* outcome) {
   const auto& [step_id, num_seqs, token_ids, positions, slot_mapping, query_start_loc, seq_lens,
-               block_table_rows, logits_indices, block_tables, block_table_stride, sampling_rows,
-               prompt_logprob_rows, transfers, future_tokens] = batch;
+               block_table_rows, logits_indices, block_tables, block_table_stride, own_block_tables,
+               sampling_rows, prompt_logprob_rows, transfers, future_tokens] = batch;
   Digest digest;
   digest.words(step_id, num_seqs, block_table_stride);
   for (const Span<const int32_t> column : std::initializer_list<Span<const int32_t>>{

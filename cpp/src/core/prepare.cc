@@ -68,8 +68,6 @@ void Scheduler::State::prepare(const SchedulerOutput& output, InputBatch* batch)
     }
   }
   size_for(output, batch);
-  batch->block_tables = blocks.block_tables();
-  batch->block_table_stride = blocks.stride();
 
   int32_t at = 0;
   batch->query_start_loc[0] = 0;
@@ -78,7 +76,7 @@ void Scheduler::State::prepare(const SchedulerOutput& output, InputBatch* batch)
     Sequence& seq = *step.entries[i].seq;
     const int32_t begin = scheduled.num_computed_tokens;
     const int32_t n = scheduled.num_scheduled_tokens;
-    lay_out_tokens(seq.tokens.data(), batch->block_tables + int64_t{seq.row} * blocks.stride(),
+    lay_out_tokens(seq.tokens.data(), blocks.block_tables() + int64_t{seq.row} * blocks.stride(),
                    config.block_size, begin, n, at, batch);
     // Of the placeholders one is this step's to sample, and one may be its input.
     if (seq.num_placeholders == 2) {
@@ -96,6 +94,23 @@ void Scheduler::State::prepare(const SchedulerOutput& output, InputBatch* batch)
     batch->block_table_rows[i] = seq.row;
     if (scheduled.num_sampling_rows > 0) ask_samples(step.entries[i], scheduled, i, at, batch);
   }
+  lend_block_tables(batch);
+}
+
+// A runner that may still compute when the next schedule() changes the tables gets a copy.
+void Scheduler::State::lend_block_tables(InputBatch* batch) const {
+  const int64_t stride = blocks.stride();
+  batch->block_tables = blocks.block_tables();
+  batch->block_table_stride = blocks.stride();
+  if (config.max_steps_in_flight == 1) return;
+  const auto needed = static_cast<size_t>(batch->num_seqs * stride);
+  if (batch->own_block_tables.size() < needed) batch->own_block_tables.resize(needed);
+  BlockId* to = batch->own_block_tables.data();
+  for (int32_t i = 0; i < batch->num_seqs; ++i, to += stride) {
+    std::copy_n(batch->block_table(i), blocks.blocks_for(batch->seq_lens[i]), to);
+    batch->block_table_rows[i] = i;
+  }
+  batch->block_tables = batch->own_block_tables.data();
 }
 
 // The last tokens of the sequence end at `at` in the batch: one row for what follows each of the

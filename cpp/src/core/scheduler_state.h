@@ -161,6 +161,7 @@ struct Scheduler::State {
   void prepare(const SchedulerOutput& step, InputBatch* batch);
   void ask_samples(const ScheduledEntry& entry, const ScheduledSequence& scheduled, int32_t index,
                    int32_t at, InputBatch* batch) const;
+  void lend_block_tables(InputBatch* batch) const;
 
   // update.cc
   const std::vector<SequenceUpdate>& update(const SchedulerOutput& step,

@@ -239,7 +239,7 @@ def _load_runner(
 
         reference = TorchExecutor(model.program, **options)
         model.load_weights(checkpoint, reference, progress=progress)
-        return TorchRunner(reference, info.num_threads), info.weight_bytes
+        return TorchRunner(reference, info.num_threads, max_steps_in_flight), info.weight_bytes
     executor = _C.CpuExecutor(
         model.program,
         **options,
