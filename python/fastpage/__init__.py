@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastpage._C import __version__ as __version__
+    from fastpage.beam_search import BeamSearchOutput as BeamSearchOutput
+    from fastpage.beam_search import BeamSearchParams as BeamSearchParams
     from fastpage.engine.args import EngineArgs as EngineArgs
     from fastpage.engine.async_engine import AsyncEngine as AsyncEngine
     from fastpage.llm import LLM as LLM
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "LLM": "fastpage.llm",
     "AsyncEngine": "fastpage.engine.async_engine",
+    "BeamSearchOutput": "fastpage.beam_search",
+    "BeamSearchParams": "fastpage.beam_search",
     "CompletionOutput": "fastpage.outputs",
     "EngineArgs": "fastpage.engine.args",
     "RequestOutput": "fastpage.outputs",
@@ -27,6 +31,8 @@ _MODULES = {
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",
     "RequestOutput",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastpage import _C
+from fastpage.beam_search import BeamSearchOutput, BeamSearchParams, to_beam_search_output
 from fastpage.engine.args import EngineArgs
 from fastpage.engine.engine_thread import EngineThread
 from fastpage.engine.loading import ModelInfo, load_model
@@ -107,6 +108,30 @@ class LLM:
             None,
             use_tqdm,
         )
+
+    def beam_search(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The best continuations of each prompt; prompts as generate() takes them. With
+        `concurrency_limit` only that many prompts are in the engine at once; without, it computes
+        as many together as there is room for."""
+        sampling_params = params.to_sampling_params()
+        prompts = _as_list(prompts)
+        limit = len(prompts) or 1
+        if concurrency_limit is not None:
+            if concurrency_limit < 1:
+                raise InvalidArgument(f"concurrency_limit must be >= 1, got {concurrency_limit}")
+            limit = concurrency_limit
+        outputs: list[RequestOutput] = []
+        for start in range(0, len(prompts), limit):
+            part = prompts[start : start + limit]
+            outputs += self.generate(part, sampling_params, use_tqdm)
+        tokenizer = self._loaded.tokenizer
+        return [to_beam_search_output(output, sampling_params, tokenizer) for output in outputs]
 
     # ---- about the model
 

@@ -194,7 +194,7 @@ def _attribute(name: str) -> object:
 def test_to_core_carries_every_field() -> None:
     params = SamplingParams(
         n=2,
-        best_of=3,
+        best_of=2,
         temperature=0.5,
         top_p=0.25,
         top_k=np.int64(7),
@@ -215,7 +215,7 @@ def test_to_core_carries_every_field() -> None:
     )
     assert params.stop == ["end"]
     core = params.to_core()
-    assert (core.n, core.best_of, core.temperature) == (2, 3, 0.5)
+    assert (core.n, core.best_of, core.temperature) == (2, 2, 0.5)
     assert (core.top_p, core.top_k) == (0.25, 7)
     assert (core.min_p, core.repetition_penalty) == (0.125, 1.5)
     assert (core.presence_penalty, core.frequency_penalty) == (-0.5, 0.75)
