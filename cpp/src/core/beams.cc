@@ -9,6 +9,7 @@ void Scheduler::State::start_beams(SequenceGroup* group, Sequence* leader) {
   BeamSearch search(group->params, config.eos_token_ids, leader->num_prompt_tokens,
                     leader->final_length);
   const int32_t num_candidates = search.num_candidates();
+  leader->is_beam = true;
   group->params.logprobs = num_candidates;
   group->params.temperature = 0;
   group->beams.reset(new BeamGroup{std::move(search), {leader}, {}});
@@ -73,7 +74,7 @@ void Scheduler::State::finish_beams(SequenceGroup* group, int32_t entry) {
   for (size_t rank = 0; rank < best.size(); ++rank) {
     finished_hypotheses.push_back(std::make_unique<BeamHypothesis>(std::move(best[rank])));
     const BeamHypothesis& each = *finished_hypotheses.back();
-    updates.push_back({group->id, group->tag, static_cast<int32_t>(rank), entry, each.token_ids, -1,
+    updates.push_back({group->id, leader.tag, static_cast<int32_t>(rank), entry, each.token_ids, -1,
                        each.finish_reason, each.stop_token_id, leader.num_prompt_tokens,
                        static_cast<int32_t>(each.token_ids.size()), group->num_cached_tokens,
                        each.score});

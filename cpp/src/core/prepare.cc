@@ -85,7 +85,7 @@ void Scheduler::State::prepare(const SchedulerOutput& output, InputBatch* batch)
           {at + position - begin, seq.previous_sampling_row, &seq.tokens[position]});
       seq.written_by_runner = true;
     }
-    if (seq.group->next_prompt_logprob < seq.num_prompt_tokens) {
+    if (seq.wants_prompt_logprobs) {
       ask_prompt_logprobs(seq, scheduled, i, at, batch);
     }
     at += n;
@@ -119,26 +119,21 @@ void Scheduler::State::ask_samples(const ScheduledEntry& entry, const ScheduledS
                                    int32_t index, int32_t at, InputBatch* batch) const {
   const Sequence& seq = *entry.seq;
   const SequenceGroup& group = *seq.group;
-  Span<const TokenId> eos;
-  if (!group.params.ignore_eos) eos = config.eos_token_ids;
   const int32_t end = scheduled.num_computed_tokens + scheduled.num_scheduled_tokens;
   const int32_t num_rows = scheduled.num_sampling_rows;
-  SamplingRow row{index, batch->num_logits(), &group.params, {}, seq.num_prompt_tokens, seq.seed,
-                  eos};
-  if (entry.splits) {
-    row.tokens = {seq.tokens.data(), static_cast<size_t>(end)};
-    for (int32_t sample = 0; sample < num_rows; ++sample) {
-      row.seed = sample_seed(group.seed, sample);
-      batch->sampling_rows.push_back(row);
-    }
-    batch->logits_indices.push_back(at - 1);
-    return;
-  }
-  for (int32_t left = num_rows - 1; left >= 0; --left) {
-    row.logits_row = batch->num_logits();
-    row.tokens = {seq.tokens.data(), static_cast<size_t>(end - left)};
-    batch->sampling_rows.push_back(row);
-    batch->logits_indices.push_back(at - 1 - left);
+  if (entry.splits) batch->logits_indices.push_back(at - 1);
+  for (int32_t i = 0; i < num_rows; ++i) {
+    const int32_t num_after = entry.splits ? 0 : num_rows - 1 - i;
+    if (!entry.splits) batch->logits_indices.push_back(at - 1 - num_after);
+    // Filled in where it lies: a copy from the stack waits for its stores.
+    SamplingRow& row = batch->sampling_rows.emplace_back();
+    row.seq = index;
+    row.logits_row = batch->num_logits() - 1;
+    row.params = &group.params;
+    row.tokens = {seq.tokens.data(), static_cast<size_t>(end - num_after)};
+    row.num_prompt_tokens = seq.num_prompt_tokens;
+    row.seed = entry.splits ? sample_seed(group.seed, i) : seq.seed;
+    if (!group.params.ignore_eos) row.eos_token_ids = config.eos_token_ids;
   }
 }
 

@@ -32,6 +32,7 @@ const SchedulerOutput& Scheduler::State::schedule() {
   output.step_id = next_step_id++;
   step->entries.clear();
   step->num_sampling_rows = 0;
+  step->has_beams = false;
   blocks.begin_step(&output.transfers);
   budget = config.max_num_batched_tokens;
   committed_blocks = 0;
@@ -163,7 +164,8 @@ Scheduler::State::Admission Scheduler::State::admit(Sequence* seq, bool force) {
   }
   // Nothing more is allocated for it until it ends.
   seq->tokens.reserve(seq->final_length);
-  seq->hashes.reserve(group->uses_hashes ? seq->final_length / config.block_size : 0);
+  seq->hashes.reserve(seq->uses_hashes ? seq->final_length / config.block_size : 0);
+  seq->num_cached_tokens = group->num_cached_tokens;
   blocks.grow(seq->row, num_cached + n);
   push(seq, n, 0, /*needs_transfers=*/prefix.num_on_host > 0);
   return Admission::kDone;
@@ -201,7 +203,7 @@ int32_t Scheduler::State::chunk(const Sequence& seq, int32_t num_behind) const {
 int32_t Scheduler::State::add_drafts(Sequence* seq, int32_t num_tokens, int32_t num_behind) {
   const bool reaches_end = num_tokens == seq->num_left();
   if (!reaches_end || (seq->num_drafts == 0 && !speculates())) return 0;
-  if (seq->group->beams != nullptr || !seq->group->unborn.empty()) return 0;
+  if (seq->is_beam || !seq->group->unborn.empty()) return 0;
   const int32_t room =
       std::min(seq->final_length - seq->num_tokens - 1, budget - num_tokens - num_behind);
   if (room <= 0) return 0;
@@ -236,38 +238,59 @@ bool Scheduler::State::reserve(Sequence* seq, int32_t num_tokens, bool* copies) 
 
 void Scheduler::State::push(Sequence* seq, int32_t num_tokens, int32_t num_drafts,
                             bool needs_transfers) {
-  const SequenceGroup& group = *seq->group;
   const int32_t begin = seq->num_scheduled();
-  const bool samples = begin + num_tokens == seq->num_tokens;
-  const bool splits = samples && !group.unborn.empty();
   int32_t num_rows = 0;
-  if (samples) {
-    num_rows = splits ? static_cast<int32_t>(group.samples.size()) : 1 + num_drafts;
-    seq->previous_sampling_row = seq->sampling_row;
-    seq->sampling_row = step->num_sampling_rows;
-    if (num_drafts > 0 || speculates() || splits || group.beams != nullptr) {
-      seq->awaits_result = true;
-    } else {
-      seq->tokens.resize(seq->num_tokens);  // without drafts that found no room
-      seq->num_drafts = 0;
-      seq->tokens.push_back(-1);
-      ++seq->num_tokens;
-      ++seq->num_placeholders;
+  bool splits = false;
+  if (begin + num_tokens == seq->num_tokens) {
+    num_rows = 1 + num_drafts;
+    if (seq->num_output_tokens() == 0 && !seq->group->unborn.empty()) {
+      splits = true;
+      num_rows = static_cast<int32_t>(seq->group->samples.size());
     }
+    expect_result(seq, /*must_be_known=*/splits || num_drafts > 0 || seq->is_beam);
   } else {
     ++num_partial;
     committed_blocks += blocks.blocks_for(seq->num_tokens) - blocks.num_blocks_of(seq->row);
   }
   num_tokens += num_drafts;
   SchedulerOutput& output = step->output;
-  output.sequences.push_back(
-      {seq->id, group.tag, seq->index, seq->row, begin, num_tokens, num_rows});
+  // Filled in where they lie: a copy from the stack waits for its stores.
+  ScheduledSequence& scheduled = output.sequences.emplace_back();
+  scheduled.id = seq->id;
+  scheduled.tag = seq->tag;
+  scheduled.index = seq->index;
+  scheduled.row = seq->row;
+  scheduled.num_computed_tokens = begin;
+  scheduled.num_scheduled_tokens = num_tokens;
+  scheduled.num_sampling_rows = num_rows;
   output.num_scheduled_tokens += num_tokens;
-  step->entries.push_back({seq, seq->epoch, num_drafts, splits, needs_transfers});
+  ScheduledEntry& entry = step->entries.emplace_back();
+  entry.seq = seq;
+  entry.epoch = seq->epoch;
+  entry.num_drafts = num_drafts;
+  entry.splits = splits;
+  entry.needs_transfers = needs_transfers;
   step->num_sampling_rows += num_rows;
+  step->has_beams |= seq->is_beam;
   seq->num_in_flight_tokens += num_tokens;
   ++seq->num_steps_in_flight;
   budget -= num_tokens;
+}
+
+// A placeholder stands for the token that the step will sample, if another step may be scheduled
+// before that is known.
+void Scheduler::State::expect_result(Sequence* seq, bool must_be_known) {
+  if (must_be_known || speculates() || config.max_steps_in_flight == 1) {
+    seq->awaits_result = true;
+    return;
+  }
+  seq->previous_sampling_row = seq->sampling_row;
+  seq->sampling_row = step->num_sampling_rows;
+  seq->tokens.resize(seq->num_tokens);  // without drafts that found no room
+  seq->num_drafts = 0;
+  seq->tokens.push_back(-1);
+  ++seq->num_tokens;
+  ++seq->num_placeholders;
 }
 
 void Scheduler::State::preempt_last() {
@@ -307,10 +330,10 @@ bool Scheduler::State::swap_is_cheaper(const Sequence& seq) const {
 // A hit leaves at least one token to compute, whose logits are wanted; and all those whose logits
 // are wanted as prompt logprobs and not out yet.
 CachedPrefix Scheduler::State::find_prefix(Sequence* seq) {
-  const SequenceGroup& group = *seq->group;
-  if (!group.uses_hashes) return {};
+  if (!seq->uses_hashes) return {};
   int32_t end = seq->num_tokens - 1;
-  if (group.next_prompt_logprob < seq->num_prompt_tokens) end = group.next_prompt_logprob - 1;
+  const int32_t next_prompt_logprob = seq->group->next_prompt_logprob;
+  if (next_prompt_logprob < seq->num_prompt_tokens) end = next_prompt_logprob - 1;
   const int32_t num_blocks = end / config.block_size;
   extend_hashes(seq, num_blocks);
   return blocks.find_cached({seq->hashes.data(), static_cast<size_t>(num_blocks)});

@@ -60,7 +60,6 @@ RequestId Scheduler::State::add(SequenceRequest request) {
   check_queue(config, num_never_admitted, num_samples);
   SequenceGroup* group = new_group();
   const bool is_private = !config.enable_prefix_caching;
-  group->tag = request.tag;
   group->seed = request.seed;
   group->num_alive = num_samples;
   // Blocks of requests with a salt are nobody else's to hit.
@@ -71,19 +70,27 @@ RequestId Scheduler::State::add(SequenceRequest request) {
                               static_cast<TokenId>(group->id >> 32)};
     group->root = hasher.next(group->root, {serial, 2});
   }
-  // Without a shared cache, blocks are still found again by their own request: by its samples, and
-  // on the host.
-  group->uses_hashes = !is_private || num_samples > 1 || config.num_host_blocks > 0;
 
   Sequence* leader = new_sequence(group, 0);
+  leader->tag = request.tag;
+  // Without a shared cache, blocks are still found again by their own request: by its samples, and
+  // on the host.
+  leader->uses_hashes = !is_private || num_samples > 1 || config.num_host_blocks > 0;
   leader->priority = config.policy == SchedulingPolicy::kPriority ? request.priority : 0;
   leader->seed = request.seed;
   leader->num_prompt_tokens = static_cast<int32_t>(request.prompt_token_ids.size());
   leader->num_tokens = leader->num_prompt_tokens;
   leader->final_length = final_length(config, request.prompt_token_ids.size(), request.params);
   leader->tokens = std::move(request.prompt_token_ids);
-  const bool wants_prompt_logprobs = request.params.prompt_logprobs >= 0;
-  group->next_prompt_logprob = wants_prompt_logprobs ? 1 : leader->num_prompt_tokens;
+  leader->wants_prompt_logprobs = request.params.prompt_logprobs >= 0;
+  group->next_prompt_logprob = leader->wants_prompt_logprobs ? 1 : leader->num_prompt_tokens;
+  leader->min_length = leader->num_prompt_tokens + request.params.min_tokens;
+  group->stop_token_ids = request.params.stop_token_ids;
+  if (!request.params.ignore_eos) {
+    group->stop_token_ids.insert(group->stop_token_ids.end(), config.eos_token_ids.begin(),
+                                 config.eos_token_ids.end());
+  }
+  leader->stop_token_ids = group->stop_token_ids;
   group->params = std::move(request.params);
   if (group->params.beam_width > 0) {
     start_beams(group, leader);
@@ -219,10 +226,16 @@ Sequence* Scheduler::State::new_sequence(SequenceGroup* group, int32_t index) {
 // what it finds there.
 Sequence* Scheduler::State::fork(Sequence* parent, int32_t index) {
   Sequence* child = new_sequence(parent->group, index);
+  child->tag = parent->tag;
   child->priority = parent->priority;
   child->num_tokens = parent->num_tokens;
   child->num_prompt_tokens = parent->num_prompt_tokens;
   child->final_length = parent->final_length;
+  child->is_beam = parent->is_beam;
+  child->uses_hashes = parent->uses_hashes;
+  child->num_cached_tokens = parent->num_cached_tokens;
+  child->min_length = parent->min_length;
+  child->stop_token_ids = parent->stop_token_ids;
   child->tokens.reserve(parent->final_length);
   child->tokens.assign(parent->tokens.begin(), parent->tokens.begin() + parent->num_tokens);
   child->hashes.reserve(parent->hashes.capacity());

@@ -18,36 +18,46 @@ inline constexpr int32_t kMaxStepsInFlight = 2;
 
 struct SequenceGroup;
 
-// One continuation of a prompt. Hot fields first: a decode step touches the first two cache lines.
+// One continuation of a prompt. A decode step touches the first two cache lines and the end of
+// `tokens`, no more: hence what is copied here from the group.
 //
 //   tokens:  [ prompt | output | placeholders ][ drafts ]
 //             <---------- num_tokens -------->
-struct Sequence {
-  RequestId id = 0;  // of its request
-  SequenceGroup* group = nullptr;
+struct alignas(64) Sequence {
+  RequestId id = 0;      // of its request
+  uint64_t tag = 0;      // its request's
   int32_t index = 0;     // of the sample within it; of a beam, any number unique within it
-  int32_t priority = 0;  // 0 with SchedulingPolicy::kFcfs
   int32_t row = kNoRow;  // of block_tables, while running
   int32_t num_tokens = 0;
   int32_t num_computed_tokens = 0;   // by steps that are done
   int32_t num_in_flight_tokens = 0;  // by steps under way
   int32_t num_placeholders = 0;      // tokens that steps under way will sample
   int32_t num_prompt_tokens = 0;
-  int32_t num_published_blocks = 0;  // leading blocks that the pool was told of
   int32_t final_length = 0;
+  int32_t num_published_blocks = 0;  // leading blocks that the pool was told of
   int32_t num_drafts = 0;
+  uint32_t epoch = 0;               // how often it lost its blocks: an older step's KV is gone
+  int32_t num_steps_in_flight = 0;  // that point to it
+
+  bool dead = false;               // ended; recycled once no step points to it
+  bool shares_tail = false;        // others may hold the block that it writes next
+  bool awaits_result = false;      // nothing to compute before the step under way is known
+  bool paused = false;             // a beam that has its candidates, when others have not
+  bool written_by_runner = false;  // its first placeholder is a FutureToken of a later step
+  bool is_beam = false;
+  bool uses_hashes = false;            // its request's
+  bool wants_prompt_logprobs = false;  // computes the prompt, whose logprobs are asked for
+  int32_t num_cached_tokens = 0;       // its request's
+  int32_t min_length = 0;              // no stop token before that many tokens
+  Span<const TokenId> stop_token_ids;  // its group's
+  std::vector<TokenId> tokens;
+
+  std::vector<BlockHash> hashes;  // of its leading full blocks, as far as they were needed
+  SequenceGroup* group = nullptr;
+  uint64_t seed = 0;
+  int32_t priority = 0;               // 0 with SchedulingPolicy::kFcfs
   int32_t sampling_row = 0;           // in the newest step that samples for it
   int32_t previous_sampling_row = 0;  // in the one before
-  int32_t num_steps_in_flight = 0;    // that point to it
-  uint32_t epoch = 0;                 // how often it lost its blocks: an older step's KV is gone
-  bool dead = false;                  // ended; recycled once no step points to it
-  bool shares_tail = false;           // others may hold the block that it writes next
-  bool awaits_result = false;         // nothing to compute before the step under way is known
-  bool paused = false;                // a beam that has its candidates, when others have not
-  bool written_by_runner = false;     // its first placeholder is a FutureToken of a later step
-  std::vector<TokenId> tokens;
-  std::vector<BlockHash> hashes;  // of its leading full blocks, as far as they were needed
-  uint64_t seed = 0;
 
   int32_t num_output_tokens() const { return num_tokens - num_prompt_tokens; }
   // Computed once the steps under way are done.
@@ -75,11 +85,10 @@ struct SequenceGroup {
   int32_t num_sequences = 0;  // that point here
   int32_t num_cached_tokens = kNeverAdmitted;
   int32_t next_prompt_logprob = 0;  // first position whose logprob is still owed; the end if none
-  bool uses_hashes = false;
-  bool announce = false;  // its blocks, in the KV events
-  uint64_t tag = 0;
+  bool announce = false;            // its blocks, in the KV events
   uint64_t seed = 0;
   BlockHash root;
+  std::vector<TokenId> stop_token_ids;  // all that end it
   SamplingParams params;
   std::vector<Sequence*> samples;  // by index, null if not alive; empty for beams
   std::vector<int32_t> unborn;     // samples that begin where the prompt ends
@@ -106,6 +115,7 @@ struct Step {
   SchedulerOutput output;
   std::vector<ScheduledEntry> entries;  // same order as output.sequences
   int32_t num_sampling_rows = 0;
+  bool has_beams = false;
 };
 
 struct Scheduler::State {
@@ -150,6 +160,7 @@ struct Scheduler::State {
   int32_t add_drafts(Sequence* seq, int32_t num_tokens, int32_t num_behind);
   bool reserve(Sequence* seq, int32_t num_tokens, bool* copies);
   void push(Sequence* seq, int32_t num_tokens, int32_t num_drafts, bool needs_transfers);
+  void expect_result(Sequence* seq, bool must_be_known);
   void preempt_last();
   void lose_blocks(Sequence* seq, Keep keep);
   bool swap_is_cheaper(const Sequence& seq) const;
@@ -174,6 +185,7 @@ struct Scheduler::State {
   void take_in(const Step& step, size_t i, int32_t row, Span<const TokenId> sampled);
   void take_tokens(const ScheduledEntry& entry, int32_t position, Span<const TokenId> sampled,
                    SequenceUpdate* news);
+  void advance(Sequence* seq, const ScheduledEntry& entry, int32_t num_scheduled, int32_t num_kept);
   void bear_samples(Sequence* leader, int32_t row, Span<const TokenId> sampled);
   void publish(Sequence* seq);
   void drop_dead();

@@ -12,16 +12,12 @@ bool contains(Span<const TokenId> ids, TokenId id) {
 }
 
 // `num_tokens`: of the sequence, with `token`, its last.
-FinishReason finish_reason(const SequenceGroup& group, Span<const TokenId> eos_token_ids,
-                           int32_t num_prompt_tokens, int32_t final_length, int32_t num_tokens,
-                           TokenId token) {
+FinishReason finish_reason(const Sequence& seq, int32_t num_tokens, TokenId token) {
   // The sampler masks what may end it for as long (SamplingRow::eos_token_ids).
-  const SamplingParams& params = group.params;
-  const bool may_stop = num_tokens - num_prompt_tokens > params.min_tokens;
-  const bool stops = (!params.ignore_eos && contains(eos_token_ids, token)) ||
-                     contains(params.stop_token_ids, token);
-  if (may_stop && stops) return FinishReason::kStop;
-  return num_tokens >= final_length ? FinishReason::kLength : FinishReason::kNone;
+  if (num_tokens > seq.min_length && contains(seq.stop_token_ids, token)) {
+    return FinishReason::kStop;
+  }
+  return num_tokens >= seq.final_length ? FinishReason::kLength : FinishReason::kNone;
 }
 
 }  // namespace
@@ -63,11 +59,12 @@ void Scheduler::State::check_results(const Step& step, Span<const TokenId> sampl
     throw InvalidArgument("update() with " + std::to_string(results.size()) + " logprobs of " +
                           std::to_string(num_rows) + " sampling rows");
   }
+  if (!step.has_beams) return;
   int32_t row = 0;
   for (size_t i = 0; i < step.entries.size(); ++i) {
     const Sequence& seq = *step.entries[i].seq;
     const int32_t rows_here = step.output.sequences[i].num_sampling_rows;
-    const bool is_beam = rows_here > 0 && !seq.dead && seq.group->beams != nullptr;
+    const bool is_beam = rows_here > 0 && !seq.dead && seq.is_beam;
     if (is_beam && (results.empty() || results[row].token_ids.size() < 2 ||
                     results[row].logprobs.size() != results[row].token_ids.size())) {
       throw InvalidArgument("update() without the logprobs of sampling row " + std::to_string(row) +
@@ -82,42 +79,47 @@ void Scheduler::State::take_in(const Step& step, size_t i, int32_t row,
   const ScheduledSequence& scheduled = step.output.sequences[i];
   const ScheduledEntry& entry = step.entries[i];
   Sequence* seq = entry.seq;
-  SequenceGroup* group = seq->group;
   const int32_t num_kept = scheduled.num_scheduled_tokens - entry.num_drafts;
   const int32_t end = scheduled.num_computed_tokens + num_kept;
-  // Computing again after a preemption owes nothing new until it is past where it was.
-  group->next_prompt_logprob =
-      std::max(group->next_prompt_logprob, std::min(end + 1, seq->num_prompt_tokens));
-  SequenceUpdate news{seq->id,
-                      group->tag,
-                      seq->index,
-                      static_cast<int32_t>(i),
-                      {},
-                      -1,
-                      FinishReason::kNone,
-                      -1,
-                      seq->num_prompt_tokens,
-                      seq->num_output_tokens() - seq->num_placeholders,
-                      group->num_cached_tokens,
-                      0};
-  const bool samples = !sampled.empty() && group->beams == nullptr;
-  if (samples) {
-    news.sampling_row = row;
-    take_tokens(entry, end, sampled, &news);
+  if (seq->wants_prompt_logprobs) {
+    // Computing again after a preemption owes nothing new until it is past where it was.
+    int32_t& next = seq->group->next_prompt_logprob;
+    next = std::max(next, std::min(end + 1, seq->num_prompt_tokens));
   }
-  if (entry.epoch == seq->epoch) {
-    const int32_t num_accepted = samples ? static_cast<int32_t>(news.new_token_ids.size()) - 1 : 0;
-    seq->num_in_flight_tokens -= scheduled.num_scheduled_tokens;
-    seq->num_computed_tokens += num_kept + num_accepted;
-    publish(seq);
-  }
-  if (!sampled.empty() && group->beams != nullptr) {
+  if (seq->is_beam && !sampled.empty()) {
+    advance(seq, entry, scheduled.num_scheduled_tokens, num_kept);
     take_candidates(seq, logprobs[row], static_cast<int32_t>(i));
     return;
   }
-  updates.push_back(news);
-  if (samples && !group->unborn.empty()) bear_samples(seq, row, sampled);
-  if (news.finish_reason != FinishReason::kNone) end_sample(seq);
+  SequenceUpdate& news = updates.emplace_back();
+  news.id = seq->id;
+  news.tag = seq->tag;
+  news.index = seq->index;
+  news.seq = static_cast<int32_t>(i);
+  news.sampling_row = -1;
+  news.stop_token_id = -1;
+  news.num_prompt_tokens = seq->num_prompt_tokens;
+  news.num_output_tokens = seq->num_output_tokens() - seq->num_placeholders;
+  news.num_cached_tokens = seq->num_cached_tokens;
+  int32_t num_accepted = 0;
+  if (!sampled.empty()) {
+    news.sampling_row = row;
+    take_tokens(entry, end, sampled, &news);
+    num_accepted = static_cast<int32_t>(news.new_token_ids.size()) - 1;
+  }
+  advance(seq, entry, scheduled.num_scheduled_tokens, num_kept + num_accepted);
+  const bool ends = news.finish_reason != FinishReason::kNone;
+  if (entry.splits) bear_samples(seq, row, sampled);
+  if (ends) end_sample(seq);
+}
+
+// Unless it has lost its blocks meanwhile, `num_kept` of the tokens in flight are computed.
+void Scheduler::State::advance(Sequence* seq, const ScheduledEntry& entry, int32_t num_scheduled,
+                               int32_t num_kept) {
+  if (entry.epoch != seq->epoch) return;
+  seq->num_in_flight_tokens -= num_scheduled;
+  seq->num_computed_tokens += num_kept;
+  publish(seq);
 }
 
 // The tokens at `position` and after it. Of proposed ones those count that were sampled again, and
@@ -125,7 +127,6 @@ void Scheduler::State::take_in(const Step& step, size_t i, int32_t row,
 void Scheduler::State::take_tokens(const ScheduledEntry& entry, int32_t position,
                                    Span<const TokenId> sampled, SequenceUpdate* news) {
   Sequence* seq = entry.seq;
-  const SequenceGroup& group = *seq->group;
   const int32_t num_drafts = entry.num_drafts;
   const int32_t first = entry.splits ? seq->index : 0;
   int32_t count = 0;
@@ -133,8 +134,7 @@ void Scheduler::State::take_tokens(const ScheduledEntry& entry, int32_t position
     const TokenId token = sampled[first + count];
     const bool is_draft = count < num_drafts && seq->tokens[position + count] == token;
     ++count;
-    news->finish_reason = finish_reason(group, config.eos_token_ids, seq->num_prompt_tokens,
-                                        seq->final_length, position + count, token);
+    news->finish_reason = finish_reason(*seq, position + count, token);
     if (news->finish_reason == FinishReason::kStop) news->stop_token_id = token;
     if (!is_draft || news->finish_reason != FinishReason::kNone) break;
   }
@@ -143,12 +143,14 @@ void Scheduler::State::take_tokens(const ScheduledEntry& entry, int32_t position
   news->num_output_tokens = position + count - seq->num_prompt_tokens;
   if (seq->awaits_result) {
     seq->awaits_result = false;
-    seq->tokens.resize(position);
-    seq->tokens.insert(seq->tokens.end(), news->new_token_ids.begin(), news->new_token_ids.end());
     seq->num_tokens = position + count;
-    seq->num_drafts = 0;
-    stats.num_draft_tokens += num_drafts;
-    stats.num_accepted_tokens += count - 1;
+    if (seq->num_drafts > 0) {
+      seq->tokens.resize(position);
+      seq->num_drafts = 0;
+      stats.num_draft_tokens += num_drafts;
+      stats.num_accepted_tokens += count - 1;
+    }
+    for (const TokenId token : news->new_token_ids) seq->tokens.push_back(token);
     return;
   }
   --seq->num_placeholders;
@@ -172,8 +174,7 @@ void Scheduler::State::bear_samples(Sequence* leader, int32_t row, Span<const To
     news.index = index;
     news.sampling_row = row + index;
     news.new_token_ids = sampled.subspan(index, 1);
-    news.finish_reason = finish_reason(*group, config.eos_token_ids, seq->num_prompt_tokens,
-                                       seq->final_length, seq->num_tokens, token);
+    news.finish_reason = finish_reason(*seq, seq->num_tokens, token);
     news.stop_token_id = news.finish_reason == FinishReason::kStop ? token : -1;
     updates.push_back(news);
     if (news.finish_reason != FinishReason::kNone) end_sample(seq);
@@ -183,7 +184,7 @@ void Scheduler::State::bear_samples(Sequence* leader, int32_t row, Span<const To
 // Only now that they are computed: whoever found them earlier would read garbage if the step
 // failed.
 void Scheduler::State::publish(Sequence* seq) {
-  if (!seq->group->uses_hashes) return;
+  if (!seq->uses_hashes) return;
   const int32_t first = seq->num_published_blocks;
   if (seq->num_computed_tokens < (first + 1) * config.block_size) return;
   const int32_t num_full = seq->num_computed_tokens / config.block_size;
