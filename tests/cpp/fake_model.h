@@ -195,7 +195,11 @@ class FakeModel : public ModelRunner {
     Step& step = steps_[num_begun_ % kNumSteps];
     step.batch = &batch;
     step.output.step_id = batch.step_id;
-    // The block tables are the scheduler's own, and change with the next schedule().
+    // The block tables may be the scheduler's own, and change with an abort; but not with the next
+    // schedule() while this step is in flight.
+    if (options_.max_steps_in_flight > 1 && batch.block_tables != batch.own_block_tables.data()) {
+      throw std::logic_error("the next schedule() will change this step's block tables");
+    }
     step.tables.clear();
     for (int32_t seq = 0; seq < batch.num_seqs; ++seq) {
       const int32_t num_blocks = (batch.seq_lens[seq] + block_size_ - 1) / block_size_;
