@@ -23,6 +23,14 @@ int64_t blocks_for(const SchedulerConfig& config, int64_t num_tokens) {
   return (num_tokens + config.block_size - 1) / config.block_size;
 }
 
+// Whatever else SamplingParams::validate() would say, these decide how much is allocated.
+void check_samples(const SamplingParams& params) {
+  check_range("n", params.n, 1, SamplingParams::kMaxN);
+  check_range("best_of", params.best_of, 0, SamplingParams::kMaxN);
+  check_range("beam_width", params.beam_width, 0, SamplingParams::kMaxBeamWidth);
+  if (params.beam_width > 0) check_range("n", params.n, 1, params.beam_width);
+}
+
 void check_beams(const SchedulerConfig& config, const SamplingParams& params) {
   if (params.beam_width > config.max_num_seqs) {
     throw InvalidArgument("beam_width is " + std::to_string(params.beam_width) +
@@ -74,6 +82,7 @@ void check_fits(const SchedulerConfig& config, size_t num_prompt_tokens,
   if (num_prompt_tokens == 0) {
     throw InvalidArgument("the prompt is empty: it needs at least one token");
   }
+  check_samples(params);
   const bool open_ended = params.max_tokens == SamplingParams::kUntilMaxModelLen;
   const int64_t max_tokens = open_ended ? 1 : params.max_tokens;
   if (max_tokens < 1) {

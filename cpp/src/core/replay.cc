@@ -26,20 +26,6 @@ void check_size(const SchedulerConfig& config) {
   }
 }
 
-// What a scheduler takes for granted: its caller has validated the parameters.
-void check_samples(const SamplingParams& params) {
-  const auto within = [](int32_t value, int32_t least, int32_t most) {
-    return least <= value && value <= most;
-  };
-  if (!within(params.n, 1, SamplingParams::kMaxN) ||
-      !within(params.best_of, 0, SamplingParams::kMaxN) ||
-      !within(params.beam_width, 0, SamplingParams::kMaxBeamWidth)) {
-    throw InvalidArgument("the log is damaged: a request with n " + std::to_string(params.n) +
-                          ", best_of " + std::to_string(params.best_of) + ", beam_width " +
-                          std::to_string(params.beam_width));
-  }
-}
-
 SchedulerConfig read_header(LogReader* reader) {
   SchedulerConfig config;
   uint64_t check = 0;
@@ -188,7 +174,6 @@ class Replayer {
   Outcome add_request() {
     SequenceRequest request;
     transfer_request(reader_, request);
-    check_samples(request.params);
     return outcome_of([&] { return scheduler_.add_request(std::move(request)); });
   }
 
