@@ -27,7 +27,7 @@ GXX ?= g++
 CLANGXX ?= $(firstword $(foreach c,clang++ clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,\
   $(shell command -v $(c) 2>/dev/null)))
 
-.PHONY: help demo test format check-format bench bench-kernels bench-scheduler sanitize clean cpp-gcc cpp-clang pytest googletest
+.PHONY: help demo test format check-format bench bench-kernels bench-scheduler sanitize fuzz clean cpp-gcc cpp-clang pytest googletest
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/' | expand -t 22
@@ -91,6 +91,9 @@ define build_and_ctest
 	@tail -n 3 $(1).log
 endef
 
+# Steps of the scheduler that the property tests make, in all, with each compiler.
+cpp-gcc cpp-clang: export FASTPAGE_PROPERTY_STEPS ?= 2000000
+
 WITH_PYTHON := -DFASTPAGE_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/$(PY)
 
 cpp-gcc: $(DEV_DONE) googletest
@@ -120,6 +123,23 @@ sanitize: $(DEV_DONE) googletest  ## C++ tests under ASan + UBSan, the threaded 
 	$(call build_and_ctest,build/asan,$(GXX),-DFASTPAGE_SANITIZE=address$(comma)undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo)
 	$(call build_and_ctest,build/tsan,$(GXX),-DFASTPAGE_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo,-L '^(thread_pool|engine)')
 comma := ,
+
+# What it finds to be of interest stays in build/fuzz/corpus for the next run; an input that breaks
+# something in build/fuzz. SECONDS: how long.
+SECONDS ?= 60
+fuzz: $(DEV_DONE)  ## libFuzzer over the scheduler, under ASan + UBSan, for SECONDS=60
+ifeq ($(CLANGXX),)
+	@echo "error: no clang++ found (Debian: apt-get install clang)" >&2; exit 1
+else
+	@mkdir -p build/fuzz/corpus
+	@$(VENV)/bin/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_CXX_COMPILER=$(CLANGXX) \
+	  -DFASTPAGE_FUZZ=ON -DFASTPAGE_WERROR=ON -DFASTPAGE_SANITIZE=address$(comma)undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  > build/fuzz.log || { cat build/fuzz.log; exit 1; }
+	@$(VENV)/bin/cmake --build build/fuzz -j $(JOBS) --target scheduler_fuzz -- --quiet
+	@build/fuzz/tests/cpp/fuzz/scheduler_fuzz build/fuzz/corpus -max_total_time=$(SECONDS) -max_len=4096 \
+	  -artifact_prefix=build/fuzz/ -print_final_stats=1 2> build/fuzz.log || { tail -n 40 build/fuzz.log; exit 1; }
+	@grep -E '^(Done|stat::number_of_executed_units)' build/fuzz.log
+endif
 
 bench: $(DEV_DONE)  ## offline throughput, one stream and a long prompt, against transformers
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)

@@ -20,30 +20,6 @@ int64_t from_environment(const char* name, int64_t fallback) {
   return value == nullptr ? fallback : std::atoll(value);
 }
 
-void random_operation(SchedulerDriver* driver, const SchedulerConfig& config, int32_t max_live,
-                      Choices* choices) {
-  const int32_t dice = choices->between(0, 99);
-  if (dice < 20) {
-    if (static_cast<int32_t>(driver->num_live()) >= max_live) return;
-    driver->add(random_request(choices, std::max(1, config.max_model_len * 2 / 3)));
-  } else if (dice < 23) {
-    driver->abort(choices);
-  } else if (dice < 25) {
-    driver->fork(choices);
-  } else if (dice < 33) {
-    driver->propose(choices);
-  } else if (dice < 34) {
-    driver->reset_prefix_cache();
-  } else if (dice < 36) {
-    driver->fail(choices);
-  } else if (dice < 66) {
-    driver->begin(choices);
-  } else {
-    if (driver->num_in_flight() == 0) driver->begin(choices);
-    if (driver->num_in_flight() > 0) driver->finish();
-  }
-}
-
 // What a run came to; a failure names its seed and settings.
 void run_random_operations(uint64_t seed, DriverCounts* counts) {
   SeededChoices choices(seed);
@@ -57,7 +33,7 @@ void run_random_operations(uint64_t seed, DriverCounts* counts) {
     std::stringstream log;
     SchedulerDriver driver(config, lazy);
     if (recorded) driver.record(&log);
-    for (int32_t i = 0; i < 300; ++i) random_operation(&driver, config, max_live, &choices);
+    for (int32_t i = 0; i < 300; ++i) driver.call_something(&choices, max_live);
     driver.drain();
     counts->add(driver.counts());
     if (!recorded) return;

@@ -101,6 +101,8 @@ class SchedulerDriver {
     if (!flights_.empty()) finish();
   }
   void drain();
+  // Any one of these, with any arguments, for fewer than `max_live` requests at a time.
+  void call_something(Choices* choices, int32_t max_live);
 
   const Scheduler& scheduler() const { return scheduler_; }
   size_t num_live() const { return live_.size(); }
@@ -451,6 +453,29 @@ inline void SchedulerDriver::drain() {
   const SchedulerStats stats = scheduler_.stats();
   hold(stats.num_free_blocks == config_.num_blocks, "invariants 1 and 6: blocks are lost");
   hold(stats.num_running == 0 && stats.num_waiting == 0, "invariant 7: somebody is left over");
+}
+
+inline void SchedulerDriver::call_something(Choices* choices, int32_t max_live) {
+  const int32_t dice = choices->between(0, 99);
+  if (dice < 20) {
+    if (static_cast<int32_t>(live_.size()) >= max_live) return;
+    add(random_request(choices, std::max(1, config_.max_model_len * 2 / 3)));
+  } else if (dice < 23) {
+    abort(choices);
+  } else if (dice < 25) {
+    fork(choices);
+  } else if (dice < 33) {
+    propose(choices);
+  } else if (dice < 34) {
+    reset_prefix_cache();
+  } else if (dice < 36) {
+    fail(choices);
+  } else if (dice < 66) {
+    begin(choices);
+  } else {
+    if (flights_.empty()) begin(choices);
+    if (!flights_.empty()) finish();
+  }
 }
 
 // ---- what must hold
