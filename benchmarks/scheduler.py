@@ -1,7 +1,8 @@
 """The control plane alone, no model: what the scheduler costs, in C++ and through fastpage._C.
 
-scheduler_work.py describes the work: S1, S2, S5 and `pool`. Times are wall clock; a step's is
-schedule + update, prepare (the input arrays) stands apart. Each figure is the lowest median (S1,
+scheduler_work.py describes the work: S1, S2, S5 and `pool`; in C++ also what single features cost a
+step of S1. Times are wall clock; a step's is schedule + update, prepare (the input arrays) stands
+apart. Each figure is the lowest median (S1,
 pool) or the lowest total (S2, S5) of the repeats. From Python a call's time includes reading its
 results as arrays. `cold`: 64 MiB are streamed through the caches before schedule and before update.
 
@@ -68,7 +69,7 @@ class Driver:
         self.memory += 1
         t0 = now()
         step = self.scheduler.schedule()
-        _ = step.request_ids, step.num_computed_tokens, step.num_new_tokens, step.samples
+        _ = step.request_ids, step.num_computed_tokens, step.num_new_tokens, step.num_sampling_rows
         t1 = now()
         batch = self.batch
         self.scheduler.prepare(step, batch)
@@ -79,7 +80,8 @@ class Driver:
         self.memory += 1
         t3 = now()
         updates = self.scheduler.update(step, sampled)
-        _ = updates.request_ids, updates.new_token_ids, updates.finish_reasons
+        _ = updates.request_ids, updates.num_new_tokens, updates.new_token_ids
+        _ = updates.finish_reasons
         t4 = now()
         self.schedule.append(t1 - t0)
         self.prepare.append(t2 - t1)
@@ -200,6 +202,14 @@ def through_vllm(python: Path, trace_path: Path, repeats: int) -> Figures:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+FEATURES = {
+    "two steps in flight": "async",
+    "speculation, 5 tokens each": "speculation",
+    "speculation in vain": "speculation_in_vain",
+    "64 requests of 4 samples": "n4",
+    "host tier": "host_tier",
+    "recorded": "recorded",
+}
 ROWS = [
     *((f"S1, {n} running, us a step", f"s1_{n}{{}}_us") for n in work.S1_SEQS),
     *(
@@ -210,6 +220,17 @@ ROWS = [
     *((f"  prepare, {n}", f"s1_{n}{{}}_prepare_us") for n in work.S1_SEQS),
     *((f"S1 cold, {n} running, us a step", f"s1_{n}{{}}_cold_us") for n in work.S1_SEQS),
     ("  prepare, 256", "s1_256{}_cold_prepare_us"),
+    *(
+        line
+        for title, name in FEATURES.items()
+        for line in (
+            (f"  256, {title}", f"s1_256{{}}_{name}_us"),
+            ("    prepare", f"s1_256{{}}_{name}_prepare_us"),
+        )
+    ),
+    ("  bytes recorded a step", "recorded{}_bytes_a_step"),
+    ("fork of 1,000 tokens, us", "fork{}_us"),
+    ("8 searches of 4 beams, us a step", "beams{}_8x4_us"),
     ("S2, us a request", "s2{}_us"),
     ("  construct and add", "s2{}_add_us"),
     ("  first schedule", "s2{}_schedule_us"),
