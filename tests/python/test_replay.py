@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastpage import LLM, SamplingParams, _C, replay
+from fastpage import _C, LLM, SamplingParams, replay
 
 
 def config(**options: object) -> _C.SchedulerConfig:
