@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,14 +90,24 @@ def test_what_is_no_log_is_refused_in_one_line(
         _C.Scheduler(config()).record(str(tmp_path / "no" / "such" / "folder"))
 
 
-def test_a_run_of_the_real_model_is_the_same_again(smollm2_gguf: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_speculative_tokens": 3},
+        {"async_scheduling": True, "host_cache_memory": "16MiB"},
+    ],
+    ids=["speculation", "two steps in flight"],
+)
+def test_a_run_of_the_real_model_is_the_same_again(
+    smollm2_gguf: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
     path = tmp_path / "engine.log"
     llm = LLM(
         str(smollm2_gguf),
         dtype="bfloat16",
         max_model_len=256,
-        num_kv_blocks=40,
-        num_speculative_tokens=3,
+        num_kv_blocks=20,
+        **options,
         record_scheduler=str(path),
     )
     params = [
