@@ -31,7 +31,7 @@ void bind_input_batch(py::module_& m) {
   const auto view_of = [](std::vector<int32_t> B::* field) {
     return [field](const py::object& self) { return view(self.cast<const B&>().*field, self); };
   };
-  py::class_<B>(m, "InputBatch")
+  py::class_<B>(m, "InputBatch", py::dynamic_attr())  // see prepare() of Scheduler
       .def(py::init<>())
       .def_readonly("step_id", &B::step_id)
       .def_readonly("num_seqs", &B::num_seqs)

@@ -219,14 +219,11 @@ RequestId add_request(Scheduler& self, const py::object& prompt_token_ids,
   return self.add_request(std::move(request));
 }
 
+// The batch borrows the block tables, and more. (py::keep_alive would remember every call.)
 void prepare(const py::object& self, const SchedulerOutput& step, const py::object& batch) {
-  auto& scheduler = self.cast<Scheduler&>();
-  auto& inputs = batch.cast<InputBatch&>();
-  // It borrows the block tables, and more. Once will do: Python would remember every time.
-  if (inputs.block_tables != scheduler.blocks().block_tables()) {
-    py::detail::keep_alive_impl(batch, self);
-  }
-  scheduler.prepare(step, &inputs);
+  static PyObject* const name = PyUnicode_InternFromString("_scheduler");
+  if (PyObject_SetAttr(batch.ptr(), name, self.ptr()) != 0) throw py::error_already_set();
+  self.cast<Scheduler&>().prepare(step, &batch.cast<InputBatch&>());
 }
 
 SequenceUpdates update(Scheduler& self, const SchedulerOutput& step, const py::object& sampled,

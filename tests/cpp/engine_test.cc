@@ -3,127 +3,15 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <condition_variable>
 #include <map>
 #include <mutex>
 #include <set>
 #include <thread>
 
-#include "fake_model.h"
+#include "engine_fixture.h"
 
 namespace fastpage {
 namespace {
-
-constexpr int32_t kVocabSize = 50;
-
-EngineConfig small_config() {
-  EngineConfig config;
-  config.scheduler.num_blocks = 32;
-  config.scheduler.block_size = 4;
-  config.scheduler.max_num_seqs = 8;
-  config.scheduler.max_num_batched_tokens = 32;
-  config.scheduler.max_model_len = 64;
-  config.scheduler.eos_token_ids = {0};
-  config.vocab_size = kVocabSize;
-  return config;
-}
-
-Request request(std::vector<TokenId> prompt, int32_t max_tokens = 6) {
-  Request out;
-  out.prompt_token_ids = std::move(prompt);
-  out.params.max_tokens = max_tokens;
-  out.params.ignore_eos = true;
-  out.params.temperature = 0;
-  return out;
-}
-
-// The fake model, with a gate before it and accidents on demand.
-class GatedModel : public ModelRunner {
- public:
-  explicit GatedModel(const EngineConfig& config)
-      : fake_(config.scheduler.num_blocks, config.scheduler.block_size, config.vocab_size) {}
-
-  void execute(const InputBatch& batch) override {
-    std::unique_lock<std::mutex> lock(mutex_);
-    inside_ = true;
-    changed_.notify_all();
-    changed_.wait(lock, [this] { return open_; });
-    inside_ = false;
-    if (fail_in_execute) throw std::runtime_error("out of luck");
-    fake_.execute(batch);
-  }
-  const ModelRunnerOutput& wait(int64_t step_id) override {
-    if (fail_in_wait) throw std::runtime_error("out of luck");
-    output_ = fake_.wait(step_id);
-    if (tamper) tamper(&output_);
-    return output_;
-  }
-
-  void close() { set_open(false); }
-  void open() { set_open(true); }
-  void wait_until_inside() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [this] { return inside_; });
-  }
-
-  bool fail_in_execute = false;
-  bool fail_in_wait = false;
-  std::function<void(ModelRunnerOutput*)> tamper;
-
- private:
-  void set_open(bool open) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    open_ = open;
-    changed_.notify_all();
-  }
-
-  FakeModel fake_;
-  ModelRunnerOutput output_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  bool open_ = true;
-  bool inside_ = false;
-};
-
-struct Fixture {
-  explicit Fixture(EngineConfig config = small_config())
-      : model(std::make_shared<GatedModel>(config)), engine(config, model) {}
-
-  // All that comes until nothing is left, by (request, index).
-  std::map<std::pair<RequestId, int32_t>, std::vector<RequestOutput>> drain() {
-    std::map<std::pair<RequestId, int32_t>, std::vector<RequestOutput>> all;
-    for (int i = 0; engine.has_unfinished(); ++i) {
-      if (i == 1000) throw std::logic_error("it does not come to an end");
-      for (RequestOutput& output : engine.step().outputs) {
-        all[{output.request_id, output.index}].push_back(output);
-      }
-      engine.check_integrity();
-    }
-    EXPECT_EQ(engine.stats().scheduler.num_free_blocks, 32);
-    return all;
-  }
-
-  std::shared_ptr<GatedModel> model;
-  Engine engine;
-};
-
-std::vector<TokenId> tokens_of(const std::vector<RequestOutput>& outputs) {
-  std::vector<TokenId> tokens;
-  for (const RequestOutput& output : outputs) {
-    tokens.insert(tokens.end(), output.new_token_ids.begin(), output.new_token_ids.end());
-  }
-  return tokens;
-}
-
-template <typename E, typename F>
-std::string error_of(F&& f) {
-  try {
-    f();
-  } catch (const E& e) {
-    return e.what();
-  }
-  return "no error";
-}
 
 TEST(Engine, RunsARequestToItsEnd) {
   Fixture f;
