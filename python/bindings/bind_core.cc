@@ -45,6 +45,11 @@ void bind_input_batch(py::module_& m) {
       .def_property_readonly("seq_lens", view_of(&B::seq_lens))
       .def_property_readonly("block_tables", &gathered_block_tables)
       .def_property_readonly("logits_indices", view_of(&B::logits_indices))
+      .def_property_readonly("sampling_logits_rows",
+                             [](const py::object& self) {
+                               return column<int32_t>(self.cast<const B&>().sampling_rows,
+                                                      &SamplingRow::logits_row, self);
+                             })
       .def_property_readonly("swap_outs",
                              [](const B& b) {
                                return pairs(b.transfers.swap_outs, &BlockSwap::device,

@@ -1,8 +1,10 @@
 """The core through its bindings: Scheduler with arrays, Engine with a Python ModelRunner."""
 
+import ctypes
 import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -59,7 +61,8 @@ class CountingRunner(_C.ModelRunner):
             assert np.array_equal(slots, batch.slot_mapping[begin:end])
         self.output = _C.ModelRunnerOutput()
         self.output.step_id = batch.step_id
-        self.output.sampled_token_ids = (batch.token_ids[batch.logits_indices] + 1) % VOCAB_SIZE
+        last = batch.token_ids[batch.logits_indices[batch.sampling_logits_rows]]
+        self.output.sampled_token_ids = (last + 1) % VOCAB_SIZE
 
     def wait(self, step_id):
         assert step_id == self.output.step_id
@@ -90,16 +93,22 @@ def test_scheduler_step_as_arrays():
     assert step.request_ids.dtype == np.uint64
     assert step.num_computed_tokens.tolist() == [0, 0]
     assert step.num_new_tokens.tolist() == [5, 2]
-    assert step.samples.tolist() == [True, True]
-    assert step.samples.dtype == np.bool_
+    assert step.num_sampling_rows.tolist() == [1, 1]
+    assert step.indices.tolist() == [0, 0]
     assert step.num_scheduled_tokens == 7
     assert batch.token_ids.tolist() == [1, 2, 3, 4, 5, 7, 8]
     assert batch.logits_indices.tolist() == [4, 6]
-    assert batch.block_copies.shape == (0, 2)
+    for transfers in (batch, step):
+        assert transfers.block_copies.shape == (0, 2)
+        assert transfers.swap_outs.shape == transfers.swap_ins.shape == (0, 2)
 
     news = scheduler.update(step, np.array([50, 51], np.int32))
     assert news.request_ids.tolist() == [a, b]
     assert news.new_token_ids.tolist() == [50, 51]
+    assert news.num_new_tokens.tolist() == [1, 1]
+    assert news.sampling_rows.tolist() == [0, 1]
+    assert news.num_output_tokens.tolist() == [1, 1]
+    assert news.stop_token_ids.tolist() == [-1, -1]
     assert news.finish_reasons.tolist() == [
         _C.FinishReason.NONE.value,
         _C.FinishReason.LENGTH.value,
@@ -109,6 +118,196 @@ def test_scheduler_step_as_arrays():
     assert not scheduler.has_unfinished()
     assert scheduler.schedule().request_ids.size == 0
     assert scheduler.stats().num_free_blocks == 32
+    scheduler.check_integrity()
+
+
+def run_step(scheduler, batch, sampled=None):
+    """One step; each row samples the number after its last token, or `sampled`."""
+    step = scheduler.schedule()
+    scheduler.prepare(step, batch)
+    if sampled is None:
+        sampled = batch.token_ids[batch.logits_indices[batch.sampling_logits_rows]] + 1
+    return step, scheduler.update(step, sampled)
+
+
+def test_samples_of_one_prompt():
+    scheduler = _C.Scheduler(scheduler_config())
+    batch = _C.InputBatch()
+    request = scheduler.add_request([1, 2, 3, 4, 5], params(n=3, temperature=1.0), seed=7)
+    step, news = run_step(scheduler, batch, [50, 51, 52])
+    assert step.num_sampling_rows.tolist() == [3]
+    assert batch.num_samples == 3
+    assert batch.num_logits == 1
+    assert batch.sampling_logits_rows.tolist() == [0, 0, 0]
+    assert news.request_ids.tolist() == [request] * 3
+    assert news.indices.tolist() == [0, 1, 2]
+    assert news.new_token_ids.tolist() == [50, 51, 52]
+    assert news.sampling_rows.tolist() == [0, 1, 2]
+
+    step, news = run_step(scheduler, batch)
+    assert step.indices.tolist() == [0, 1, 2]
+    assert news.new_token_ids.tolist() == [51, 52, 53]
+    assert len(step.block_copies) == 2  # the last holder writes in place
+    assert batch.block_copies.tolist() == step.block_copies.tolist()
+
+    assert scheduler.abort(request, 1)
+    assert not scheduler.abort(request, 1)
+    assert scheduler.fork(request, 2, seed=9) == 3
+    step, news = run_step(scheduler, batch)
+    assert news.indices.tolist() == [0, 2, 3]
+    assert news.new_token_ids.tolist() == [52, 54, 54]
+    with pytest.raises(_C.InvalidArgument, match="fork of sample 1"):
+        scheduler.fork(request, 1, seed=9)
+    assert scheduler.stats().num_blocks_copied == 3
+    scheduler.check_integrity()
+    assert len({_C.sample_seed(7, i) for i in range(5)} | {7}) == 5
+
+
+def test_proposed_tokens():
+    scheduler = _C.Scheduler(scheduler_config())
+    batch = _C.InputBatch()
+    request = scheduler.add_request([1, 2, 3], params(max_tokens=20))
+    run_step(scheduler, batch, [10])
+    assert scheduler.propose(request, 0, [11, 12, 77])
+    step, news = run_step(scheduler, batch, [11, 12, 13, 99])
+    assert step.num_sampling_rows.tolist() == [4]
+    assert batch.token_ids.tolist() == [10, 11, 12, 77]
+    assert news.num_new_tokens.tolist() == [3]
+    assert news.new_token_ids.tolist() == [11, 12, 13]
+    stats = scheduler.stats()
+    assert (stats.num_draft_tokens, stats.num_accepted_tokens) == (3, 2)
+    assert not scheduler.propose(request + 1, 0, [1])
+
+
+def test_two_steps_in_flight_and_a_discarded_one():
+    scheduler = _C.Scheduler(scheduler_config(max_steps_in_flight=2))
+    batches = [_C.InputBatch(), _C.InputBatch()]
+    request = scheduler.add_request([1, 2, 3], params(max_tokens=20))
+    first = scheduler.schedule()
+    scheduler.prepare(first, batches[0])
+    second = scheduler.schedule()
+    scheduler.prepare(second, batches[1])
+    assert batches[1].token_ids.tolist() == [-1]
+    assert batches[1].future_tokens.tolist() == [[0, 0]]
+    with pytest.raises(_C.InvalidArgument, match="2 steps under way"):
+        scheduler.schedule()
+    with pytest.raises(_C.InvalidArgument, match="not the oldest"):
+        scheduler.update(second, [5])
+    batches[1].resolve([4])
+    assert batches[1].token_ids.tolist() == [4]
+    assert scheduler.update(first, [4]).new_token_ids.tolist() == [4]
+    scheduler.discard(second)
+    step, news = run_step(scheduler, batches[0])
+    assert step.request_ids.tolist() == [request]
+    assert news.new_token_ids.tolist() == [5]
+    scheduler.check_integrity()
+
+
+def test_a_beam_search_by_hand():
+    scheduler = _C.Scheduler(scheduler_config())
+    batch = _C.InputBatch()
+    scheduler.add_request([1, 2, 3], params(beam_width=2, n=2, max_tokens=2))
+    step = scheduler.schedule()
+    scheduler.prepare(step, batch)
+    with pytest.raises(_C.InvalidArgument, match="without the logprobs of sampling row 0"):
+        scheduler.update(step, [9])
+    news = scheduler.update(step, [9], [_C.TokenLogprobs([9, 7, 8], [-1.0, -1.0, -2.0], 1)])
+    assert news.new_token_ids.size == 0
+    step = scheduler.schedule()
+    scheduler.prepare(step, batch)
+    assert sorted(batch.token_ids.tolist()) == [7, 8]
+    after = {7: [-3.0, -4.0], 8: [-0.5, -5.0]}
+    rows = [_C.TokenLogprobs([20, 20, 21], [0.0, *after[t]], 1) for t in batch.token_ids.tolist()]
+    news = scheduler.update(step, [20, 20], rows)
+    assert news.indices.tolist() == [0, 1]
+    assert news.num_new_tokens.tolist() == [2, 2]
+    assert news.new_token_ids.tolist() == [8, 20, 7, 20]
+    assert news.scores.tolist() == [-1.25, -2.0]
+    assert not scheduler.has_unfinished()
+
+
+def test_updates_keep_what_they_point_to():
+    scheduler = _C.Scheduler(scheduler_config())
+    batch = _C.InputBatch()
+    scheduler.add_request([1, 2, 3], params())
+    for sampled in (np.array([41], np.int32), np.array([41]), [41], np.array([41, 0])[::2]):
+        step = scheduler.schedule()
+        scheduler.prepare(step, batch)
+        news = scheduler.update(step, sampled)
+        del sampled
+        gc.collect()
+        assert news.new_token_ids.tolist() == [41]
+
+
+def test_a_loop_of_steps_keeps_nothing():
+    """Python's share of it: pybind11 remembers who keeps whom alive, call by call."""
+    scheduler = _C.Scheduler(scheduler_config(max_steps_in_flight=2, max_model_len=4096))
+    batch = _C.InputBatch()
+    forget = weakref.finalize(batch, lambda: None)
+
+    def steps(count):
+        for _ in range(count):
+            scheduler.add_request([1, 2, 3], params(max_tokens=1))
+            run_step(scheduler, batch)
+
+    steps(100)
+    before = allocated_bytes()
+    steps(20_000)
+    assert allocated_bytes() - before < 40_000
+    assert forget.alive
+
+
+def allocated_bytes():
+    """As malloc counts them, the extension's own included."""
+
+    class Mallinfo2(ctypes.Structure):
+        _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
+
+    gc.collect()
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Mallinfo2
+    return mallinfo2().field7  # uordblks
+
+
+def test_host_tier_and_kv_events():
+    config = scheduler_config(
+        num_blocks=4, num_host_blocks=8, enable_kv_events=True, max_model_len=16
+    )
+    scheduler = _C.Scheduler(config)
+    batch = _C.InputBatch()
+
+    def run(prompt):
+        scheduler.add_request(prompt, params(max_tokens=1))
+        step, _ = run_step(scheduler, batch)
+        assert batch.swap_outs.tolist() == step.swap_outs.tolist()
+        return step, scheduler.take_kv_events()
+
+    first = list(range(1, 14))
+    _, events = run(first)
+    assert [(e.kind, e.tier, e.token_ids) for e in events] == [
+        ("stored", "device", first[i : i + 4]) for i in (0, 4, 8)
+    ]
+    assert events[0].parent_hash is None
+    assert [e.parent_hash for e in events[1:]] == [e.hash for e in events[:2]]
+    assert all(len(e.hash) == 16 for e in events)
+    hashes = {e.hash for e in events}
+
+    step, events = run([50] * 13)  # takes the blocks of the first, which go to the host
+    assert len(step.swap_outs) == 3
+    assert {(e.kind, e.tier) for e in events if e.hash in hashes} == {
+        ("removed", "device"),
+        ("stored", "host"),
+    }
+    step, _ = run(first)
+    assert len(step.swap_ins) == 3
+    assert step.num_computed_tokens.tolist() == [12]
+    stats = scheduler.stats()
+    assert stats.num_host_blocks == 8
+    assert stats.num_blocks_swapped_in == 3
+    assert stats.num_blocks_swapped_out >= 3
+    assert stats.num_cached_host_blocks >= 3
+    assert scheduler.reset_prefix_cache()
+    assert [e.kind for e in scheduler.take_kv_events()] == ["cleared"]
     scheduler.check_integrity()
 
 
@@ -226,6 +425,97 @@ def test_logprobs_of_a_python_runner_reach_the_output():
     assert output.logprobs[0].token_ids == [6, 7]
     assert output.logprobs[0].logprobs == [-0.5, -1.0]
     assert output.logprobs[0].rank == 1
+
+
+def test_best_of_and_its_logprobs():
+    class Runner(CountingRunner):
+        def execute(self, batch):
+            super().execute(batch)
+            tokens = self.output.sampled_token_ids + np.arange(batch.num_samples)
+            self.output.sampled_token_ids = tokens % VOCAB_SIZE
+            self.output.logprobs = [
+                _C.TokenLogprobs([t], [-float(t % 7)], 1)
+                for t in self.output.sampled_token_ids.tolist()
+            ]
+
+    engine = make_engine(Runner())
+    with pytest.raises(ValueError, match="best_of"):
+        engine.add_request([5], params(n=3, best_of=2))
+    request = engine.add_request([5], params(n=2, best_of=5, temperature=1.0))
+    outputs = []
+    while engine.has_unfinished():
+        assert not engine.abort(request, 0)
+        outputs += engine.step().outputs
+    assert [output.index for output in outputs] == [0, 1]
+    assert outputs[0].cumulative_logprob >= outputs[1].cumulative_logprob
+    for output in outputs:
+        expected = -sum(token % 7 for token in output.new_token_ids)
+        assert output.cumulative_logprob == expected
+        assert output.logprobs == []
+        assert output.num_output_tokens == 4
+
+
+class AsyncRunner(CountingRunner):
+    """Computes a step when it is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+        self.sampled = None
+        self.num_futures = 0
+
+    def max_steps_in_flight(self):
+        return 2
+
+    def execute(self, batch):
+        self.num_futures += len(batch.future_tokens)
+        self.batches.append(batch)
+
+    def wait(self, step_id):
+        batch = self.batches.pop(0)
+        if len(batch.future_tokens):
+            batch.resolve(self.sampled)
+        super().execute(batch)
+        self.sampled = self.output.sampled_token_ids
+        return super().wait(step_id)
+
+
+def test_async_scheduling_with_a_python_runner():
+    runner = AsyncRunner()
+    scheduler = scheduler_config()
+    config = _C.EngineConfig(scheduler=scheduler, vocab_size=VOCAB_SIZE, async_scheduling=True)
+    with pytest.raises(ValueError, match="turn async_scheduling off"):
+        _C.Engine(config, CountingRunner())
+    engine = _C.Engine(config, runner)
+    requests = [engine.add_request([i, 10 * i], params(max_tokens=3 + i)) for i in range(1, 8)]
+    tokens, _ = drain(engine)
+    for i, request in enumerate(requests, start=1):
+        assert tokens[request, 0] == [(10 * i + k) % VOCAB_SIZE for k in range(1, 4 + i)]
+    assert runner.num_futures > 20
+    assert engine.stats().scheduler.num_free_blocks == 32
+    engine.check_integrity()
+
+
+def test_kv_events_of_an_engine():
+    engine = make_engine(CountingRunner(), enable_kv_events=True)
+    engine.add_request([1, 2, 3, 4, 5], params(max_tokens=1))
+    (event,) = engine.step().kv_events
+    assert (event.kind, event.token_ids) == ("stored", [1, 2, 3, 4])
+
+
+def test_a_recorded_engine_can_be_replayed(tmp_path):
+    engine = make_engine(CountingRunner())
+    engine.record(str(tmp_path / "log"))
+    for i in range(1, 5):
+        engine.add_request([i, i + 1, i + 2], params(n=i, temperature=1.0))
+    with pytest.raises(_C.InvalidArgument, match="before the first request"):
+        engine.record(str(tmp_path / "other"))
+    engine.step()
+    result = _C.replay(str(tmp_path / "log"))
+    assert result.complete
+    assert result.divergence == ""
+    assert result.num_steps == 1
+    drain(engine)
 
 
 class Oops(Exception):

@@ -260,7 +260,7 @@ class InputBatch:
     @property
     def num_logits(self) -> int: ...
     @property
-    def num_samples(self) -> int: ...
+    def num_samples(self) -> int: ...  # tokens to be sampled
     @property
     def token_ids(self) -> npt.NDArray[np.int32]: ...
     @property
@@ -276,6 +276,9 @@ class InputBatch:
         """[num_seqs][stride]: gathered, one row per sequence of the batch."""
     @property
     def logits_indices(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def sampling_logits_rows(self) -> npt.NDArray[np.int32]:
+        """[num_samples]: the row of the logits, which samples of one prompt share."""
     @property
     def swap_outs(self) -> npt.NDArray[np.int32]: ...  # [swaps][2]: device block, host block
     @property
