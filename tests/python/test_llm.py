@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import _thread
+import logging
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fastpage import LLM, RequestOutput, SamplingParams
+from fastpage import _C, LLM, RequestOutput, SamplingParams
 from fastpage.errors import InvalidArgument
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -86,6 +88,46 @@ def test_samples_stop_strings_and_logprobs(llm: LLM) -> None:
         assert sample.finish_reason in ("stop", "length")
         if sample.finish_reason == "stop" and isinstance(sample.stop_reason, str):
             assert sample.stop_reason in (" the", "\n")
+
+
+def test_samples_of_one_prompt_compute_it_once(llm: LLM) -> None:
+    llm.reset_prefix_cache()
+    before = llm.stats()
+    params = SamplingParams(n=4, temperature=1.0, seed=3, max_tokens=9, ignore_eos=True)
+    (output,) = llm.generate("Three short words that rhyme with cat:", params, use_tqdm=False)
+    after = llm.stats()
+    num_prompt_tokens = len(output.prompt_token_ids)
+    assert num_prompt_tokens % 16 != 0  # the last block is shared and copied, too
+    computed = after.num_computed_tokens - before.num_computed_tokens
+    assert computed == num_prompt_tokens + 4 * 8
+    assert after.scheduler.num_blocks_copied - before.scheduler.num_blocks_copied == 3
+    assert output.num_cached_tokens == 0
+    assert output.num_output_tokens == 36
+    # The n samples are those of n requests with the same seeds.
+    for sample in output.outputs:
+        alone = SamplingParams(
+            temperature=1.0, seed=_C.sample_seed(3, sample.index), max_tokens=9, ignore_eos=True
+        )
+        (one,) = llm.generate(output.prompt, alone, use_tqdm=False)
+        assert one.outputs[0].token_ids == sample.token_ids
+
+
+def test_best_of(llm: LLM) -> None:
+    options = {"temperature": 1.0, "seed": 5, "max_tokens": 8, "logprobs": 0}
+    (drawn,) = llm.generate(PARIS, SamplingParams(n=6, **options), use_tqdm=False)
+    ranked = sorted(drawn.outputs, key=lambda sample: -sample.cumulative_logprob)
+    for logprobs in (0, None):
+        params = SamplingParams(n=2, best_of=6, **{**options, "logprobs": logprobs})
+        (output,) = llm.generate(PARIS, params, use_tqdm=False)
+        assert [best.index for best in output.outputs] == [0, 1]
+        for best, expected in zip(output.outputs, ranked, strict=False):
+            assert best.token_ids == expected.token_ids
+            assert best.text == expected.text
+            assert best.cumulative_logprob == pytest.approx(expected.cumulative_logprob)
+            assert best.score is None
+            assert (best.logprobs is None) == (logprobs is None)
+    with pytest.raises(InvalidArgument, match="stop does not go with best_of"):
+        SamplingParams(best_of=2, stop="a")
 
 
 def test_chat(llm: LLM) -> None:
@@ -197,6 +239,113 @@ def test_what_vllm_scripts_pass(smollm2_gguf: Path) -> None:
         )
     assert small.get_default_sampling_params() == SamplingParams()
     assert small.info.num_kv_blocks == (8 << 20) // small.info.kv_block_bytes
+    assert small.info.num_host_kv_blocks == 0
+    for bad in (-1, "much", True):
+        with pytest.raises(InvalidArgument, match="swap_space"):
+            LLM(model=str(smollm2_gguf), swap_space=bad)
+    with pytest.raises(InvalidArgument, match="give one of them"):
+        LLM(model=str(smollm2_gguf), swap_space=1, host_cache_memory="1GiB")
+
+
+# ---------------------------------------------------------------- how it is computed
+
+STORY = "Once upon a time there was a small robot. The robot said: I am a small robot. "
+PROMPTS = [
+    STORY * 2 + "The small robot said:",
+    STORY + "Repeat: 1 2 3 4 5 6 7 8 1 2 3 4 5 6 7 8 1 2 3 4",
+    PARIS,
+    "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return",
+    STORY * 3,
+    "The quick brown fox jumps over the lazy dog. The quick brown fox",
+]
+MIXED = [
+    *[SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)] * 3,
+    SamplingParams(temperature=0.8, seed=1, n=2, max_tokens=40, ignore_eos=True, logprobs=1),
+    SamplingParams(temperature=0.8, seed=2, best_of=3, max_tokens=30),
+    SamplingParams(temperature=0, beam_width=3, n=2, max_tokens=20),
+]
+
+
+def outputs_of(llm: LLM, params: SamplingParams | list[SamplingParams]) -> list[object]:
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    scheduler = llm.stats().scheduler
+    assert scheduler.num_free_blocks == scheduler.num_blocks
+    llm._core.check_integrity()
+    return [output.outputs for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def plain_outputs(llm: LLM) -> list[object]:
+    return outputs_of(llm, MIXED)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"async_scheduling": True},
+        {"num_speculative_tokens": 4},
+        {"num_speculative_tokens": 3, "prompt_lookup_min": 1, "async_scheduling": True},
+        {"long_prefill_token_threshold": 16, "max_num_partial_prefills": 1},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_how_it_is_computed_does_not_show(
+    smollm2_gguf: Path, plain_outputs: list[object], options: dict[str, Any]
+) -> None:
+    llm = LLM(str(smollm2_gguf), dtype="bfloat16", max_model_len=256, num_kv_blocks=128, **options)
+    assert outputs_of(llm, MIXED) == plain_outputs
+    scheduler = llm.stats().scheduler
+    if "num_speculative_tokens" in options:
+        assert 0 < scheduler.num_accepted_tokens < scheduler.num_draft_tokens
+        assert llm.stats().num_steps < 40 + 20
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_tiny_cache_costs_time_only(
+    smollm2_gguf: Path,
+    plain_outputs: list[object],
+    swap: bool,
+    async_scheduling: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    small = LLM(
+        str(smollm2_gguf),
+        dtype="bfloat16",
+        max_model_len=256,
+        num_kv_blocks=16,
+        async_scheduling=async_scheduling,
+        **({"swap_space": 0.02} if swap else {}),
+    )
+    assert (small.info.num_host_kv_blocks > 0) == swap
+    with caplog.at_level(logging.WARNING, "fastpage.engine"):
+        assert outputs_of(small, MIXED) == plain_outputs
+    scheduler = small.stats().scheduler
+    assert scheduler.num_preemptions > 0
+    assert (scheduler.num_preemptions_swap > 0) == swap
+    assert (scheduler.num_blocks_swapped_in > 0) == swap
+    assert scheduler.preempted_cache_queries > 0
+    (record,) = caplog.records  # one line for all of them
+    assert "preempted" in record.message
+    assert "kv_cache_memory" in record.message
+    assert ("host_cache_memory" in record.message) != swap
+
+
+def test_the_schedulers_calls_are_recorded(smollm2_gguf: Path, tmp_path: Path) -> None:
+    log = tmp_path / "scheduler.log"
+    llm = LLM(
+        str(smollm2_gguf),
+        dtype="bfloat16",
+        max_model_len=256,
+        num_kv_blocks=16,
+        record_scheduler=str(log),
+    )
+    llm.generate(PROMPTS, MIXED, use_tqdm=False)
+    result = _C.replay(str(log))
+    assert (result.complete, result.divergence) == (True, "")
+    assert result.num_steps == llm.stats().num_steps
+    with pytest.raises(InvalidArgument, match="cannot write"):
+        LLM(str(smollm2_gguf), max_model_len=64, record_scheduler=str(tmp_path / "no" / "log"))
 
 
 def test_importing_the_package_is_cheap() -> None:
