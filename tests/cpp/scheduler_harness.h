@@ -33,20 +33,23 @@ inline SequenceRequest request(std::vector<TokenId> prompt, int32_t max_tokens =
   return out;
 }
 
-// A scheduler, its batch, and a model that always says `token`.
+// A scheduler, its batches, and a model that always says `token`.
 struct Harness {
   explicit Harness(const SchedulerConfig& config) : scheduler(config) {}
 
   RequestId add(SequenceRequest r) { return scheduler.add_request(std::move(r)); }
 
-  const SchedulerOutput& begin() {
+  const SchedulerOutput& begin() { return begin(&batch); }
+  const SchedulerOutput& begin(InputBatch* into) {
     const SchedulerOutput& step = scheduler.schedule();
-    scheduler.prepare(step, &batch);
+    if (!step.sequences.empty()) scheduler.prepare(step, into);
     scheduler.check_integrity();
     return step;
   }
   const std::vector<SequenceUpdate>& end(const SchedulerOutput& step, TokenId token = 99) {
-    const std::vector<TokenId> sampled(batch.sampling_rows.size(), token);
+    size_t num_rows = 0;
+    for (const ScheduledSequence& seq : step.sequences) num_rows += seq.num_sampling_rows;
+    sampled.assign(num_rows, token);
     const auto& updates = scheduler.update(step, sampled);
     scheduler.check_integrity();
     return updates;
@@ -58,6 +61,7 @@ struct Harness {
 
   Scheduler scheduler;
   InputBatch batch;
+  std::vector<TokenId> sampled;  // updates point there
 };
 
 inline std::string error_of(Scheduler* scheduler, SequenceRequest r) {
