@@ -84,7 +84,8 @@ RequestId Scheduler::State::add(SequenceRequest request) {
   leader->tokens = std::move(request.prompt_token_ids);
   leader->wants_prompt_logprobs = request.params.prompt_logprobs >= 0;
   group->next_prompt_logprob = leader->wants_prompt_logprobs ? 1 : leader->num_prompt_tokens;
-  leader->min_length = leader->num_prompt_tokens + request.params.min_tokens;
+  leader->min_length =
+      leader->num_prompt_tokens + std::min(request.params.min_tokens, config.max_model_len);
   group->stop_token_ids = request.params.stop_token_ids;
   if (!request.params.ignore_eos) {
     group->stop_token_ids.insert(group->stop_token_ids.end(), config.eos_token_ids.begin(),
