@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from fakes import EOS_ID, Gate, letter_tokenizer, load_alphabet
 
 from fastpage import AsyncEngine, RequestOutput, SamplingParams
 from fastpage.engine.async_engine import DuplicateRequestId, EngineStopped
+from fastpage.engine.engine_thread import PreemptionLog
 from fastpage.engine.output_processor import EngineStepError, RequestState
 from fastpage.engine.prompts import Prompt
 from fastpage.errors import InvalidArgument, ResourceExhausted
@@ -156,6 +158,52 @@ def test_stop_strings_are_prepared_once_for_all_samples(monkeypatch: pytest.Monk
     assert not state.samples[1].finished
     state.samples[0].push(3, None)
     assert state.samples[0].finished
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+@pytest.mark.parametrize("beams", [False, True])
+def test_ranked_outputs_come_whole_at_the_end(kind: RequestOutputKind, beams: bool) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        if beams:
+            params = SamplingParams(n=2, beam_width=3, max_tokens=9, **GREEDY)
+        else:
+            params = SamplingParams(n=2, best_of=5, temperature=3.0, seed=1, max_tokens=9)
+        outputs = [out async for out in engine.generate("ab", params, output_kind=kind)]
+        assert len(outputs) == 1
+        (out,) = outputs
+        assert out.finished
+        assert [sample.index for sample in out.outputs] == [0, 1]
+        first, second = out.outputs
+        assert first.token_ids != second.token_ids
+        assert first.cumulative_logprob > second.cumulative_logprob
+        assert first.logprobs is None
+        if beams:
+            assert first.text == "cdefghijk"
+            assert first.score == pytest.approx(first.cumulative_logprob / 9)
+        else:
+            assert first.score is None
+        assert out.num_output_tokens == len(first.token_ids) + len(second.token_ids)
+
+    run(test)
+
+
+def test_ranked_outputs_that_are_aborted() -> None:
+    gate = Gate()
+
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(n=2, best_of=5, temperature=3.0, max_tokens=60)
+        stream = await engine.add_request("a", params, "r1")
+        gate.open(5)
+        while engine.stats().num_steps < 3:
+            await asyncio.sleep(0.001)
+        assert engine.abort("r1")
+        out = await anext(stream)
+        assert [(sample.text, sample.finish_reason) for sample in out.outputs] == [
+            ("", "abort")
+        ] * 2
+        gate.open(100)
+
+    run(test, before_step=gate)
 
 
 def test_min_tokens_delays_stop_strings() -> None:
@@ -340,6 +388,39 @@ def test_a_full_queue_refuses() -> None:
                 pass
 
     run(test, before_step=gate, max_num_seqs=2, max_num_waiting=4)
+
+
+def test_preemptions_are_logged_a_line_for_all_of_several_seconds(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Stats:
+        num_preemptions = 0
+        num_preemptions_swap = 0
+        num_free_blocks = 3
+        num_blocks = 64
+        num_host_blocks = 0
+
+    now = 100.0
+    log = PreemptionLog(lambda: now)
+    stats = Stats()
+    with caplog.at_level(logging.WARNING, "fastpage.engine"):
+        log.look_at(stats)
+        assert caplog.messages == []
+        stats.num_preemptions, stats.num_preemptions_swap = 3, 1
+        log.look_at(stats)
+        log.look_at(stats)
+        stats.num_preemptions = 10
+        log.look_at(stats)
+        now += 60
+        stats.num_host_blocks = 8
+        log.look_at(stats)
+        log.look_at(stats)
+    first, second = caplog.messages
+    assert "3 preempted (1 by swapping to the host cache, 2 to be computed again)" in first
+    assert "3 of 64 blocks are free" in first
+    assert "host_cache_memory" in first
+    assert "7 preempted (0 by swapping" in second
+    assert "host_cache_memory" not in second
 
 
 def test_shutdown_ends_what_is_in_progress() -> None:

@@ -177,6 +177,50 @@ def test_samples_and_logprobs() -> None:
     run(test)
 
 
+def test_best_of_and_beams() -> None:
+    async def test(client: Client) -> None:
+        options = {"n": 2, "best_of": 4, "temperature": 3.0, "seed": 5, "ignore_eos": True}
+        request = text_request("ab", max_tokens=6, **options)
+        _, ids, responses = await collect(client.stub.Generate(request))
+        assert len(responses) == 1
+        first, second = responses[0].outputs
+        assert (first.index, second.index) == (0, 1)
+        assert first.cumulative_logprob > second.cumulative_logprob
+        assert not first.HasField("score")
+        assert len(ids[0]) == len(ids[1]) == 6
+        assert responses[0].usage.prompt_tokens == 2
+        assert responses[0].usage.completion_tokens == 12
+        assert (await client.stats()).num_computed_tokens == 2 + 4 * 5
+
+        options = {"n": 3, "beam_width": 3, "length_penalty": 2.0, "max_tokens": 6}
+        for early_stopping in (pb.EARLY_STOPPING_NO, pb.EARLY_STOPPING_YES, None):
+            request = text_request("ab", early_stopping=early_stopping, **options)
+            texts, _, responses = await collect(client.stub.Generate(request))
+            assert texts[0] == "cdefgh"
+            assert len(responses) == 1
+            scores = [delta.score for delta in responses[0].outputs]
+            assert scores == sorted(scores, reverse=True)
+            delta = responses[0].outputs[0]
+            assert delta.score == pytest.approx(delta.cumulative_logprob / 6**2)
+
+        _, _, responses = await collect(client.stub.Generate(text_request("ab", logprobs=0)))
+        assert responses[-1].outputs[0].cumulative_logprob < 0
+        _, _, responses = await collect(client.stub.Generate(text_request("ab")))
+        assert not responses[-1].outputs[0].HasField("cumulative_logprob")
+
+        for bad, words in (
+            ({"best_of": 1, "n": 2}, "best_of"),
+            ({"beam_width": 2, "temperature": 0.5}, "temperature"),
+            ({"beam_width": 2, "early_stopping": 9}, "early_stopping=9"),
+            ({"best_of": 2, "temperature": 1.0, "stop": ["a"]}, "stop does not go with best_of"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match=words) as error:
+                await collect(client.stub.Generate(text_request("ab", **bad)))
+            assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+    run(test)
+
+
 def test_chat_and_cached_tokens() -> None:
     async def test(client: Client) -> None:
         request = pb.ChatRequest(
@@ -255,6 +299,8 @@ def test_model_info_stats_and_reflection() -> None:
         assert stats.num_computed_tokens == 12
         assert stats.kv_blocks_used_peak >= 3
         assert stats.prefix_cache_queries > 0
+        assert stats.num_draft_tokens == stats.num_accepted_tokens == 0
+        assert stats.host_blocks_total == stats.num_preemptions == 0
 
         def look_up() -> tuple[list[str], list[str]]:
             with grpc.insecure_channel(client.address) as channel:
@@ -267,6 +313,27 @@ def test_model_info_stats_and_reflection() -> None:
         assert "Generate" in methods
 
     run(test)
+
+
+def test_stats_of_preemptions_swaps_copies_and_proposals() -> None:
+    async def test(client: Client) -> None:
+        request = text_request("abc", n=4, temperature=1.0, seed=1, max_tokens=20)
+        await collect(client.stub.Generate(request))
+        alphabet = "abcdefghijklmnopqrstuvwxyz" * 2
+        requests = [text_request(alphabet[i : i + 31], max_tokens=16) for i in range(4)]
+        await asyncio.gather(*(collect(client.stub.Generate(r)) for r in requests))
+        stats = await client.stats()
+        assert stats.num_blocks_copied == 3
+        assert 0 < stats.num_accepted_tokens <= stats.num_draft_tokens
+        assert stats.host_blocks_total == 64
+        assert stats.num_preemptions >= stats.num_preemptions_swap
+        assert stats.num_preemptions > 0
+        assert stats.preempted_cache_queries >= stats.preempted_cache_hits
+        assert stats.num_blocks_swapped_out > 0
+        assert stats.host_blocks_cached > 0
+
+    options = {"num_speculative_tokens": 3, "num_host_blocks": 64, "swap_cost_per_block": 0.1}
+    run(test, num_blocks=15, max_model_len=60, **options)
 
 
 def test_not_ready_before_the_model_is_loaded_nor_after_stop() -> None:
