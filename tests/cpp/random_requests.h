@@ -4,23 +4,12 @@
 #include <algorithm>
 #include <random>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "fastpage/scheduler.h"
 
 namespace fastpage {
-
-// An invariant does not hold.
-class Broken : public std::logic_error {
- public:
-  using std::logic_error::logic_error;
-};
-
-inline void hold(bool ok, const char* what) {
-  if (!ok) throw Broken(what);
-}
 
 // Choices: of a seeded generator, or of a fuzzer's bytes.
 class Choices {
@@ -86,6 +75,7 @@ inline SchedulerConfig random_config(Choices* choices) {
   config.prompt_lookup_min = choices->between(1, 2);
   config.prompt_lookup_max = config.prompt_lookup_min + choices->between(0, 2);
   config.enable_kv_events = choices->one_in(3);
+  if (choices->one_in(8)) config.max_num_waiting = choices->between(1, 20);
   config.hash_key_lo = choices->below(~uint64_t{0});
   config.hash_key_hi = choices->below(~uint64_t{0});
   config.eos_token_ids = {0, 1};

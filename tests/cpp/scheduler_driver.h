@@ -15,8 +15,8 @@
 #include <map>
 #include <set>
 #include <sstream>
-#include <unordered_map>
 
+#include "block_checks.h"
 #include "fake_model.h"
 #include "fastpage/scheduler.h"
 #include "random_requests.h"
@@ -77,7 +77,7 @@ class SchedulerDriver {
       : config_(config),
         lazy_(lazy),
         scheduler_(config),
-        hasher_(config.hash_key_lo, config.hash_key_hi),
+        blocks_(scheduler_),
         model_(config.num_blocks, config.block_size, kVocabSize,
                {config.num_host_blocks, config.max_steps_in_flight, lazy}),
         batches_(config.max_steps_in_flight + 1) {}
@@ -130,7 +130,8 @@ class SchedulerDriver {
     SequenceRequest request;
     bool is_beam = false;
     std::vector<Sample> samples;
-    int32_t num_computed = 0;    // until the samples are born
+    int32_t num_computed = 0;  // until the samples are born
+    bool admitted = false;
     bool split = false;          // its samples are born in a step in flight
     bool was_discarded = false;  // a step with it
     bool lost_a_sample = false;  // by an abort
@@ -149,6 +150,7 @@ class SchedulerDriver {
     InputBatch* batch;
   };
 
+  int32_t num_never_admitted() const;  // samples
   InputBatch* free_batch();
   Told* told(RequestId id) {
     const auto it = live_.find(id);
@@ -158,12 +160,11 @@ class SchedulerDriver {
   Told* any_live(Choices* choices, RequestId* id, int32_t* index);
 
   void check();
-  void check_blocks();
-  void check_events();
   void check_budgets(const SchedulerOutput& step);
   void check_sequence(const ScheduledSequence& seq, const SchedulerOutput& step);
   void check_progress(const SchedulerOutput& step);
-  void check_written_slots(const InputBatch& batch);
+  void check_owners(const Flight& flight);
+  void check_stats() const;
   void check_placeholders(const SchedulerOutput& step, const InputBatch& batch);
   void collect_prompt_logprobs(const Flight& flight, const ModelRunnerOutput& result);
   void take_in(const SchedulerOutput& step, const ModelRunnerOutput& result,
@@ -178,18 +179,18 @@ class SchedulerDriver {
   SchedulerConfig config_;
   bool lazy_;
   Scheduler scheduler_;
-  BlockHasher hasher_;
+  BlockChecks blocks_;
   FakeModel model_;
   std::vector<InputBatch> batches_;
   std::deque<Flight> flights_;
   std::map<RequestId, Told> live_;
   RequestId last_id_ = 0;
   uint64_t next_tag_ = 1;
+  int64_t num_drafts_ = 0;  // of those that were checked
+  int64_t num_accepted_ = 0;
   int64_t idle_steps_ = 0;  // without a token, nor anything from outside
-  std::vector<int32_t> holders_;
-  std::vector<bool> written_;
+  std::vector<uint64_t> owners_;
   std::vector<KvEvent> events_;
-  std::unordered_map<uint64_t, BlockHash> announced_[2];  // by tier
   DriverCounts counts_;
 };
 
@@ -199,14 +200,20 @@ inline bool SchedulerDriver::add(SequenceRequest request) {
   Told told;
   request.tag = next_tag_++;
   told.request = request;
-  RequestId id;
+  RequestId id = 0;
+  bool exhausted = false;
+  const bool queue_is_full =
+      num_never_admitted() + told.request.params.num_samples() > config_.max_num_waiting;
   try {
     id = scheduler_.add_request(std::move(request));
   } catch (const InvalidArgument&) {
-    check();
-    return false;
+  } catch (const ResourceExhausted&) {
+    exhausted = true;
   }
   check();
+  hold(!exhausted || queue_is_full, "the queue is said to be full");
+  if (id == 0) return false;
+  hold(!queue_is_full, "the queue is over-full");
   hold(id > last_id_, "ids do not ascend");
   last_id_ = id;
   const SequenceRequest& r = told.request;
@@ -225,6 +232,16 @@ inline bool SchedulerDriver::add(SequenceRequest request) {
   live_.emplace(id, std::move(told));
   idle_steps_ = 0;
   return true;
+}
+
+inline int32_t SchedulerDriver::num_never_admitted() const {
+  int32_t count = 0;
+  for (const auto& [id, told] : live_) {
+    if (told.admitted) continue;
+    if (told.is_beam) count += told.request.params.beam_width;
+    for (const Sample& sample : told.samples) count += !told.is_beam && sample.live;
+  }
+  return count;
 }
 
 inline SchedulerDriver::Told* SchedulerDriver::any_live(Choices* choices, RequestId* id,
@@ -388,13 +405,14 @@ inline bool SchedulerDriver::begin(Choices* choices) {
     discard(flights_.size() - 1);
     return true;
   }
-  check_written_slots(*batch);
+  blocks_.check_written_slots(*batch);
   check_placeholders(step, *batch);
   // A step may also never get to the model.
   if (choices != nullptr && choices->one_in(60)) {
     discard(flights_.size() - 1);
     return true;
   }
+  check_owners(flights_.back());
   model_.execute(*batch);
   if (!lazy_ && counts_.steps % 4 == 0) poison();
   return true;
@@ -450,6 +468,7 @@ inline void SchedulerDriver::drain() {
     finish();
   }
   hold(live_.empty(), "invariant 7: somebody was forgotten");
+  check_stats();
   const SchedulerStats stats = scheduler_.stats();
   hold(stats.num_free_blocks == config_.num_blocks, "invariants 1 and 6: blocks are lost");
   hold(stats.num_running == 0 && stats.num_waiting == 0, "invariant 7: somebody is left over");
@@ -482,60 +501,32 @@ inline void SchedulerDriver::call_something(Choices* choices, int32_t max_live) 
 
 inline void SchedulerDriver::check() {
   scheduler_.check_integrity();
-  check_blocks();
-  if (config_.enable_kv_events) check_events();
-}
-
-inline void SchedulerDriver::check_blocks() {
-  const BlockManager& blocks = scheduler_.blocks();
-  holders_.assign(config_.num_blocks, 0);
-  for (int32_t row = 0; row < config_.max_num_seqs; ++row) {
-    for (int32_t i = 0; i < blocks.num_blocks_of(row); ++i) ++holders_.at(blocks.block_at(row, i));
-  }
-  int32_t num_free = 0;
-  for (BlockId id = 0; id < config_.num_blocks; ++id) {
-    hold(blocks.pool().block(id).ref_count == holders_[id], "invariant 1: ref_count");
-    num_free += holders_[id] == 0;
-  }
-  hold(num_free == blocks.pool().num_free(), "invariant 1: free + referenced = total");
-}
-
-inline void SchedulerDriver::check_events() {
+  blocks_.check_holders();
+  if (!config_.enable_kv_events) return;
   scheduler_.take_kv_events(&events_);
   counts_.kv_events += static_cast<int64_t>(events_.size());
-  for (const KvEvent& event : events_) {
-    auto& known = announced_[event.tier == KvTier::kHost];
-    switch (event.kind) {
-      case KvEvent::Kind::kStored:
-        hold(known.emplace(event.hash.lo, event.hash).second, "KV events: stored twice");
-        if (event.tier == KvTier::kHost) break;
-        hold(event.token_ids.size() == static_cast<size_t>(config_.block_size),
-             "KV events: not a block of tokens");
-        if (event.parent_hash) {
-          hold(hasher_.next(event.parent_hash, event.token_ids) == event.hash,
-               "KV events: the hash is not that of the parent and the tokens");
-        }
-        break;
-      case KvEvent::Kind::kRemoved:
-        hold(known.erase(event.hash.lo) == 1, "KV events: removed what was not stored");
-        break;
-      case KvEvent::Kind::kCleared:
-        announced_[0].clear();
-        announced_[1].clear();
-        break;
-    }
+  blocks_.check_events(events_);
+}
+
+inline void SchedulerDriver::check_owners(const Flight& flight) {
+  owners_.clear();
+  for (const ScheduledSequence& seq : flight.step->sequences) {
+    const bool shares = config_.enable_prefix_caching;
+    owners_.push_back(shares ? std::hash<std::string>()(live_.at(seq.id).request.cache_salt)
+                             : seq.id);
   }
-  const BlockPool* pools[] = {&scheduler_.blocks().pool(), &scheduler_.blocks().host_pool()};
-  for (int tier = 0; tier < 2; ++tier) {
-    size_t num_announced = 0;
-    for (BlockId id = 0; id < pools[tier]->num_blocks(); ++id) {
-      const Block& block = pools[tier]->block(id);
-      if (!block.hash || !block.announced) continue;
-      ++num_announced;
-      hold(announced_[tier].count(block.hash.lo) == 1, "KV events: a stored block is missing");
-    }
-    hold(num_announced == announced_[tier].size(), "KV events: a removal is missing");
-  }
+  blocks_.check_owners(*flight.batch, owners_);
+}
+
+inline void SchedulerDriver::check_stats() const {
+  const SchedulerStats s = scheduler_.stats();
+  hold(s.kv_slots_used <= s.kv_slots_allocated, "more slots used than allocated");
+  hold(s.prefix_cache_hits <= s.prefix_cache_queries, "more hits than queries");
+  hold(s.preempted_cache_hits <= s.preempted_cache_queries, "more hits than queries");
+  hold(s.num_preemptions_swap <= s.num_preemptions, "more swaps than preemptions");
+  hold(s.num_draft_tokens == num_drafts_, "num_draft_tokens");
+  hold(s.num_accepted_tokens == num_accepted_, "num_accepted_tokens");
+  hold(s.num_cached_host_blocks <= s.num_host_blocks, "more on the host than fits");
 }
 
 inline void SchedulerDriver::check_budgets(const SchedulerOutput& step) {
@@ -567,6 +558,7 @@ inline void SchedulerDriver::check_sequence(const ScheduledSequence& seq,
                                             const SchedulerOutput& step) {
   Told* request = told(seq.id);
   hold(request != nullptr, "invariant 6: scheduled after its end");
+  request->admitted = true;
   hold(seq.tag == request->request.tag, "another's tag");
   hold(seq.num_scheduled_tokens >= 1, "invariant 3: nothing of it is scheduled");
   const int32_t end = seq.num_computed_tokens + seq.num_scheduled_tokens;
@@ -622,17 +614,6 @@ inline void SchedulerDriver::check_progress(const SchedulerOutput& step) {
     if (seq.num_sampling_rows > 0) idle_steps_ = 0;
   }
   hold(++idle_steps_ <= 2 * config_.max_model_len + 16, "invariant 7: it does not come to an end");
-}
-
-inline void SchedulerDriver::check_written_slots(const InputBatch& batch) {
-  written_.assign(static_cast<size_t>(config_.num_blocks) * config_.block_size, false);
-  for (const int32_t slot : batch.slot_mapping) {
-    hold(!written_.at(slot), "invariant 2: a slot is written twice");
-    written_[slot] = true;
-    const Block& block = scheduler_.blocks().pool().block(slot / config_.block_size);
-    hold(block.ref_count == 1, "invariant 2: a shared block is written");
-    hold(!block.hash, "invariants 2 and 5: a published block is written");
-  }
 }
 
 inline void SchedulerDriver::check_placeholders(const SchedulerOutput& step,
@@ -731,6 +712,8 @@ inline void SchedulerDriver::take_in_sample(const SchedulerOutput& step,
     --sample.num_in_flight;
     // The proposed tokens that were not accepted have to be computed again.
     if (!request->split) {
+      num_drafts_ += seq.num_sampling_rows - 1;
+      num_accepted_ += static_cast<int64_t>(num_new) - 1;
       (sample.born ? sample.num_computed : request->num_computed) -=
           seq.num_sampling_rows - static_cast<int32_t>(num_new);
     }
