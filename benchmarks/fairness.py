@@ -45,25 +45,26 @@ BLOCK_SIZE = 16
 SHORT_PROMPT, SHORT_OUTPUT = 128, 8
 NUM_BLOCKS = 8192
 
-# Name: settings of the scheduler. Unchunked is a budget that the whole prompt fits into.
-SETTINGS: dict[str, dict[str, int]] = {
-    "unchunked": {"max_num_batched_tokens": 36_864},
-    "chunks of 2,048": {"max_num_batched_tokens": 2048},
-    "  at most 1,024 of one prompt": {
-        "max_num_batched_tokens": 2048,
-        "long_prefill_token_threshold": 1024,
-    },
-    "  and one partial prompt": {
-        "max_num_batched_tokens": 2048,
-        "long_prefill_token_threshold": 1024,
-        "max_num_partial_prefills": 1,
-    },
-    "chunks of 512": {"max_num_batched_tokens": 512},
-    "  at most 256 of one prompt": {
-        "max_num_batched_tokens": 512,
-        "long_prefill_token_threshold": 256,
-    },
-}
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    num_long: int  # prompts that are added at once
+    max_num_batched_tokens: int
+    long_prefill_token_threshold: int = 0
+    max_num_partial_prefills: int = 0
+
+
+# Unchunked is a budget that the whole prompt fits into.
+SETTINGS = (
+    Setting("unchunked", 1, 36_864),
+    Setting("chunks of 2,048", 1, 2048),
+    Setting("  at most 1,024 of one prompt", 1, 2048, 1024),
+    Setting("    two such prompts", 2, 2048, 1024),
+    Setting("    two, one of them at a time", 2, 2048, 1024, 1),
+    Setting("chunks of 512", 1, 512),
+    Setting("  at most 256 of one prompt", 1, 512, 256),
+)
 
 
 class Model:
@@ -81,14 +82,14 @@ class Model:
         rotary = self.model.spec.rotary
         self.weights["rotary.cos_sin"] = cos_sin_table(rotary, MODEL["max_position_embeddings"])
 
-    def engine(self, running: int, settings: dict[str, int]) -> _C.Engine:
+    def engine(self, running: int, setting: Setting) -> _C.Engine:
         executor = _C.CpuExecutor(
             self.model.program,
             num_kv_blocks=NUM_BLOCKS,
             weight_dtype="bfloat16",
             kv_cache_dtype="bfloat16",
             block_size=BLOCK_SIZE,
-            max_num_tokens=settings["max_num_batched_tokens"],
+            max_num_tokens=setting.max_num_batched_tokens,
             max_num_logits=256,
             pool=self.pool,
         )
@@ -101,7 +102,9 @@ class Model:
             max_num_seqs=4 * running + 64,
             max_model_len=MODEL["max_position_embeddings"],
             enable_prefix_caching=False,
-            **settings,
+            max_num_batched_tokens=setting.max_num_batched_tokens,
+            long_prefill_token_threshold=setting.long_prefill_token_threshold,
+            max_num_partial_prefills=setting.max_num_partial_prefills,
         )
         config = _C.EngineConfig(scheduler=scheduler, vocab_size=MODEL["vocab_size"])
         return _C.Engine(config, _C.ProgramRunner(executor))
@@ -143,7 +146,9 @@ class Clients:
         return times.tokens[0] - times.arrived
 
 
-def admit_long_prompt(engine: _C.Engine, options: argparse.Namespace) -> dict[str, Any]:
+def admit_long_prompt(
+    engine: _C.Engine, options: argparse.Namespace, num_long: int
+) -> dict[str, Any]:
     clients = Clients(engine)
     running = [clients.add(64, 100_000 // options.running) for _ in range(options.running)]
     for _ in range(30):
@@ -153,6 +158,8 @@ def admit_long_prompt(engine: _C.Engine, options: argparse.Namespace) -> dict[st
         clients.step()
     began = time.perf_counter()
     long = clients.add(options.prompt, 2)
+    for _ in range(num_long - 1):
+        clients.add(options.prompt, 2)
     short: list[int] = []
     due = [began + (i + 1) * options.every / 1e3 for i in range(options.short)]
     while len(short) < len(due) or not all(clients.requests[i].tokens for i in (long, *short)):
@@ -192,11 +199,10 @@ def summary(name: str, seconds: list[float]) -> dict[str, float]:
 
 
 def stream_against_long_prompt(
-    engine: _C.Engine, options: argparse.Namespace, budget: int, stream: bool
+    engine: _C.Engine, options: argparse.Namespace, each_step: int
 ) -> dict[str, Any]:
-    """As many short requests as a step has tokens for are added before each."""
+    """`each_step` short requests are added before each step."""
     clients = Clients(engine)
-    each_step = budget // SHORT_PROMPT if stream else 0
     for _ in range(4):
         for _ in range(each_step):
             clients.add(SHORT_PROMPT, SHORT_OUTPUT)
@@ -234,16 +240,17 @@ def main() -> None:
 
     model = Model(options.threads)
     results = {}
-    for name, settings in SETTINGS.items():
-        results[name] = admit_long_prompt(model.engine(options.running, settings), options)
+    for setting in SETTINGS:
+        engine = model.engine(options.running, setting)
+        results[setting.name] = admit_long_prompt(engine, options, setting.num_long)
     print_admission(results)
 
-    budget = 2048
+    setting = Setting("stream", 1, 2048)
     starvation = {}
     for name, stream in (("alone", False), ("against the stream", True)):
-        settings = {"max_num_batched_tokens": budget}
-        engine = model.engine(options.running, settings)
-        starvation[name] = stream_against_long_prompt(engine, options, budget, stream)
+        engine = model.engine(options.running, setting)
+        each_step = setting.max_num_batched_tokens // SHORT_PROMPT if stream else 0
+        starvation[name] = stream_against_long_prompt(engine, options, each_step)
         figures = starvation[name]
         print(
             f"long prompt {name}: first token after {figures['first_s']:.2f} s, "
