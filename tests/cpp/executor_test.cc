@@ -155,8 +155,11 @@ TEST(CpuExecutor, TransfersOutOfRangeAreRefused) {
   refused(*executor);
   transfers.swap_outs = {{0, 3}};
   refused(*executor);
+  static_cast<float*>(executor->kv_cache(0).k)[0] = 1.0f;
+  transfers.swap_outs = {{0, 0}};
   transfers.swap_ins = {{0, -1}};
   refused(*executor);
+  EXPECT_EQ(contents(executor->kv_host_cache(0), 0)[0], 0.0f) << "nothing is moved then";
   transfers.block_copies = {{0, 8}};
   refused(*executor);
   config.num_host_kv_blocks = -1;

@@ -142,4 +142,9 @@ enum class SwapDirection : uint8_t { kOut, kIn };  // device -> host, host -> de
 void swap_blocks(ThreadPool& pool, const KvCacheView& device, const KvCacheView& host,
                  Span<const BlockSwap> swaps, SwapDirection direction);
 
+// All that a step asks to be done to the caches, in every layer (element l of both spans):
+// swap_outs, then block_copies, then swap_ins. Nothing is moved if anything is out of range.
+void transfer_blocks(ThreadPool& pool, Span<const KvCacheView> device, Span<const KvCacheView> host,
+                     const BlockTransfers& transfers);
+
 }  // namespace fastpage::ops

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 #include <string>
 
 #include "fastpage/ops.h"
@@ -30,38 +29,6 @@ void write_row(const T* k, const T* v, int64_t slot, const KvCacheView& cache) {
     write_head(k + h * head_dim, v + h * head_dim, head_dim, offset % cpu::kGranule,
                static_cast<T*>(cache.k) + at, static_cast<T*>(cache.v) + at);
   }
-}
-
-bool holds(const KvCacheView& cache, BlockId block) {
-  return block >= 0 && block < cache.num_blocks;
-}
-
-std::string layout(const KvCacheView& cache) {
-  return std::to_string(cache.num_kv_heads) + " heads x " + std::to_string(cache.block_size) +
-         " tokens x " + std::to_string(cache.head_dim) + " " + dtype_name(cache.dtype);
-}
-
-// Block copy_of(i).src of `from` to copy_of(i).dst of `to`, for i in [0, n), in order. Threads
-// share the bytes of a block, not the list: a later copy may read or overwrite what an earlier one
-// wrote.
-template <typename CopyOf>
-void move_blocks(ThreadPool& pool, const KvCacheView& from, const KvCacheView& to, size_t n,
-                 const CopyOf& copy_of) {
-  if (n == 0) return;
-  const size_t bytes = static_cast<size_t>(from.elements_per_block()) * dtype_size(from.dtype);
-  const int64_t grain = std::max<int64_t>(64, static_cast<int64_t>(4 * kSerialElements / n));
-  pool.parallel_for(static_cast<int64_t>(bytes), grain, [&](int64_t begin, int64_t end, int) {
-    const auto part = [&](void* half, BlockId block) {
-      return static_cast<char*>(half) + static_cast<size_t>(block) * bytes + begin;
-    };
-    for (size_t i = 0; i < n; ++i) {
-      const BlockCopy copy = copy_of(i);
-      if (part(from.k, copy.src) == part(to.k, copy.dst)) continue;
-      const auto size = static_cast<size_t>(end - begin);
-      std::memcpy(part(to.k, copy.dst), part(from.k, copy.src), size);
-      std::memcpy(part(to.v, copy.dst), part(from.v, copy.src), size);
-    }
-  });
 }
 
 }  // namespace
@@ -104,40 +71,6 @@ void reshape_and_cache(ThreadPool& pool, Matrix<const float> k, Matrix<const flo
       write_row<uint16_t>(narrow_k, narrow_v, slot_mapping[i], cache);
     }
   });
-}
-
-void copy_blocks(ThreadPool& pool, const KvCacheView& cache, Span<const BlockCopy> copies) {
-  for (const BlockCopy& copy : copies) {
-    if (holds(cache, copy.src) && holds(cache, copy.dst)) continue;
-    throw InvalidArgument("copy_blocks: " + std::to_string(copy.src) + " -> " +
-                          std::to_string(copy.dst) + " is outside the cache's " +
-                          std::to_string(cache.num_blocks) + " blocks");
-  }
-  move_blocks(pool, cache, cache, copies.size(), [&](size_t i) { return copies[i]; });
-}
-
-void swap_blocks(ThreadPool& pool, const KvCacheView& device, const KvCacheView& host,
-                 Span<const BlockSwap> swaps, SwapDirection direction) {
-  if (swaps.empty()) return;
-  if (device.dtype != host.dtype || device.num_kv_heads != host.num_kv_heads ||
-      device.block_size != host.block_size || device.head_dim != host.head_dim) {
-    throw InvalidArgument("swap_blocks: a block is " + layout(device) + " in the cache, but " +
-                          layout(host) + " in the host cache: both must be of one layout");
-  }
-  for (const BlockSwap& swap : swaps) {
-    if (holds(device, swap.device) && holds(host, swap.host)) continue;
-    throw InvalidArgument("swap_blocks: block " + std::to_string(swap.device) + " and host block " +
-                          std::to_string(swap.host) + " are not both within the cache's " +
-                          std::to_string(device.num_blocks) + " and the host cache's " +
-                          std::to_string(host.num_blocks));
-  }
-  if (direction == SwapDirection::kOut) {
-    move_blocks(pool, device, host, swaps.size(),
-                [&](size_t i) { return BlockCopy{swaps[i].device, swaps[i].host}; });
-  } else {
-    move_blocks(pool, host, device, swaps.size(),
-                [&](size_t i) { return BlockCopy{swaps[i].host, swaps[i].device}; });
-  }
 }
 
 }  // namespace fastpage::ops

@@ -176,14 +176,7 @@ void CpuExecutor::finish_loading() {
 void CpuExecutor::apply_transfers(const BlockTransfers& transfers) {
   if (transfers.empty()) return;
   if (!impl_->is_ready) throw InvalidArgument("apply_transfers comes before finish_loading");
-  ThreadPool& pool = *impl_->pool;
-  for (size_t layer = 0; layer < impl_->caches.size(); ++layer) {
-    const ops::KvCacheView& cache = impl_->caches[layer];
-    const ops::KvCacheView& host = impl_->host_caches[layer];
-    ops::swap_blocks(pool, cache, host, transfers.swap_outs, ops::SwapDirection::kOut);
-    ops::copy_blocks(pool, cache, transfers.block_copies);
-    ops::swap_blocks(pool, cache, host, transfers.swap_ins, ops::SwapDirection::kIn);
-  }
+  ops::transfer_blocks(*impl_->pool, impl_->caches, impl_->host_caches, transfers);
 }
 
 void CpuExecutor::forward(const InputBatch& batch, const LogitsSink& sink) {
