@@ -83,7 +83,6 @@ void Scheduler::State::prepare(const SchedulerOutput& output, InputBatch* batch)
       const int32_t position = seq.num_tokens - 2;
       batch->future_tokens.push_back(
           {at + position - begin, seq.previous_sampling_row, &seq.tokens[position]});
-      seq.written_by_runner = true;
     }
     if (seq.wants_prompt_logprobs) {
       ask_prompt_logprobs(seq, scheduled, i, at, batch);

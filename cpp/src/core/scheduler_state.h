@@ -39,11 +39,10 @@ struct alignas(64) Sequence {
   uint32_t epoch = 0;               // how often it lost its blocks: an older step's KV is gone
   int32_t num_steps_in_flight = 0;  // that point to it
 
-  bool dead = false;               // ended; recycled once no step points to it
-  bool shares_tail = false;        // others may hold the block that it writes next
-  bool awaits_result = false;      // nothing to compute before the step under way is known
-  bool paused = false;             // a beam that has its candidates, when others have not
-  bool written_by_runner = false;  // its first placeholder is a FutureToken of a later step
+  bool dead = false;           // ended; recycled once no step points to it
+  bool shares_tail = false;    // others may hold the block that it writes next
+  bool awaits_result = false;  // nothing to compute before the step under way is known
+  bool paused = false;         // a beam that has its candidates, when others have not
   bool is_beam = false;
   bool uses_hashes = false;            // its request's
   bool wants_prompt_logprobs = false;  // computes the prompt, whose logprobs are asked for

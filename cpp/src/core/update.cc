@@ -154,9 +154,8 @@ void Scheduler::State::take_tokens(const ScheduledEntry& entry, int32_t position
     return;
   }
   --seq->num_placeholders;
-  // If a later step has the token as its input, the runner has written it.
-  if (!seq->written_by_runner) seq->tokens[position] = sampled[0];
-  seq->written_by_runner = false;
+  // If a later step has the token as its input, the runner has written it, and may be reading it.
+  if (seq->tokens[position] != sampled[0]) seq->tokens[position] = sampled[0];
 }
 
 // The samples of a prompt that has been computed: each continues it with a token of its own.
@@ -220,7 +219,6 @@ void Scheduler::State::discard_newest() {
         seq->tokens.resize(--seq->num_tokens);
         // The runner may have written it for the step that is discarded.
         if (seq->num_placeholders > 0) seq->tokens.back() = -1;
-        seq->written_by_runner = false;
         seq->sampling_row = seq->previous_sampling_row;
       }
     }
