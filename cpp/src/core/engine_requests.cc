@@ -90,10 +90,8 @@ void require(const char* what, size_t size, size_t wanted) {
               std::to_string(wanted));
 }
 
-// Entry 0, and others if any were asked for: beams could not go on without.
-bool answers(const TokenLogprobs& entry, int32_t num_logprobs) {
-  return entry.token_ids.size() == entry.logprobs.size() &&
-         entry.logprobs.size() > static_cast<size_t>(num_logprobs > 0);
+bool has_chosen_token(const TokenLogprobs& entry) {
+  return !entry.token_ids.empty() && entry.token_ids.size() == entry.logprobs.size();
 }
 
 }  // namespace
@@ -112,9 +110,8 @@ void check_result(const InputBatch& batch, const ModelRunnerOutput& result, int3
   }
   if (!expect_logprobs) return;
   for (size_t row = 0; row < num_rows; ++row) {
-    const int32_t asked = batch.sampling_rows[row].params->logprobs;
-    if (asked == SamplingParams::kNoLogprobs) continue;
-    if (result.logprobs.empty() || !answers(result.logprobs[row], asked)) {
+    if (batch.sampling_rows[row].params->logprobs == SamplingParams::kNoLogprobs) continue;
+    if (result.logprobs.empty() || !has_chosen_token(result.logprobs[row])) {
       throw Error("the model runner returned no logprobs for sampling row " + std::to_string(row) +
                   ", which asked for them");
     }
