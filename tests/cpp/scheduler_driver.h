@@ -133,7 +133,7 @@ class SchedulerDriver {
     int32_t num_computed = 0;  // until the samples are born
     bool admitted = false;
     bool split = false;          // its samples are born in a step in flight
-    bool was_discarded = false;  // a step with it
+    bool is_uncapped = false;    // a discarded step or a fork left it partly computed
     bool lost_a_sample = false;  // by an abort
     std::vector<bool> heard;     // prompt logprobs, by position
     std::vector<BeamHypothesis> beams;
@@ -317,6 +317,7 @@ inline void SchedulerDriver::fork(Choices* choices) {
   sample.born = true;
   sample.num_computed = parent.num_computed;
   told->samples.push_back(std::move(sample));
+  told->is_uncapped = true;
   ++counts_.forks;
   idle_steps_ = 0;
 }
@@ -452,7 +453,7 @@ inline void SchedulerDriver::take_back(const SchedulerOutput& step) {
   for (const ScheduledSequence& seq : step.sequences) {
     Told* request = told(seq.id);
     if (request == nullptr) continue;
-    request->was_discarded = true;
+    request->is_uncapped = true;
     if (request->is_beam) continue;
     Sample& sample = request->samples[seq.index];
     (sample.born ? sample.num_computed : request->num_computed) = seq.num_computed_tokens;
@@ -540,7 +541,7 @@ inline void SchedulerDriver::check_budgets(const SchedulerOutput& step) {
     hold(rows.insert(seq.row).second, "invariant 3: two sequences in one row");
     check_sequence(seq, step);
     const Told& request = live_.at(seq.id);
-    if (config_.max_num_partial_prefills > 0 && !request.was_discarded &&
+    if (config_.max_num_partial_prefills > 0 && !request.is_uncapped &&
         seq.num_computed_tokens + seq.num_scheduled_tokens < request.num_prompt()) {
       const bool by_priority = config_.policy == SchedulingPolicy::kPriority;
       hold(++num_partial[by_priority ? request.request.priority : 0] <=

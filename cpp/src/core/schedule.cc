@@ -266,7 +266,6 @@ void Scheduler::State::push(Sequence* seq, int32_t num_tokens, int32_t num_draft
   output.num_scheduled_tokens += num_tokens;
   ScheduledEntry& entry = step->entries.emplace_back();
   entry.seq = seq;
-  entry.epoch = seq->epoch;
   entry.num_drafts = num_drafts;
   entry.splits = splits;
   entry.needs_transfers = needs_transfers;
@@ -305,7 +304,6 @@ void Scheduler::State::preempt_last() {
 
 void Scheduler::State::lose_blocks(Sequence* seq, Keep keep) {
   release_row(seq, keep);
-  ++seq->epoch;
   seq->num_computed_tokens = 0;
   seq->num_in_flight_tokens = 0;
   seq->num_published_blocks = 0;

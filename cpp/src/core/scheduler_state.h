@@ -36,7 +36,6 @@ struct alignas(64) Sequence {
   int32_t final_length = 0;
   int32_t num_published_blocks = 0;  // leading blocks that the pool was told of
   int32_t num_drafts = 0;
-  uint32_t epoch = 0;               // how often it lost its blocks: an older step's KV is gone
   int32_t num_steps_in_flight = 0;  // that point to it
 
   bool dead = false;           // ended; recycled once no step points to it
@@ -104,7 +103,6 @@ struct ComesFirst {
 
 struct ScheduledEntry {
   Sequence* seq;
-  uint32_t epoch;
   int32_t num_drafts;
   bool splits;           // into the request's samples, a sampling row for each by index
   bool needs_transfers;  // its KV is not there unless the step's transfers are done
@@ -184,7 +182,7 @@ struct Scheduler::State {
   void take_in(const Step& step, size_t i, int32_t row, Span<const TokenId> sampled);
   void take_tokens(const ScheduledEntry& entry, int32_t position, Span<const TokenId> sampled,
                    SequenceUpdate* news);
-  void advance(Sequence* seq, const ScheduledEntry& entry, int32_t num_scheduled, int32_t num_kept);
+  void advance(Sequence* seq, int32_t num_scheduled, int32_t num_kept);
   void bear_samples(Sequence* leader, int32_t row, Span<const TokenId> sampled);
   void publish(Sequence* seq);
   void drop_dead();

@@ -87,7 +87,7 @@ void Scheduler::State::take_in(const Step& step, size_t i, int32_t row,
     next = std::max(next, std::min(end + 1, seq->num_prompt_tokens));
   }
   if (seq->is_beam && !sampled.empty()) {
-    advance(seq, entry, scheduled.num_scheduled_tokens, num_kept);
+    advance(seq, scheduled.num_scheduled_tokens, num_kept);
     take_candidates(seq, logprobs[row], static_cast<int32_t>(i));
     return;
   }
@@ -107,16 +107,16 @@ void Scheduler::State::take_in(const Step& step, size_t i, int32_t row,
     take_tokens(entry, end, sampled, &news);
     num_accepted = static_cast<int32_t>(news.new_token_ids.size()) - 1;
   }
-  advance(seq, entry, scheduled.num_scheduled_tokens, num_kept + num_accepted);
+  advance(seq, scheduled.num_scheduled_tokens, num_kept + num_accepted);
   const bool ends = news.finish_reason != FinishReason::kNone;
   if (entry.splits) bear_samples(seq, row, sampled);
   if (ends) end_sample(seq);
 }
 
-// Unless it has lost its blocks meanwhile, `num_kept` of the tokens in flight are computed.
-void Scheduler::State::advance(Sequence* seq, const ScheduledEntry& entry, int32_t num_scheduled,
-                               int32_t num_kept) {
-  if (entry.epoch != seq->epoch) return;
+// Unless it has lost its blocks meanwhile (it does not come back while a step points to it),
+// `num_kept` of the tokens in flight are computed.
+void Scheduler::State::advance(Sequence* seq, int32_t num_scheduled, int32_t num_kept) {
+  if (seq->row == kNoRow) return;
   seq->num_in_flight_tokens -= num_scheduled;
   seq->num_computed_tokens += num_kept;
   publish(seq);
@@ -222,7 +222,7 @@ void Scheduler::State::discard_newest() {
         seq->sampling_row = seq->previous_sampling_row;
       }
     }
-    if (entry.epoch != seq->epoch) continue;
+    if (seq->row == kNoRow) continue;
     seq->num_in_flight_tokens -= scheduled.num_scheduled_tokens;
     if (entry.needs_transfers) {
       running.erase(std::lower_bound(running.begin(), running.end(), seq, ComesFirst()));
