@@ -398,6 +398,20 @@ TEST(Replay, ASchedulerThatWouldTakeAllMemoryIsRefused) {
   EXPECT_THROW(replay(stream), ResourceExhausted);
 }
 
+TEST(Replay, RecordingFromTheMiddleIsRefused) {
+  std::ostringstream log;
+  Scheduler has_stepped(everything_on());
+  has_stepped.schedule();
+  EXPECT_THROW(has_stepped.record(&log), InvalidArgument);
+  Scheduler has_request(everything_on());
+  SequenceRequest request;
+  request.prompt_token_ids = {1};
+  has_request.add_request(request);
+  EXPECT_THROW(has_request.record(&log), InvalidArgument);
+  has_request.record(nullptr);
+  EXPECT_EQ(log.str(), "");
+}
+
 // Takes so many bytes and no more.
 class FullDisk : public std::stringbuf {
  public:

@@ -185,8 +185,9 @@ class Scheduler {
   void check_integrity() const;
 
   // From here on every call that changes anything is written to `log`, with a digest of what each
-  // step was; see replay.h. Null = no longer. Call it before the first request; `log` must outlive
-  // the scheduler or the next record().
+  // step was; see replay.h. Null = no longer. Throws InvalidArgument after the first request or
+  // step: the log would not lead there. `log` must outlive the scheduler or the next record(). If
+  // it can take no more (a full disk) the recording ends, and nothing else.
   void record(std::ostream* log);
 
  private:

@@ -1,9 +1,6 @@
 #include "fastpage/replay.h"
 
-#include <array>
-#include <deque>
 #include <istream>
-#include <memory>
 #include <utility>
 
 #include "core/call_log.h"
@@ -143,8 +140,10 @@ class Replayer {
         return prepare();
       case Call::kUpdate:
         return update();
-      case Call::kDiscard:
-        return discard();
+      case Call::kDiscard: {
+        const SchedulerOutput& step = read_step();
+        return outcome_of([&] { scheduler_.discard(step); });
+      }
       case Call::kResetPrefixCache:
         return outcome_of([&] { return scheduler_.reset_prefix_cache(); });
       case Call::kTakeKvEvents:
@@ -182,22 +181,17 @@ class Replayer {
       const SchedulerOutput& step = scheduler_.schedule();
       steps_.push(&step);
       step_id_ = step.step_id;
-      if (!step.sequences.empty()) {
-        ++result_.num_steps;
-        under_way_.push_back({&step, nullptr});
-      }
+      result_.num_steps += !step.sequences.empty();
       return step;
     });
   }
 
   Outcome prepare() {
     const SchedulerOutput& step = read_step();
-    InputBatch& batch = batches_[step.step_id % 2];
     Outcome outcome;
     try {
-      scheduler_.prepare(step, &batch);
-      if (!under_way_.empty()) under_way_.back().batch = &batch;
-      describe(batch, config_.block_size, &outcome);
+      scheduler_.prepare(step, &batch_);
+      describe(batch_, config_.block_size, &outcome);
     } catch (const std::exception& error) {
       describe(error, &outcome);
     }
@@ -212,22 +206,7 @@ class Replayer {
       transfer_logprobs(reader_, logprobs_.emplace_back());
     }
     return outcome_of([&]() -> const std::vector<SequenceUpdate>& {
-      const auto& updates = scheduler_.update(step, tokens_, logprobs_);
-      if (!under_way_.empty()) under_way_.pop_front();
-      // What the runner of the next step does, if it is there already.
-      if (!under_way_.empty() && under_way_[0].batch != nullptr) {
-        under_way_[0].batch->resolve(tokens_);
-      }
-      return updates;
-    });
-  }
-
-  Outcome discard() {
-    const SchedulerOutput& step = read_step();
-    return outcome_of([&] {
-      scheduler_.discard(step);
-      while (!under_way_.empty() && under_way_.back().step != &step) under_way_.pop_back();
-      if (!under_way_.empty()) under_way_.pop_back();
+      return scheduler_.update(step, tokens_, logprobs_);
     });
   }
 
@@ -263,12 +242,7 @@ class Replayer {
   ReplayResult result_;
   RecentSteps steps_;
   int64_t step_id_ = -1;  // that the call is about
-  struct StepUnderWay {
-    const SchedulerOutput* step;
-    const InputBatch* batch;  // once it is prepared
-  };
-  std::deque<StepUnderWay> under_way_;  // at most two
-  std::array<InputBatch, 2> batches_;
+  InputBatch batch_;      // there is no runner to resolve() it: update() brings the same tokens
   // Arguments and results of calls, kept for their memory.
   RequestId id_ = 0;
   int32_t index_ = 0;

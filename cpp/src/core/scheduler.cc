@@ -418,6 +418,9 @@ const BlockManager& Scheduler::blocks() const { return s_->blocks; }
 void Scheduler::check_integrity() const { s_->check_integrity(); }
 
 void Scheduler::record(std::ostream* log) {
+  if (log != nullptr && (s_->next_serial != 1 || s_->next_step_id != 1)) {
+    throw InvalidArgument("record() has to come before the first request and the first step");
+  }
   s_->recorder = log != nullptr ? std::make_unique<Recorder>(log, s_->config) : nullptr;
 }
 
