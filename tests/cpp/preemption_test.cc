@@ -143,6 +143,31 @@ TEST(PartialPrefills, AreCappedAndWhatFitsGoesPastThem) {
   EXPECT_EQ(last_chunk.sequences[1].id, second);
 }
 
+// First come, first served: who needs many blocks at once is not overtaken for ever by those that
+// need few.
+TEST(Fairness, AStreamOfShortRequestsDoesNotStarveALongOne) {
+  for (const int32_t max_num_partial_prefills : {0, 1}) {
+    SchedulerConfig config = small_config();
+    config.num_blocks = 14;
+    config.max_num_partial_prefills = max_num_partial_prefills;
+    config.enable_prefix_caching = false;
+    Harness h(config);
+    for (int i = 0; i < 3; ++i) h.add(request({1, 2, 3}, 6));
+    h.step();
+    const RequestId long_one = h.add(request(tokens_from(1, 48), 2));  // 12 blocks of 14
+    int num_steps = 0;
+    for (bool finished = false; !finished; ++num_steps) {
+      h.add(request({1, 2, 3}, 6));
+      h.add(request({4, 5, 6}, 6));
+      for (const SequenceUpdate& update : h.step()) {
+        finished |= update.id == long_one && update.finish_reason == FinishReason::kLength;
+      }
+      ASSERT_LT(num_steps, 40);
+    }
+    EXPECT_GE(num_steps, 4) << "it has 48 tokens, 16 a step, and those before it had to end";
+  }
+}
+
 TEST(PartialPrefills, AShortPromptIsNotHeldUpByALongOne) {
   SchedulerConfig config = small_config();
   config.long_prefill_token_threshold = 4;
