@@ -3,7 +3,9 @@
 Linear layers of SmolLM2-135M and of a 1B model, attention over a paged cache in decode and prefill,
 each as a share of a plain C read loop and a plain C FMA loop (probe.c) measured just before and
 after it: whichever bounds it at that many rows. Weights and caches are walked through memory, as a
-model's layers are, so that nothing is found in a cache that a model would not find there.
+model's layers are, so that nothing is found in a cache that a model would not find there. Then what
+a step does to the KV cache first: whole blocks of all layers copied, and swapped to the host cache
+and back, in bytes moved (each is read and written) beside what the read loop reads.
 
 The last line is one JSON object; a `linear_..._share` is that of the model that does worse.
 """
@@ -21,6 +23,7 @@ import probe
 
 from fastpage import _C
 from fastpage._C import ops
+from fastpage.models import DecoderSpec, RotarySpec, decoder
 
 # in_features, out_features, and how many of it one layer (or, for the logits, the model) has
 SHAPES = {
@@ -168,6 +171,67 @@ def print_attention(name: str, result: tuple[float, float, float]) -> None:
     print(f"{name:<48}{seconds * 1e3:>9.3f} ms{read / seconds:>8.0%}{flops / seconds:>8.0%}")
 
 
+def cache_of(layers: int, kv_heads: int, head_dim: int, blocks: int, dtype: str) -> _C.CpuExecutor:
+    """An executor with that KV cache and a host cache of the same size, both touched, and hardly
+    anything else."""
+    spec = DecoderSpec(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_layers=layers,
+        num_heads=kv_heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=1e-5,
+        max_position_embeddings=16,
+        rotary=RotarySpec(dim=head_dim),
+    )
+    program = decoder(spec)
+    executor = _C.CpuExecutor(
+        program, num_kv_blocks=blocks, num_host_kv_blocks=blocks, kv_cache_dtype=dtype
+    )
+    for buffer in program.buffers:
+        if buffer.kind == "weight":
+            executor.load_weight(buffer.name, np.zeros(buffer.shape, np.float32))
+    executor.finish_loading()
+    same = np.stack([np.arange(blocks, dtype=np.int32)] * 2, axis=1)
+    executor.apply_transfers(same, same[:0], same)
+    return executor
+
+
+def transfers(
+    executor: _C.CpuExecutor, place: int, blocks: int, count: int, budget: float
+) -> float:
+    """Seconds to move `count` random blocks, other ones each time; place: of the list that they are
+    in, of apply_transfers' three."""
+    rng = np.random.default_rng(0)
+    steps = []
+    for _ in range(50):
+        lists = [np.zeros((0, 2), np.int32)] * 3
+        lists[place] = np.stack([rng.permutation(blocks)[:count] for _ in range(2)], axis=1)
+        steps.append(lists)
+    return best_seconds(lambda i: executor.apply_transfers(*steps[i]), 50, 0.0, budget)
+
+
+def print_transfers(machine: Machine, dtype: str, budget: float) -> dict[str, float]:
+    print(f"\n{f'whole blocks, {dtype} KV':<48}{'GB/s moved':>12}{'of reading':>12}")
+    result = {}
+    for model, shape in {"135M": (30, 3, 64), "1B": (16, 8, 128)}.items():
+        bytes_each = _C.CpuExecutor.kv_block_bytes(*shape, dtype, 16)
+        blocks = 2 * WALK_BYTES // bytes_each
+        executor = cache_of(*shape, blocks, dtype)
+        for count in (1, 16, 128):
+            for place, name in enumerate(("swap out", "copy", "swap in")):
+                seconds, limits = machine.around(
+                    lambda args=(executor, place, blocks, count, budget): transfers(*args)
+                )
+                gbs = count * bytes_each / seconds * 1e-9
+                label = f"{model}, {name}, {count} x {bytes_each >> 10} KiB"
+                print(f"{label:<48}{gbs:>12.1f}{gbs / limits['read_gbs']:>12.0%}")
+                result[f"{name.replace(' ', '_')}_{model}_{count}_gbs"] = round(gbs, 2)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -212,6 +276,7 @@ def main() -> None:
     result["attn_prefill_share"] = round(
         min(f / s for name, (s, _, f) in timed.items() if name.startswith(prefill)), 3
     )
+    result |= print_transfers(machine, args.kv_dtype, args.seconds)
     result["read_gbs"] = round(machine.median("read_gbs"), 1)
     result["fma_gflops"] = round(machine.median("fma_gflops"), 1)
     print(json.dumps(result))

@@ -37,7 +37,7 @@ class Sampler {
   // never an error, which would take the rest of the batch down with it.
   //
   // Any number of rows may share a logits row. Neighbours that differ in their seed alone (samples
-  // of one prompt) share the work up to the draw.
+  // of one prompt) share the work but for the draw.
   void sample(Matrix<const float> logits, int32_t first_row, const InputBatch& batch,
               ModelRunnerOutput* out);
 

@@ -136,7 +136,7 @@ void Sampler::sample(Matrix<const float> logits, int32_t first_row, const InputB
   for_parts(pool_, prompt_rows.size(), [&](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; ++i) {
       const PromptLogprobRow& row = prompt_rows[i];
-      sampling::compute_logprobs(row_of(row.logits_row), row.token, scratch_[thread].get(),
+      sampling::compute_logprobs(row_of(row.logits_row), {&row.token, 1}, scratch_[thread].get(),
                                  &prompt_logprobs[i]);
     }
   });
@@ -151,9 +151,9 @@ void Sampler::sample(Matrix<const float> logits, int32_t first_row, const InputB
       const Span<const float> raw = row_of(rows[begin].logits_row);
       const auto count = static_cast<size_t>(next - begin);
       sample_alike(raw, rows.subspan(begin, count), scratch, tokens + begin);
-      if (!wants_logprobs(rows[begin])) continue;
-      for (int64_t i = begin; i < next; ++i) {
-        sampling::compute_logprobs(raw, tokens[i], scratch, &out->logprobs[first + i]);
+      if (wants_logprobs(rows[begin])) {
+        sampling::compute_logprobs(raw, {tokens + begin, count}, scratch,
+                                   &out->logprobs[first + static_cast<size_t>(begin)]);
       }
     }
   });

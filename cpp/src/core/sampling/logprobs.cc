@@ -33,7 +33,7 @@ void rank_top_k(Span<const float> logits, float greatest, int64_t k, Scratch* sc
 
 }  // namespace
 
-void compute_logprobs(Span<const float> logits, TokenId token, Scratch* scratch,
+void compute_logprobs(Span<const float> logits, Span<const TokenId> tokens, Scratch* scratch,
                       TokenLogprobs* out) {
   const Kernels& kernel = kernels();
   const auto n = static_cast<int64_t>(logits.size());
@@ -50,18 +50,20 @@ void compute_logprobs(Span<const float> logits, TokenId token, Scratch* scratch,
     return static_cast<float>(static_cast<double>(logit) - greatest - log_sum);
   };
 
-  const bool in_vocabulary = static_cast<size_t>(token) < logits.size();
-  const float logit = in_vocabulary && possible(logits[token]) ? logits[token] : -kInfinity;
-  const float greater = std::nextafter(logit, kInfinity);
-  out->rank = 1 + static_cast<int32_t>(kernel.split(logits.data(), n, greater).count);
-  out->token_ids[0] = token;
-  out->logprobs[0] = logprob(logit);
   const auto k = static_cast<int64_t>(out->token_ids.size()) - 1;
-  if (k == 0) return;
-  rank_top_k(logits, greatest, k, scratch);
-  for (int64_t i = 0; i < k; ++i) {
-    out->token_ids[i + 1] = scratch->ids[i];
-    out->logprobs[i + 1] = logprob(logits[scratch->ids[i]]);
+  if (k > 0) rank_top_k(logits, greatest, k, scratch);
+  for (const TokenId token : tokens) {
+    const bool in_vocabulary = static_cast<size_t>(token) < logits.size();
+    const float logit = in_vocabulary && possible(logits[token]) ? logits[token] : -kInfinity;
+    const float greater = std::nextafter(logit, kInfinity);
+    out->rank = 1 + static_cast<int32_t>(kernel.split(logits.data(), n, greater).count);
+    out->token_ids[0] = token;
+    out->logprobs[0] = logprob(logit);
+    for (int64_t i = 0; i < k; ++i) {
+      out->token_ids[i + 1] = scratch->ids[i];
+      out->logprobs[i + 1] = logprob(logits[scratch->ids[i]]);
+    }
+    ++out;
   }
 }
 
