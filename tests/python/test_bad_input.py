@@ -318,6 +318,11 @@ def test_chat_client_errors(arguments: list[str | bytes], code: int, words: str)
         ({"num_kv_blocks": 3}, ResourceExhausted, "num_kv_blocks=3"),
         ({"kv_cache_memory": "no"}, InvalidArgument, "kv_cache_memory='no'"),
         ({"max_num_seqs": 0}, InvalidArgument, "max_num_seqs=0"),
+        ({"host_cache_memory": "no"}, InvalidArgument, "host_cache_memory='no'"),
+        ({"host_cache_memory": 100}, ResourceExhausted, "too little for one KV block"),
+        ({"num_speculative_tokens": -1}, InvalidArgument, "num_speculative_tokens=-1"),
+        ({"prompt_lookup_min": 5}, InvalidArgument, "prompt_lookup_min=5 is more than"),
+        ({"max_num_partial_prefills": 1.5}, InvalidArgument, "max_num_partial_prefills=1.5"),
     ],
 )
 def test_llm_options(
