@@ -68,12 +68,16 @@ class GatedModel : public ModelRunner {
   void execute(const InputBatch& batch) override {
     if (fail_in_execute) throw std::runtime_error("out of luck");
     num_future_tokens += batch.future_tokens.size();
+    {
+      std::lock_guard<std::mutex> lock(fake_mutex_);
+      fake_.execute(batch);
+    }
     if (is_async_) {
       std::lock_guard<std::mutex> lock(mutex_);
-      queue_.push_back(&batch);
+      queue_.push_back(batch.step_id);
       changed_.notify_all();
     } else {
-      compute(batch);
+      compute(batch.step_id);
     }
   }
 
@@ -108,6 +112,8 @@ class GatedModel : public ModelRunner {
   static FakeModelOptions fake_options(const EngineConfig& config) {
     FakeModelOptions options;
     options.num_host_blocks = config.scheduler.num_host_blocks;
+    options.max_steps_in_flight = config.async_scheduling ? 2 : 1;
+    options.lazy = true;
     return options;
   }
 
@@ -122,15 +128,15 @@ class GatedModel : public ModelRunner {
     while (true) {
       changed_.wait(lock, [this] { return stop_ || !queue_.empty(); });
       if (stop_) return;
-      const InputBatch* batch = queue_.front();
+      const int64_t step_id = queue_.front();
       queue_.pop_front();
       lock.unlock();
-      compute(*batch);
+      compute(step_id);
       lock.lock();
     }
   }
 
-  void compute(const InputBatch& batch) {
+  void compute(int64_t step_id) {
     {
       std::unique_lock<std::mutex> lock(mutex_);
       inside_ = true;
@@ -140,22 +146,23 @@ class GatedModel : public ModelRunner {
     }
     std::pair<ModelRunnerOutput, std::exception_ptr> result;
     try {
-      fake_.execute(batch);
-      result.first = fake_.wait(batch.step_id);
+      std::lock_guard<std::mutex> lock(fake_mutex_);
+      result.first = fake_.wait(step_id);
     } catch (...) {
       result.second = std::current_exception();
     }
     std::lock_guard<std::mutex> lock(mutex_);
-    results_[batch.step_id] = std::move(result);
+    results_[step_id] = std::move(result);
     changed_.notify_all();
   }
 
+  std::mutex fake_mutex_;
   FakeModel fake_;
   const bool is_async_;
   ModelRunnerOutput output_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<const InputBatch*> queue_;
+  std::deque<int64_t> queue_;  // steps to be computed
   std::map<int64_t, std::pair<ModelRunnerOutput, std::exception_ptr>> results_;
   bool open_ = true;
   bool inside_ = false;
