@@ -40,7 +40,7 @@ void Scheduler::State::advance_beams(SequenceGroup* group, int32_t entry) {
   }
 }
 
-// A beam that goes on in several ways is forked for all but the first of them; one that does not
+// A beam that goes on in several ways is forked for all but the last of them; one that does not
 // go on is freed before that, so that its row is there for a fork.
 void Scheduler::State::replace_beams(SequenceGroup* group,
                                      const std::vector<BeamContinuation>& next) {
