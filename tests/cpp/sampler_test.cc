@@ -251,6 +251,69 @@ TEST_F(SamplerTest, SameTokensOnAnyNumberOfThreads) {
   EXPECT_EQ(alone.sampled_token_ids, shared.sampled_token_ids);
 }
 
+// Samples of prompts, each prompt with one row of logits: as if each sample had a row of its own.
+TEST_F(SamplerTest, RowsMayShareARowOfLogits) {
+  const int32_t vocab_size = 1500;
+  std::vector<SamplingParams> params(6);
+  params[0].temperature = 0.0f;
+  params[2].repetition_penalty = 1.5f;
+  params[3].top_p = 0.7f;
+  params[3].logprobs = 3;
+  params[4].logprobs = 0;
+  params[5].allowed_token_ids = {7};
+  std::vector<float> logits;
+  for (uint32_t i = 0; i < params.size(); ++i) {
+    const std::vector<float> row = random_logits(vocab_size, i, 1.0f);
+    logits.insert(logits.end(), row.begin(), row.end());
+  }
+  logits[5 * vocab_size + 7] = -kInfinity;  // all is forbidden: the greatest raw logit
+  const std::vector<float> before = logits;
+  const std::vector<TokenId> tokens{1, 2, 3, 2};
+  InputBatch batch;
+  for (int32_t row = 0; row < 6; ++row) {
+    for (uint64_t seed = 0; seed < 5; ++seed) {
+      batch.sampling_rows.push_back({row, row, &params[row], tokens, 2, seed, eos_});
+    }
+    // The same logits for another sequence: one token longer, drawn at another position.
+    batch.sampling_rows.push_back({row, row, &params[row], {tokens.data(), 3}, 2, 0, eos_});
+  }
+  const Matrix<const float> matrix(logits.data(), 6, vocab_size);
+  ModelRunnerOutput expected;
+  for (const SamplingRow& row : batch.sampling_rows) {
+    InputBatch one;
+    one.sampling_rows = {row};
+    Sampler sampler(vocab_size);
+    ModelRunnerOutput out;
+    sampler.begin(one, &out);
+    sampler.sample(matrix, 0, one, &out);
+    expected.sampled_token_ids.push_back(out.sampled_token_ids[0]);
+    expected.logprobs.push_back(out.logprobs.empty() ? TokenLogprobs() : out.logprobs[0]);
+  }
+  for (const int num_threads : {1, 2, 3, 5, 36}) {
+    ThreadPool pool(num_threads);
+    Sampler sampler(vocab_size, &pool);
+    ModelRunnerOutput out;
+    sampler.begin(batch, &out);
+    sampler.sample(matrix, 0, batch, &out);
+    EXPECT_EQ(out.sampled_token_ids, expected.sampled_token_ids);
+    for (size_t i = 0; i < batch.sampling_rows.size(); ++i) {
+      EXPECT_EQ(out.logprobs[i].token_ids, expected.logprobs[i].token_ids);
+      EXPECT_EQ(out.logprobs[i].logprobs, expected.logprobs[i].logprobs);
+      EXPECT_EQ(out.logprobs[i].rank, expected.logprobs[i].rank);
+    }
+  }
+  EXPECT_EQ(logits, before);
+  EXPECT_NE(expected.sampled_token_ids[6], expected.sampled_token_ids[7]) << "samples differ";
+}
+
+TEST_F(SamplerTest, RowsOutOfOrderAreRefused) {
+  const SamplingParams params = greedy();
+  InputBatch batch;
+  for (int32_t row : {1, 0}) batch.sampling_rows.push_back({row, row, &params, {}, 0, 0, {}});
+  ModelRunnerOutput out;
+  EXPECT_THROW(Sampler(10).begin(batch, &out), InvalidArgument);
+}
+
 TEST_F(SamplerTest, TokensOutsideTheVocabularyAreHarmless) {
   SamplingParams params = greedy();
   params.logprobs = 2;
