@@ -256,7 +256,7 @@ TEST_F(SamplerTest, RowsMayShareARowOfLogits) {
   const int32_t vocab_size = 1500;
   std::vector<SamplingParams> params(6);
   params[0].temperature = 0.0f;
-  params[2].repetition_penalty = 1.5f;
+  params[2].repetition_penalty = 1000.0f;
   params[3].top_p = 0.7f;
   params[3].logprobs = 3;
   params[4].logprobs = 0;
@@ -267,6 +267,7 @@ TEST_F(SamplerTest, RowsMayShareARowOfLogits) {
     logits.insert(logits.end(), row.begin(), row.end());
   }
   logits[5 * vocab_size + 7] = -kInfinity;  // all is forbidden: the greatest raw logit
+  logits[2 * vocab_size + 3] = 20.0f;       // certain for who has not had a 3
   const std::vector<float> before = logits;
   const std::vector<TokenId> tokens{1, 2, 3, 2};
   InputBatch batch;
@@ -274,8 +275,8 @@ TEST_F(SamplerTest, RowsMayShareARowOfLogits) {
     for (uint64_t seed = 0; seed < 5; ++seed) {
       batch.sampling_rows.push_back({row, row, &params[row], tokens, 2, seed, eos_});
     }
-    // The same logits for another sequence: one token longer, drawn at another position.
-    batch.sampling_rows.push_back({row, row, &params[row], {tokens.data(), 3}, 2, 0, eos_});
+    // The same logits after other tokens.
+    batch.sampling_rows.push_back({row, row, &params[row], {tokens.data(), 2}, 2, 0, eos_});
   }
   const Matrix<const float> matrix(logits.data(), 6, vocab_size);
   ModelRunnerOutput expected;
@@ -304,6 +305,8 @@ TEST_F(SamplerTest, RowsMayShareARowOfLogits) {
   }
   EXPECT_EQ(logits, before);
   EXPECT_NE(expected.sampled_token_ids[6], expected.sampled_token_ids[7]) << "samples differ";
+  EXPECT_NE(expected.sampled_token_ids[12], 3);
+  EXPECT_EQ(expected.sampled_token_ids[17], 3);
 }
 
 TEST_F(SamplerTest, RowsOutOfOrderAreRefused) {
