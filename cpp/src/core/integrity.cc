@@ -64,7 +64,8 @@ void Scheduler::State::check_integrity() const {
   for (const Sequence* seq : waiting) {
     check_counts(*seq);
     require(seq->row == kNoRow, "waiting with a row", *seq);
-    require(seq->num_scheduled() == 0, "waiting with computed tokens", *seq);
+    require(seq->num_scheduled() == 0 && seq->num_published_blocks == 0,
+            "waiting with computed tokens", *seq);
     ++num_sequences;
   }
   if (running.size() + free_rows.size() != static_cast<size_t>(config.max_num_seqs)) {

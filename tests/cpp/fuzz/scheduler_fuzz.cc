@@ -217,7 +217,7 @@ void be_hostile(Bytes* bytes) {
     return;
   }
   Hostile hostile(config, bytes);
-  for (int i = 0; i < 300 && !bytes->empty(); ++i) hostile.call_something();
+  for (int i = 0; i < 150 && !bytes->empty(); ++i) hostile.call_something();
   hostile.check_replay();
 }
 
@@ -225,7 +225,7 @@ void drive(Bytes* bytes) {
   const SchedulerConfig config = random_config(bytes);
   SchedulerDriver driver(config, bytes->one_in(2));
   const int32_t max_live = bytes->of({1, 4, 20});
-  for (int i = 0; i < 300 && !bytes->empty(); ++i) driver.call_something(bytes, max_live);
+  for (int i = 0; i < 150 && !bytes->empty(); ++i) driver.call_something(bytes, max_live);
   driver.drain();
 }
 
