@@ -250,7 +250,9 @@ void Scheduler::State::push(Sequence* seq, int32_t num_tokens, int32_t num_draft
     expect_result(seq, /*must_be_known=*/splits || num_drafts > 0 || seq->is_beam);
   } else {
     ++num_partial;
-    committed_blocks += blocks.blocks_for(seq->num_tokens) - blocks.num_blocks_of(seq->row);
+    // (After a discarded step it may hold more than that: blocks for proposed tokens.)
+    committed_blocks +=
+        std::max(0, blocks.blocks_for(seq->num_tokens) - blocks.num_blocks_of(seq->row));
   }
   num_tokens += num_drafts;
   SchedulerOutput& output = step->output;
