@@ -132,6 +132,23 @@ TEST(Discard, TakesBackWhatReliesOnItsTransfers) {
   h.end(again);
 }
 
+// Found by the property tests: such blocks were promised to a newcomer, who then had none.
+TEST(Discard, LeavesBlocksForProposedTokensToTheirOwner) {
+  SchedulerConfig config = async_config();
+  config.num_blocks = 4;
+  config.max_num_batched_tokens = 8;
+  config.long_prefill_token_threshold = 6;
+  Harness h(config);
+  const RequestId id = h.add(request(tokens_from(1, 12), 4));
+  EXPECT_TRUE(h.scheduler.propose(id, 0, std::vector<TokenId>{99, 99}));
+  const SchedulerOutput& first = h.begin();
+  EXPECT_EQ(h.begin().sequences[0].num_sampling_rows, 3);
+  EXPECT_EQ(h.scheduler.stats().num_free_blocks, 0);
+  h.scheduler.discard(first);
+  h.add(request({7}, 2));
+  EXPECT_EQ(h.begin().sequences.size(), 1u);
+}
+
 TEST(PromptLookup, TheLongestMatchWinsThenTheLatest) {
   const auto find = [](std::vector<TokenId> tokens, int32_t min, int32_t max) {
     return look_up_continuation(tokens, min, max);
