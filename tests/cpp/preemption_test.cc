@@ -83,6 +83,21 @@ TEST(Priority, TheMoreUrgentPushesOutTheLeastUrgentThatRuns) {
   EXPECT_EQ(num_output_tokens, 12) << "what was pushed out comes back";
 }
 
+// Blocks that several of those share who go come free as well.
+TEST(Priority, TheMoreUrgentPushesOutAllSamplesOfARequest) {
+  Harness h(priority_config(8));
+  SequenceRequest samples = with_priority(1, request(tokens_from(1, 16), 4));
+  samples.params.n = 2;
+  h.add(std::move(samples));
+  h.step();
+  h.step();  // four blocks of both, and one of each
+  const RequestId urgent = h.add(with_priority(0, request(tokens_from(40, 20), 8)));
+  const SchedulerOutput& step = h.begin();
+  EXPECT_EQ(step.num_preempted, 2);
+  ASSERT_EQ(step.sequences.size(), 1u);
+  EXPECT_EQ(step.sequences[0].id, urgent);
+}
+
 TEST(Priority, NobodyIsPushedOutInVain) {
   Harness h(priority_config(8));
   h.add(with_priority(0, request(tokens_from(1, 15), 2)));   // 4 blocks

@@ -254,6 +254,37 @@ TEST(Beams, SayNothingUntilTheSearchIsOverThenAllOfTheBest) {
   EXPECT_EQ(h.scheduler.stats().num_free_blocks, 32);
 }
 
+// Beams that have their candidates wait for those that have not, however many they are.
+TEST(Beams, GoOnWhenMostOfThemWerePushedOutWithTheirCandidates) {
+  SchedulerConfig config = small_config();
+  config.policy = SchedulingPolicy::kPriority;
+  config.num_blocks = 80;
+  config.max_num_seqs = 40;
+  config.max_num_batched_tokens = 34;
+  config.max_model_len = 400;
+  Harness h(config);
+  SequenceRequest r = request(tokens_from(1, 4));
+  r.params.beam_width = 36;
+  r.priority = 1;
+  h.add(std::move(r));
+  const auto step = [&](int i) {
+    const SchedulerOutput& step = h.begin();
+    if (step.sequences.empty()) return;
+    const std::vector<TokenId> sampled(h.batch.sampling_rows.size(), 1);
+    h.scheduler.update(step, sampled, candidates(h.batch, 100 * (i + 1)));
+    h.scheduler.check_integrity();
+  };
+  step(0);
+  step(1);  // 34 of the 36
+  EXPECT_EQ(h.scheduler.stats().num_running, 36);
+  h.add(request(tokens_from(1000, 313), 3));
+  for (int i = 2; h.scheduler.has_unfinished(); ++i) {
+    ASSERT_LT(i, 100) << h.scheduler.stats().num_waiting << " wait for ever";
+    step(i);
+  }
+  EXPECT_EQ(h.scheduler.stats().num_preemptions, 36);
+}
+
 TEST(Beams, AreAbortedTogether) {
   Harness h(small_config());
   SequenceRequest r = request(tokens_from(1, 6), 8);

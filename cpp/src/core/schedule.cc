@@ -50,13 +50,18 @@ const SchedulerOutput& Scheduler::State::schedule() {
 }
 
 // Would it, were all that are less urgent gone?
-bool Scheduler::State::would_fit_without(const Sequence& seq) const {
-  int32_t num_free = blocks.pool().num_free();
-  for (auto it = running.rbegin(); it != running.rend() && (*it)->priority > seq.priority; ++it) {
-    for (int32_t i = 0; i < blocks.num_blocks_of((*it)->row); ++i) {
-      num_free += blocks.pool().block(blocks.block_at((*it)->row, i)).ref_count == 1;
+bool Scheduler::State::would_fit_without(const Sequence& seq) {
+  num_holders_gone.resize(config.num_blocks, 0);
+  const auto for_their_blocks = [&](auto f) {
+    for (auto it = running.rbegin(); it != running.rend() && (*it)->priority > seq.priority; ++it) {
+      const int32_t row = (*it)->row;
+      for (int32_t i = 0; i < blocks.num_blocks_of(row); ++i) f(blocks.block_at(row, i));
     }
-  }
+  };
+  int32_t num_free = blocks.pool().num_free();
+  for_their_blocks(
+      [&](BlockId id) { num_free += ++num_holders_gone[id] == blocks.pool().block(id).ref_count; });
+  for_their_blocks([&](BlockId id) { num_holders_gone[id] = 0; });
   return blocks.blocks_for(seq.num_tokens) + committed_blocks + watermark <= num_free;
 }
 
@@ -87,8 +92,11 @@ void Scheduler::State::schedule_running() {
 // room. Returns how many were admitted, all of them to places before running[next].
 size_t Scheduler::State::admit_more_urgent(size_t next) {
   size_t num_admitted = 0;
-  while (!waiting.empty() && next + num_admitted < running.size() && budget > 0) {
-    Sequence* seq = *waiting.begin();
+  while (next + num_admitted < running.size() && budget > 0) {
+    const auto first = std::find_if(waiting.begin(), waiting.end(),
+                                    [](const Sequence* seq) { return !seq->paused; });
+    if (first == waiting.end()) break;
+    Sequence* seq = *first;
     if (seq->priority >= running[next + num_admitted]->priority) break;
     const bool has_row = !free_rows.empty();
     const Admission admission = has_row ? admit(seq, /*force=*/false) : Admission::kNoRoom;
@@ -107,6 +115,7 @@ void Scheduler::State::schedule_waiting(bool force) {
   int32_t num_passed_over = 0;
   for (auto it = waiting.begin(); it != waiting.end() && !free_rows.empty() && budget > 0;) {
     Sequence* seq = *it++;
+    if (seq->paused) continue;  // not counted: there may be many before the one they all wait for
     const Admission admission = admit(seq, force);
     if (admission == Admission::kNoRoom) return;
     if (admission == Admission::kLater && ++num_passed_over > kMaxPassedOver) return;
@@ -130,9 +139,7 @@ void Scheduler::State::schedule_by_force() {
 Scheduler::State::Admission Scheduler::State::admit(Sequence* seq, bool force) {
   SequenceGroup* group = seq->group;
   // Pushed out while a step computes it: what that brings (a token, prompt logprobs) comes first.
-  if (seq->paused || seq->num_steps_in_flight > 0 || waits_for_sibling(*seq)) {
-    return Admission::kLater;
-  }
+  if (seq->num_steps_in_flight > 0 || waits_for_sibling(*seq)) return Admission::kLater;
   const CachedPrefix prefix = find_prefix(seq);
   const int32_t num_cached_blocks = static_cast<int32_t>(prefix.blocks.size());
   const int32_t num_cached = num_cached_blocks * config.block_size;

@@ -152,7 +152,7 @@ struct Scheduler::State {
   enum class Admission : uint8_t { kDone, kLater, kNoRoom };
   Admission admit(Sequence* seq, bool force);
   bool waits_for_sibling(const Sequence& seq) const;
-  bool would_fit_without(const Sequence& seq) const;
+  bool would_fit_without(const Sequence& seq);
   int32_t chunk(const Sequence& seq, int32_t num_behind) const;
   int32_t add_drafts(Sequence* seq, int32_t num_tokens, int32_t num_behind);
   bool reserve(Sequence* seq, int32_t num_tokens, bool* copies);
@@ -231,6 +231,7 @@ struct Scheduler::State {
   int32_t budget = 0;            // tokens it has left
   int32_t committed_blocks = 0;  // that the running still need for tokens they have already
   int32_t num_partial = 0;       // scheduled sequences that do not reach their end
+  std::vector<int32_t> num_holders_gone;  // by block: would_fit_without()'s, 0 outside
 
   std::vector<SequenceUpdate> updates;
   std::vector<std::unique_ptr<BeamHypothesis>> finished_hypotheses;  // `updates` points there
