@@ -74,6 +74,27 @@ TEST(Engine, AFullQueueIsRefused) {
   f.drain();
 }
 
+// A request in the scheduler's queue counts for as many as one that is still on its way there.
+TEST(Engine, AFullQueueIsRefusedWhenItsRequestsHaveReachedTheScheduler) {
+  EngineConfig config = small_config();
+  config.scheduler.max_num_seqs = 1;
+  config.scheduler.max_num_waiting = 4;
+  Fixture f(config);
+  f.engine.add_request(request({1, 2}, 30));
+  f.engine.step();
+  Request three = request({3, 4});
+  three.params.n = 3;
+  f.engine.add_request(three);
+  f.engine.step();
+  EXPECT_EQ(f.engine.stats().scheduler.num_never_admitted, 3);
+  EXPECT_EQ(error_of<ResourceExhausted>([&] { f.engine.add_request(three); }),
+            "the queue is full: 3 waiting, max_num_waiting 4: try again later");
+  f.engine.add_request(request({5}));
+  for (const auto& [key, outputs] : f.drain()) {
+    EXPECT_EQ(outputs.back().finish_reason, FinishReason::kLength);
+  }
+}
+
 TEST(Engine, SamplesOfOneRequestDifferBySeedAndIndexOnly) {
   std::vector<std::vector<TokenId>> samples[2];
   for (int run = 0; run < 2; ++run) {

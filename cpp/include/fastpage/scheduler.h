@@ -107,7 +107,9 @@ struct SequenceUpdate {
 };
 
 struct SchedulerStats {
-  int32_t num_waiting = 0;  // sequences, preempted ones included
+  int32_t num_waiting = 0;         // sequences, preempted ones included
+  int32_t num_never_admitted = 0;  // of the waiting requests: all their samples, born or not; what
+                                   // SchedulerConfig::max_num_waiting is the limit of
   int32_t num_running = 0;
   int32_t num_blocks = 0;
   int32_t num_free_blocks = 0;  // cached ones that nobody holds count as free

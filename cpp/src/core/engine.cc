@@ -120,6 +120,10 @@ struct Engine::State {
   void deliver_best(Group* group, StepOutput* out);
   void finish(Group* group, int32_t index);
   void take_pending(StepOutput* out);
+  void count_arriving(SchedulerStats* stats) const {
+    stats->num_waiting += static_cast<int32_t>(num_arriving);
+    stats->num_never_admitted += static_cast<int32_t>(num_arriving);
+  }
   void refresh_snapshot();
 
   const EngineConfig config;
@@ -161,12 +165,19 @@ RequestId Engine::State::add(Request request) {
   auto group = std::make_unique<Group>(request.params, request.prompt_token_ids.size());
 
   std::lock_guard<std::mutex> lock(mutex);
-  check_queue(config.scheduler, snapshot.scheduler.num_waiting + num_arriving, num_sequences);
+  check_queue(config.scheduler, snapshot.scheduler.num_never_admitted + num_arriving,
+              num_sequences);
   const RequestId id = next_id++;
   group->id = id;
   const uint64_t seed = request.params.seed.value_or(mix(config.seed ^ mix(id)));
-  arrivals.push_back({group.get(), std::move(request), seed});
-  live.emplace(id, std::move(group));
+  Group* const address = group.get();
+  const auto place = live.emplace(id, std::move(group)).first;
+  try {
+    arrivals.push_back({address, std::move(request), seed});
+  } catch (...) {
+    live.erase(place);
+    throw;
+  }
   num_arriving += num_sequences;
   work.notify_all();
   return id;
@@ -216,7 +227,7 @@ void Engine::State::drain() {
     new_arrivals.swap(arrivals);
     new_aborts.swap(aborts);
     // They count as waiting until the scheduler's own count says so.
-    snapshot.scheduler.num_waiting += static_cast<int32_t>(num_arriving);
+    count_arriving(&snapshot.scheduler);
     num_arriving = 0;
   }
   for (Arrival& arrival : new_arrivals) {
@@ -529,7 +540,7 @@ bool Engine::reset_prefix_cache() {
 EngineStats Engine::stats() const {
   std::lock_guard<std::mutex> lock(s_->mutex);
   EngineStats stats = s_->snapshot;
-  stats.scheduler.num_waiting += static_cast<int32_t>(s_->num_arriving);
+  s_->count_arriving(&stats.scheduler);
   return stats;
 }
 

@@ -336,6 +336,7 @@ bool Scheduler::State::reset_prefix_cache() {
 SchedulerStats Scheduler::State::current_stats() const {
   SchedulerStats out = stats;
   out.num_waiting = static_cast<int32_t>(waiting.size());
+  out.num_never_admitted = num_never_admitted;
   out.num_running = static_cast<int32_t>(running.size());
   out.num_blocks = config.num_blocks;
   out.num_free_blocks = blocks.pool().num_free();
