@@ -34,7 +34,11 @@ ReplayResult replay_file(const std::string& path, bool check_integrity) {
   if (!log) throw InvalidArgument("cannot read the log " + path);
   ReplayOptions options;
   options.check_integrity = check_integrity;
-  return replay(log, options);
+  try {
+    return replay(log, options);
+  } catch (const std::ios_base::failure& error) {  // a directory, say
+    throw InvalidArgument("cannot read the log " + path + ": " + error.what());
+  }
 }
 
 }  // namespace

@@ -153,11 +153,9 @@ void bind_scheduler_output(py::module_& m) {
       .def_property_readonly("swap_ins", swaps(&BlockTransfers::swap_ins));
 }
 
-// The scheduler's own vector, as columns; with it what the updates' tokens point into.
+// The scheduler's own vector, as columns.
 struct SequenceUpdates {
-  const std::vector<SequenceUpdate>* items = nullptr;
-  py::object sampled;              // an int32 array is taken as it is,
-  std::vector<TokenId> converted;  // anything else is converted first
+  const std::vector<SequenceUpdate>* items;
 };
 
 py::array_t<int32_t> num_new_tokens(const SequenceUpdates& updates) {
@@ -226,23 +224,40 @@ void prepare(const py::object& self, const SchedulerOutput& step, const py::obje
   self.cast<Scheduler&>().prepare(step, &batch.cast<InputBatch&>());
 }
 
-SequenceUpdates update(Scheduler& self, const SchedulerOutput& step, const py::object& sampled,
-                       const py::object& logprobs) {
-  SequenceUpdates updates;
-  Span<const TokenId> token_ids;
-  if (py::isinstance<py::array_t<TokenId, py::array::c_style>>(sampled)) {
-    const auto array = py::reinterpret_borrow<py::array>(sampled);
-    token_ids = {static_cast<const TokenId*>(array.data()), static_cast<size_t>(array.size())};
-    updates.sampled = sampled;
-  } else {
-    updates.converted = to_token_ids(sampled, "sampled_token_ids");
-    token_ids = updates.converted;
+// An int32 array is taken as it is, anything else is copied into one.
+py::array_t<TokenId> to_token_array(const py::object& values) {
+  using Array = py::array_t<TokenId, py::array::c_style>;
+  if (py::isinstance<Array>(values)) {
+    const auto array = py::reinterpret_borrow<Array>(values);
+    if (array.ndim() == 1) return array;
   }
-  if (logprobs.is_none()) {
-    updates.items = &self.update(step, token_ids);
-  } else {
-    updates.items = &self.update(step, token_ids, logprobs.cast<std::vector<TokenLogprobs>>());
+  const std::vector<TokenId> token_ids = to_token_ids(values, "sampled_token_ids");
+  return Array(static_cast<py::ssize_t>(token_ids.size()), token_ids.data());
+}
+
+std::vector<TokenLogprobs> to_logprobs(const py::object& values) {
+  std::vector<TokenLogprobs> result;
+  if (values.is_none()) return result;
+  bool ok = py::isinstance<py::sequence>(values);
+  if (ok) {
+    for (const py::handle item : values) {
+      ok = ok && py::isinstance<TokenLogprobs>(item);
+      if (ok) result.push_back(item.cast<const TokenLogprobs&>());
+    }
   }
+  if (!ok) throw py::type_error("logprobs must be a sequence of TokenLogprobs");
+  return result;
+}
+
+SequenceUpdates update(const py::object& self, const SchedulerOutput& step,
+                       const py::object& sampled, const py::object& logprobs) {
+  const py::array_t<TokenId> array = to_token_array(sampled);
+  const Span<const TokenId> token_ids(array.data(), static_cast<size_t>(array.size()));
+  const SequenceUpdates updates{
+      &self.cast<Scheduler&>().update(step, token_ids, to_logprobs(logprobs))};
+  // The updates point into the array, and their vector lives as long as the scheduler.
+  static PyObject* const name = PyUnicode_InternFromString("_sampled_token_ids");
+  if (PyObject_SetAttr(self.ptr(), name, array.ptr()) != 0) throw py::error_already_set();
   return updates;
 }
 
@@ -254,7 +269,7 @@ std::vector<KvEvent> take_kv_events(Scheduler& self) {
 
 void bind_scheduler_class(py::module_& m) {
   using S = Scheduler;
-  py::class_<S>(m, "Scheduler")
+  py::class_<S>(m, "Scheduler", py::dynamic_attr())  // see update()
       .def(py::init<const SchedulerConfig&>(), py::arg("config"))
       .def("add_request", &add_request, py::arg("prompt_token_ids"), py::arg("params"),
            py::arg("seed") = 0, py::arg("priority") = 0, py::arg("cache_salt") = "")

@@ -7,8 +7,8 @@
 
 namespace fastpage {
 
-// Sets each keyword's attribute through the class's own setters; an unknown one is a TypeError that
-// names it.
+// Sets each keyword's attribute through the class's own setters; an unknown one, and a value of the
+// wrong type, is a TypeError of one line that names it.
 template <typename T>
 T from_kwargs(const char* class_name, const pybind11::kwargs& kwargs) {
   namespace py = pybind11;
@@ -19,7 +19,13 @@ T from_kwargs(const char* class_name, const pybind11::kwargs& kwargs) {
       throw py::type_error(std::string(class_name) + " has no field '" +
                            py::cast<std::string>(key) + "'");
     }
-    py::setattr(self, key, field);
+    try {
+      py::setattr(self, key, field);
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError) && !error.matches(PyExc_AttributeError)) throw;
+      throw py::type_error(std::string(class_name) + ": " + py::cast<std::string>(key) +
+                           " cannot be " + std::string(py::repr(field)));
+    }
   }
   return value;
 }

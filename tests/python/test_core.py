@@ -241,6 +241,33 @@ def test_updates_keep_what_they_point_to():
         assert news.new_token_ids.tolist() == [41]
 
 
+def test_old_updates_show_the_latest_and_never_freed_memory():
+    scheduler = _C.Scheduler(scheduler_config())
+    batch = _C.InputBatch()
+    for i in range(6):
+        scheduler.add_request([1, 2, i], params())
+    _, old = run_step(scheduler, batch, [50] * 6)
+    for token in (60, 61):
+        run_step(scheduler, batch, [token] * 6)  # the answer is dropped
+        gc.collect()
+        others = [np.full(6, 77, np.int32) for _ in range(100)]  # they take what was freed
+        assert old.new_token_ids.tolist() == [token] * 6
+        del others
+
+
+@pytest.mark.parametrize("sampled", [None, "a", [1.5], [[1]], np.array([[1]], np.int32), [None]])
+def test_sampled_tokens_that_are_none(sampled):
+    scheduler = _C.Scheduler(scheduler_config())
+    scheduler.add_request([1, 2, 3], params())
+    step = scheduler.schedule()
+    with pytest.raises(TypeError, match="sampled_token_ids"):
+        scheduler.update(step, sampled)
+    for logprobs in (5, [None]):
+        with pytest.raises(TypeError, match=r"^logprobs must be a sequence of TokenLogprobs$"):
+            scheduler.update(step, [1], logprobs)
+    assert scheduler.update(step, [1]).new_token_ids.tolist() == [1]  # the step is still there
+
+
 def test_a_loop_of_steps_keeps_nothing():
     """Python's share of it: pybind11 remembers who keeps whom alive, call by call."""
     scheduler = _C.Scheduler(scheduler_config(max_steps_in_flight=2, max_model_len=4096))
@@ -334,6 +361,10 @@ def test_arrays_are_read_only_and_keep_their_owner_alive():
 def test_config_names_what_is_wrong():
     with pytest.raises(TypeError, match="SchedulerConfig has no field 'num_block'"):
         _C.SchedulerConfig(num_block=3)
+    with pytest.raises(TypeError, match=r"^SchedulerConfig: num_host_blocks cannot be 1\.5$"):
+        _C.SchedulerConfig(num_host_blocks=1.5)
+    with pytest.raises(TypeError, match=r"^EngineConfig: async_scheduling cannot be 'yes'$"):
+        _C.EngineConfig(async_scheduling="yes")
     with pytest.raises(ValueError, match="policy is 'lifo': must be 'fcfs' or 'priority'"):
         _C.SchedulerConfig(policy="lifo")
     with pytest.raises(_C.InvalidArgument, match="num_blocks is 0"):

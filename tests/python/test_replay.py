@@ -83,7 +83,7 @@ def test_what_is_no_log_is_refused_in_one_line(
 ) -> None:
     other = tmp_path / "notes.txt"
     other.write_text("nothing of the kind")
-    for path in (other, tmp_path / "missing"):
+    for path in (other, tmp_path / "missing", tmp_path):
         assert replay.main([str(path)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(_C.InvalidArgument, match="cannot write"):
