@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fastpage.errors import InvalidArgument
 from fastpage.outputs import CompletionOutput, RequestOutput
 from fastpage.sampling_params import SamplingParams
 from fastpage.tokenizer import Tokenizer
@@ -39,6 +40,10 @@ class BeamSearchParams:
     stop_token_ids: list[int] | None = None
 
     def __post_init__(self) -> None:
+        # As n, too, it is to be named by its own name.
+        width = self.beam_width
+        if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= 64:
+            raise InvalidArgument(f"beam_width must be a whole number from 1 to 64, got {width!r}")
         self.to_sampling_params()
 
     def to_sampling_params(self) -> SamplingParams:

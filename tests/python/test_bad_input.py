@@ -323,6 +323,11 @@ def test_chat_client_errors(arguments: list[str | bytes], code: int, words: str)
         ({"num_speculative_tokens": -1}, InvalidArgument, "num_speculative_tokens=-1"),
         ({"prompt_lookup_min": 5}, InvalidArgument, "prompt_lookup_min=5 is more than"),
         ({"max_num_partial_prefills": 1.5}, InvalidArgument, "max_num_partial_prefills=1.5"),
+        ({"host_cache_memory": float("nan")}, InvalidArgument, "host_cache_memory=nan"),
+        ({"host_cache_memory": True}, InvalidArgument, "host_cache_memory=True"),
+        ({"async_scheduling": "no"}, InvalidArgument, "async_scheduling='no' is not True or"),
+        ({"enable_prefix_caching": 0}, InvalidArgument, "enable_prefix_caching=0"),
+        ({"record_scheduler": 5}, InvalidArgument, "record_scheduler=5"),
     ],
 )
 def test_llm_options(
@@ -330,6 +335,15 @@ def test_llm_options(
 ) -> None:
     with pytest.raises(kind, match=words):
         LLM(str(smollm2_gguf), **options)
+
+
+def test_what_the_core_refuses_is_known_before_the_weights_are_loaded(
+    smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastpage.engine.loading._load_runner", lambda *_: pytest.fail("too late"))
+    for options in ({"num_speculative_tokens": 5000}, {"max_num_batched_tokens": 1 << 30}):
+        with pytest.raises(InvalidArgument, match=next(iter(options))):
+            LLM(str(smollm2_gguf), **options)
 
 
 def test_llm_with_an_unsupported_model(tmp_path: Path) -> None:

@@ -188,6 +188,13 @@ class EngineArgs:
                 raise InvalidArgument(
                     f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
                 )
+        for name in ("enable_prefix_caching", "async_scheduling"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgument(f"{name}={getattr(self, name)!r} is not True or False")
+        for name in ("revision", "served_model_name", "record_scheduler"):
+            value = getattr(self, name)
+            if value is not None and (not value or not isinstance(value, str)):
+                raise InvalidArgument(f"{name}={value!r} is not a text: leave it out, or give one")
         for name, least in (
             ("max_model_len", 1),
             ("num_kv_blocks", 1),

@@ -26,8 +26,8 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DEFAULT_CACHE_SHARE = 0.4
 # ... and at most this much.
 _DEFAULT_CACHE_LIMIT = 4 << 30
-# Block ids are int32.
-_MOST_BLOCKS = 2**31 - 1
+# Of the KV cache: a slot, block * block_size + offset, is an int32.
+_MOST_SLOTS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,13 @@ def load_model(args: EngineArgs, progress: Callable[[int, int], None] | None = N
         tokenizer = _open_tokenizer(args, checkpoint)
     pool = _C.ThreadPool(args.threads)
     info = _decide(args, checkpoint, model, tokenizer, pool.num_threads)
+    config = _engine_config(args, info)
+    config.scheduler.validate()  # before minutes are spent on the weights
     with phase("weights"):
         runner, weight_bytes = _load_runner(args, info, checkpoint, model, pool, progress)
     info = replace(info, weight_bytes=weight_bytes)
     with phase("engine"):
-        engine = _C.Engine(_engine_config(args, info), runner)
+        engine = _C.Engine(config, runner)
         if args.record_scheduler is not None:
             engine.record(args.record_scheduler)
     return LoadedModel(engine, runner, tokenizer, info, checkpoint.generation_config, phase.seconds)
@@ -190,7 +192,7 @@ def _num_host_kv_blocks(args: EngineArgs, block_bytes: int) -> int:
             f"host_cache_memory={args.host_cache_memory} is too little for one KV block: that "
             f"takes {block_bytes} bytes"
         )
-    return min(size // block_bytes, _MOST_BLOCKS)
+    return min(size // block_bytes, _MOST_SLOTS // args.block_size)
 
 
 def _num_kv_blocks(args: EngineArgs, max_model_len: int, block_bytes: int, taken: int) -> int:
@@ -200,7 +202,7 @@ def _num_kv_blocks(args: EngineArgs, max_model_len: int, block_bytes: int, taken
         blocks, given = args.num_kv_blocks, f"num_kv_blocks={args.num_kv_blocks}"
     elif args.kv_cache_memory is not None:
         size = parse_bytes(args.kv_cache_memory, "kv_cache_memory")
-        blocks = min(size // block_bytes, _MOST_BLOCKS)
+        blocks = min(size // block_bytes, _MOST_SLOTS // args.block_size)
         given = f"kv_cache_memory={args.kv_cache_memory}"
     else:
         free = max(0, available_bytes() - taken)

@@ -15,10 +15,11 @@ _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 def parse_bytes(value: int | str, name: str) -> int:
     """`value` in bytes: an int, or text such as "2GiB", "1.5g", "800 MB"."""
     size: float
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         size = value
     else:
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([kmgt]i?)?b?\s*", value.lower())
+        pattern = r"\s*([0-9]+(?:\.[0-9]*)?)\s*([kmgt]i?)?b?\s*"
+        match = re.fullmatch(pattern, value.lower()) if isinstance(value, str) else None
         if not match:
             raise InvalidArgument(f"{name}={value!r} is not an amount of memory such as 2GiB")
         unit = match[2] or ""
