@@ -300,7 +300,7 @@ TEST(Replay, EveryFeatureTakesPart) {
 
 TEST(Replay, ATokenThatWasTamperedWithIsFound) {
   Driver driver(everything_on(), 5);
-  driver.run(300);
+  driver.run(600);
   size_t num_found = 0;
   for (const auto& [begin, step_id] : driver.updates) {
     std::string log = driver.log.str();
