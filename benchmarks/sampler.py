@@ -1,6 +1,6 @@
-"""What it costs to choose a token: microseconds a row, by sampling parameters; and for samples of
-one prompt, which share a row of logits.
+"""What it costs to choose a token: microseconds a row, by sampling parameters.
 
+Also for samples of one prompt, which share a row of logits.
 Rows of logits like a language model's (a few hundred likely tokens over a wide floor) and flat ones
 (thousands of tokens that matter). Logits are put back before each step and lie where a model leaves
 them, in the last-level cache or in memory. Compare with the time that reading them takes.
