@@ -419,6 +419,9 @@ def test_preemptions_are_logged_a_line_for_all_of_several_seconds(
     assert "3 preempted (1 by swapping to the host cache, 2 to be computed again)" in first
     assert "3 of 64 blocks are free" in first
     assert "host_cache_memory" in first
+    # More urgent requests and beams push others out, too, with any number of blocks free.
+    assert "KV cache was full" not in first
+    assert "max_num_seqs" in first
     assert "7 preempted (0 by swapping" in second
     assert "host_cache_memory" not in second
 
