@@ -68,7 +68,8 @@ struct KvCache {
 };
 
 Array linear(ThreadPool& pool, py::object x_arg, const ops::PackedWeight& weight,
-             const OptionalArg& bias_arg, const std::optional<Array>& out) {
+             const OptionalArg& bias_arg, const std::optional<Array>& out,
+             const std::string& activations) {
   const ImportedTensor x(x_arg, "x");
   std::unique_ptr<ImportedTensor> bias;
   if (bias_arg) bias = std::make_unique<ImportedTensor>(*bias_arg, "bias");
@@ -76,8 +77,9 @@ Array linear(ThreadPool& pool, py::object x_arg, const ops::PackedWeight& weight
   const float* b = bias ? bias->vector(weight.out_features()) : nullptr;
   Array y = result_array(out, xm.rows, weight.out_features());
   const Matrix<float> ym = matrix(y);
+  const ops::Activations kind = ops::activations_from_name(activations);
   py::gil_scoped_release release;
-  ops::linear(pool, xm, weight, b, ym);
+  ops::linear(pool, xm, weight, b, ym, kind);
   return y;
 }
 
@@ -293,19 +295,28 @@ void bind_ops(py::module_& m) {
   o.def("cpu_isa", &ops::cpu_isa);
 
   py::class_<ops::PackedWeight>(o, "PackedWeight")
-      .def(py::init([](py::object weight, const std::string& dtype, ThreadPool& pool,
+      .def(py::init([](py::object weight, const std::string& format, ThreadPool& pool,
                        const std::optional<std::string>& source_dtype) {
              const ImportedTensor tensor(weight, "weight", source_dtype);
-             const DType stored = dtype_from_name(dtype);
+             const WeightFormat stored = weight_format_from_name(format);
              py::gil_scoped_release release;
              return ops::PackedWeight::pack(tensor.view(), stored, pool);
            }),
-           py::arg("weight"), py::arg("dtype"), py::arg("pool"),
+           py::arg("weight"), py::arg("format"), py::arg("pool"),
            py::arg("source_dtype") = py::none())
+      .def_static(
+          "from_blocks",
+          [](py::object blocks, const std::string& format, ThreadPool& pool) {
+            const ImportedTensor tensor(blocks, "blocks");
+            py::gil_scoped_release release;
+            return ops::PackedWeight::pack_blocks(tensor.view(), weight_format_from_name(format),
+                                                  pool);
+          },
+          py::arg("blocks"), py::arg("format"), py::arg("pool"))
       .def_property_readonly("in_features", &ops::PackedWeight::in_features)
       .def_property_readonly("out_features", &ops::PackedWeight::out_features)
-      .def_property_readonly("dtype",
-                             [](const ops::PackedWeight& w) { return dtype_name(w.dtype()); })
+      .def_property_readonly(
+          "format", [](const ops::PackedWeight& w) { return weight_format_name(w.format()); })
       .def_property_readonly("nbytes", &ops::PackedWeight::bytes);
 
   py::class_<KvCache>(o, "KvCache")
@@ -316,7 +327,8 @@ void bind_ops(py::module_& m) {
       .def_readonly("v", &KvCache::v);
 
   o.def("linear", &linear, py::arg("pool"), py::arg("x"), py::arg("weight"),
-        py::arg("bias") = py::none(), py::arg("out").noconvert() = py::none());
+        py::arg("bias") = py::none(), py::arg("out").noconvert() = py::none(),
+        py::arg("activations") = "int8");
   o.def("embed", &embed, py::arg("pool"), py::arg("ids"), py::arg("table"));
   o.def("rms_norm", &rms_norm, py::arg("pool"), py::arg("x"), py::arg("weight"), py::arg("eps"),
         py::arg("group") = 0);

@@ -139,11 +139,14 @@ void apply_transfers(CpuExecutor& executor, py::handle swap_outs, py::handle blo
 void bind_executor(py::module_& m) {
   py::class_<CpuExecutor, std::shared_ptr<CpuExecutor>>(m, "CpuExecutor")
       .def(py::init([](const Program& program, int32_t num_kv_blocks, int32_t num_host_kv_blocks,
-                       const std::string& weight_dtype, const std::string& kv_cache_dtype,
+                       const std::string& weight_dtype, const std::string& quantization,
+                       const std::string& activations, const std::string& kv_cache_dtype,
                        int32_t block_size, int32_t max_num_tokens, int32_t max_num_logits,
                        std::shared_ptr<ThreadPool> pool) {
              ExecutorConfig config;
              config.weight_dtype = dtype_from_name(weight_dtype);
+             config.quantization = quantization_from_name(quantization);
+             config.activations = ops::activations_from_name(activations);
              config.kv_cache_dtype = dtype_from_name(kv_cache_dtype);
              config.num_kv_blocks = num_kv_blocks;
              config.num_host_kv_blocks = num_host_kv_blocks;
@@ -153,8 +156,9 @@ void bind_executor(py::module_& m) {
              return std::make_shared<CpuExecutor>(program, config, std::move(pool));
            }),
            "program"_a, py::kw_only(), "num_kv_blocks"_a, "num_host_kv_blocks"_a = 0,
-           "weight_dtype"_a = "bfloat16", "kv_cache_dtype"_a = "bfloat16", "block_size"_a = 16,
-           "max_num_tokens"_a = 2048, "max_num_logits"_a = 256, "pool"_a = nullptr)
+           "weight_dtype"_a = "bfloat16", "quantization"_a = "none", "activations"_a = "int8",
+           "kv_cache_dtype"_a = "bfloat16", "block_size"_a = 16, "max_num_tokens"_a = 2048,
+           "max_num_logits"_a = 256, "pool"_a = nullptr)
       .def(
           "load_weight",
           [](CpuExecutor& executor, const std::string& name, py::object weight,
@@ -164,6 +168,15 @@ void bind_executor(py::module_& m) {
             executor.load_weight(name, tensor.view());
           },
           "name"_a, "weight"_a, "source_dtype"_a = std::nullopt)
+      .def(
+          "load_weight_blocks",
+          [](CpuExecutor& executor, const std::string& name, py::object blocks,
+             const std::string& format) {
+            const ImportedTensor tensor(blocks, "blocks");
+            py::gil_scoped_release release;
+            executor.load_weight_blocks(name, tensor.view(), weight_format_from_name(format));
+          },
+          "name"_a, "blocks"_a, "format"_a)
       .def("finish_loading", &CpuExecutor::finish_loading, py::call_guard<py::gil_scoped_release>())
       .def("apply_transfers", &apply_transfers, "swap_outs"_a, "block_copies"_a, "swap_ins"_a)
       .def("forward", &forward, "batch"_a)

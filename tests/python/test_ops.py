@@ -71,7 +71,7 @@ def test_linear(pools, shape, dtype):
     results = []
     for pool in pools:
         packed = ops.PackedWeight(w, dtype, pool)
-        assert (packed.in_features, packed.out_features, packed.dtype) == (n_in, n_out, dtype)
+        assert (packed.in_features, packed.out_features, packed.format) == (n_in, n_out, dtype)
         assert packed.nbytes >= w.size * (4 if dtype == "float32" else 2)
         got = ops.linear(pool, x, packed)
         assert_close(got, want, scale)
@@ -450,7 +450,14 @@ def test_errors_name_the_argument(pool):
         (lambda: ops.linear(pool, x, w, np.zeros(3, np.float32)), ["bias", "4"]),
         (lambda: ops.linear(pool, x, w, out=np.zeros((2, 5), np.float32)), ["out", "2 x 4"]),
         (lambda: ops.PackedWeight(x.astype(np.uint16), "bfloat16", pool), ["weight", "uint16"]),
-        (lambda: ops.PackedWeight(x, "int8", pool), ["int8"]),
+        (lambda: ops.PackedWeight(x, "int32", pool), ["int32"]),
+        (lambda: ops.PackedWeight(x, "q8_0", pool), ["q8_0", "int8 or q4_1"]),
+        (lambda: ops.PackedWeight(x + np.inf, "int8", pool), ["NaN or infinity"]),
+        (lambda: ops.PackedWeight(x * np.nan, "q4_1", pool), ["NaN or infinity"]),
+        (lambda: ops.PackedWeight.from_blocks(x, "q8_0", pool), ["float32", "uint8"]),
+        (lambda: ops.PackedWeight.from_blocks(x.astype(np.uint8), "q4_1", pool), ["8", "20"]),
+        (lambda: ops.PackedWeight.from_blocks(x.astype(np.uint8), "int8", pool), ["int8", "q8_0"]),
+        (lambda: ops.linear(pool, x, w, activations="int4"), ["int4", "int8 or float32"]),
         (lambda: ops.PackedWeight(x, "float8", pool), ["float8"]),
         (lambda: ops.embed(pool, np.array([4]), w), ["ids", "4"]),
         (lambda: ops.embed(pool, np.array([2**40]), w), ["ids", "32 bits"]),
@@ -557,20 +564,24 @@ def test_torch_tensors(pool):
 # ---------------------------------------------------------------- instruction sets
 
 
+# What runs once more for each instruction set.
+FILES = [__file__, __file__.replace("test_ops", "test_quantized_ops")]
+ISAS = ["portable", "avx2", "avx512", "avx512_vnni"]  # each above those before it
+
+
 def test_cpu_isa():
     wanted = os.environ.get("FASTPAGE_CPU_ISA", "")
-    assert ops.cpu_isa() == wanted if wanted else ops.cpu_isa() in ("portable", "avx2", "avx512")
+    assert ops.cpu_isa() == wanted if wanted else ops.cpu_isa() in ISAS
 
 
 @pytest.mark.skipif("FASTPAGE_CPU_ISA" in os.environ, reason="this is such a run")
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("isa", ISAS[:-1])
 def test_other_instruction_sets(isa):
     env = {**os.environ, "FASTPAGE_CPU_ISA": isa}
-    lower = {"portable": [], "avx2": ["portable"], "avx512": ["portable", "avx2"]}
-    if isa not in lower[ops.cpu_isa()]:
+    if ISAS.index(isa) >= ISAS.index(ops.cpu_isa()):
         pytest.skip(f"{isa} is not below {ops.cpu_isa()}")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *FILES],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:]

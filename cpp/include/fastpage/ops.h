@@ -15,8 +15,8 @@
 
 namespace fastpage::ops {
 
-// Instruction set in use: "avx512", "avx2" or "portable". FASTPAGE_CPU_ISA in the environment, read
-// once, lowers it (for tests).
+// Instruction set in use: "avx512_vnni", "avx512", "avx2" or "portable". FASTPAGE_CPU_ISA in the
+// environment, read once, lowers it (for tests).
 const char* cpu_isa();
 
 // A weight matrix [out_features][in_features] repacked for `linear`: panels of out_features, in the
@@ -28,13 +28,19 @@ class PackedWeight {
   PackedWeight(PackedWeight&&) noexcept;
   PackedWeight& operator=(PackedWeight&&) noexcept;
 
-  // weight: [out][in], fp32, bf16 or fp16, row-major, any row stride. dtype: what is stored, fp32,
-  // bf16 or fp16 (rounded to nearest even).
-  static PackedWeight pack(const TensorView& weight, DType dtype, ThreadPool& pool);
+  // weight: [out][in], fp32, bf16 or fp16, row-major, any row stride. What is stored: floats are
+  // rounded to nearest even; int8: the largest magnitude of an out_feature becomes 127; q4_1: the
+  // line of least squares through the values of each group (the best of nine). Throws
+  // InvalidArgument for q4_0 and q8_0, and for a weight to be quantized that is not finite.
+  static PackedWeight pack(const TensorView& weight, WeightFormat format, ThreadPool& pool);
+
+  // Blocks of GGUF, as they are: [out][in / 32] blocks of `format` (q8_0, q4_0, q4_1), as uint8
+  // [out][bytes of a row], row-major, any row stride.
+  static PackedWeight pack_blocks(const TensorView& blocks, WeightFormat format, ThreadPool& pool);
 
   int64_t in_features() const;
   int64_t out_features() const;
-  DType dtype() const;
+  WeightFormat format() const;
   size_t bytes() const;  // of packed storage
 
   struct Impl;
@@ -44,9 +50,21 @@ class PackedWeight {
   std::unique_ptr<Impl> impl_;
 };
 
+// What activations are turned into before they meet quantized weights.
+enum class Activations : uint8_t {
+  kInt8,    // in groups of 32 along a row, the largest magnitude of each becoming 127; sums of
+            // products are integers within a group, and fp32 over the groups, in order
+  kFloat32  // nothing: the weights are widened
+};
+
+Activations activations_from_name(const std::string& name);  // "int8", "float32"
+
 // y = x w^T (+ bias). x: [rows][in], y: [rows][out], bias: [out] or null. y must not overlap x.
+// `activations` says nothing where the weights are floats. Against exact sums over the weights as
+// they are stored, int8 activations are off by at most half a quantum: by the sum over the groups
+// of (largest |x| / 254) * (sum of |w|), and by fp32 rounding.
 void linear(ThreadPool& pool, Matrix<const float> x, const PackedWeight& w, const float* bias,
-            Matrix<float> y);
+            Matrix<float> y, Activations activations = Activations::kInt8);
 
 // y[i] = table[ids[i]]. table: [vocab][hidden], fp32, bf16 or fp16. Ids out of range are a caller's
 // bug and are clamped, never read out of bounds.

@@ -53,12 +53,9 @@ void embed(ThreadPool& pool, Span<const TokenId> ids, const PackedWeight& table,
   const int64_t rows = static_cast<int64_t>(ids.size());
   if (w.out_features == 0) throw InvalidArgument("embed: the table is empty");
   check_shape("embed", "y", y.rows, y.cols, rows, w.in_features);
-  const int width = kernels().panel_width;
   for_rows(pool, rows, y.cols, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t id = clamp_index(ids[i], w.out_features);
-      kernels().unpack_row(w.type, w.panel(id / width), static_cast<int>(id % width), w.in_features,
-                           y.row(i));
+      w.unpack_row(clamp_index(ids[i], w.out_features), y.row(i));
     }
   });
 }

@@ -63,7 +63,7 @@ struct CpuExecutor::Impl {
       : program(validated(std::move(p))),
         config(c),
         pool(threads != nullptr ? std::move(threads) : std::make_shared<ThreadPool>()),
-        weights(program, c.weight_dtype) {
+        weights(program, c.weight_dtype, c.quantization) {
     check_config(config);
   }
 
@@ -150,6 +150,18 @@ void CpuExecutor::Impl::run(const std::vector<Step>& steps, const Frame& frame) 
   }
 }
 
+const char* quantization_name(Quantization quantization) {
+  constexpr const char* kNames[] = {"none", "int8", "int4"};
+  return kNames[static_cast<int>(quantization)];
+}
+
+Quantization quantization_from_name(const std::string& name) {
+  for (const Quantization q : {Quantization::kNone, Quantization::kInt8, Quantization::kInt4}) {
+    if (name == quantization_name(q)) return q;
+  }
+  throw InvalidArgument("unknown quantization '" + name + "': one of none, int8, int4");
+}
+
 CpuExecutor::CpuExecutor(Program program, const ExecutorConfig& config,
                          std::shared_ptr<ThreadPool> pool)
     : impl_(std::make_unique<Impl>(std::move(program), config, std::move(pool))) {}
@@ -163,13 +175,22 @@ void CpuExecutor::load_weight(const std::string& name, const TensorView& weight)
   impl_->weights.load(name, weight, *impl_->pool);
 }
 
+void CpuExecutor::load_weight_blocks(const std::string& name, const TensorView& blocks,
+                                     WeightFormat format) {
+  if (impl_->is_ready) {
+    throw InvalidArgument("weight '" + name + "' comes after finish_loading");
+  }
+  impl_->weights.load_blocks(name, blocks, format, *impl_->pool);
+}
+
 void CpuExecutor::finish_loading() {
   if (impl_->is_ready) throw InvalidArgument("finish_loading is called twice");
   impl_->weights.check_complete();
   impl_->allocate_caches();
   const WorkspacePlan plan = plan_workspace(impl_->program);
   const std::vector<float*> regions = impl_->allocate_workspace(plan);
-  impl_->compiled = compile(impl_->program, plan, regions, impl_->weights, impl_->caches);
+  impl_->compiled = compile(impl_->program, plan, regions, impl_->weights, impl_->caches,
+                            impl_->config.activations);
   impl_->is_ready = true;
 }
 

@@ -9,8 +9,14 @@ namespace {
 class Compiler {
  public:
   Compiler(const Program& program, const WorkspacePlan& plan, const std::vector<float*>& regions,
-           const WeightStore& weights, const std::vector<ops::KvCacheView>& caches)
-      : program_(program), plan_(plan), regions_(regions), weights_(weights), caches_(caches) {}
+           const WeightStore& weights, const std::vector<ops::KvCacheView>& caches,
+           ops::Activations activations)
+      : program_(program),
+        plan_(plan),
+        regions_(regions),
+        weights_(weights),
+        caches_(caches),
+        activations_(activations) {}
 
   Step compile(const Op& op) const {
     switch (op.kind) {
@@ -22,7 +28,7 @@ class Compiler {
                         op.attr_int("group", op.inputs[0].cols), slab(op.outputs[0])};
       case OpKind::kLinear:
         return LinearStep{slab(op.inputs[0]), &weights_.packed(op.inputs[1].buffer),
-                          op.inputs.size() == 3 ? vector(op.inputs[2]) : nullptr,
+                          op.inputs.size() == 3 ? vector(op.inputs[2]) : nullptr, activations_,
                           slab(op.outputs[0])};
       case OpKind::kRotary:
         return RotaryStep{slab(op.inputs[0]), weights_.table(op.inputs[1].buffer),
@@ -69,6 +75,7 @@ class Compiler {
   const std::vector<float*>& regions_;
   const WeightStore& weights_;
   const std::vector<ops::KvCacheView>& caches_;
+  ops::Activations activations_;
 };
 
 bool is_logits_op(const Program& program, const Op& op) {
@@ -79,8 +86,8 @@ bool is_logits_op(const Program& program, const Op& op) {
 
 CompiledProgram compile(const Program& program, const WorkspacePlan& plan,
                         const std::vector<float*>& regions, const WeightStore& weights,
-                        const std::vector<ops::KvCacheView>& caches) {
-  const Compiler compiler(program, plan, regions, weights, caches);
+                        const std::vector<ops::KvCacheView>& caches, ops::Activations activations) {
+  const Compiler compiler(program, plan, regions, weights, caches, activations);
   CompiledProgram compiled;
   for (const Op& op : program.ops()) {
     auto& steps = is_logits_op(program, op) ? compiled.logits_steps : compiled.token_steps;

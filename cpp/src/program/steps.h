@@ -61,9 +61,10 @@ struct LinearStep {
   Slab x;
   const ops::PackedWeight* weight;
   const float* bias;
+  ops::Activations activations;
   Slab y;
   void run(const Frame& frame) const {
-    ops::linear(frame.pool, x.at(frame), *weight, bias, y.at(frame));
+    ops::linear(frame.pool, x.at(frame), *weight, bias, y.at(frame), activations);
   }
 };
 
@@ -138,6 +139,6 @@ struct CompiledProgram {
 // `regions`: the base address of each region of `plan`.
 CompiledProgram compile(const Program& program, const WorkspacePlan& plan,
                         const std::vector<float*>& regions, const WeightStore& weights,
-                        const std::vector<ops::KvCacheView>& caches);
+                        const std::vector<ops::KvCacheView>& caches, ops::Activations activations);
 
 }  // namespace fastpage

@@ -506,12 +506,17 @@ class CpuExecutor:
         num_kv_blocks: int,
         num_host_kv_blocks: int = 0,
         weight_dtype: str = "bfloat16",
+        quantization: str = "none",
+        activations: str = "int8",
         kv_cache_dtype: str = "bfloat16",
         block_size: int = 16,
         max_num_tokens: int = 2048,
         max_num_logits: int = 256,
         pool: ThreadPool | None = None,
     ) -> None: ...
+    def load_weight_blocks(self, name: str, blocks: DLPackTensor, format: str) -> None:
+        """The blocks of a GGUF tensor as they are: uint8 [rows, bytes]; q8_0, q4_0 or q4_1."""
+
     def load_weight(self, name: str, weight: DLPackTensor, source_dtype: str | None = None) -> None:
         """source_dtype="bfloat16": `weight` is a uint16 array that holds bfloat16 bits."""
     def finish_loading(self) -> None: ...
