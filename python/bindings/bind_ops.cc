@@ -53,15 +53,20 @@ struct KvCache {
     view.block_size = block_size;
     view.head_dim = head_dim;
     if (view.dtype != DType::kFloat32 && view.dtype != DType::kBFloat16 &&
-        view.dtype != DType::kFloat16) {
+        view.dtype != DType::kFloat16 && view.dtype != DType::kInt8) {
       throw InvalidArgument("KvCache: dtype " + dtype +
-                            " cannot hold keys and values: float32, bfloat16 or float16");
+                            " cannot hold keys and values: float32, bfloat16, float16 or int8");
     }
     const py::object zeros = py::module_::import("numpy").attr("zeros");
-    const char* type = view.dtype == DType::kFloat32 ? "float32" : "uint16";
     const int32_t granules = block_size / 16;
-    k = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, head_dim, 16), type);
-    v = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, 16, head_dim), type);
+    if (view.dtype == DType::kInt8) {
+      k = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, view.granule_bytes()), "uint8");
+      v = zeros(k.attr("shape"), "uint8");
+    } else {
+      const char* type = view.dtype == DType::kFloat32 ? "float32" : "uint16";
+      k = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, head_dim, 16), type);
+      v = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, 16, head_dim), type);
+    }
     view.k = k.mutable_data();
     view.v = v.mutable_data();
   }
@@ -236,7 +241,8 @@ void check_batch(const std::vector<int32_t>& query_start_loc, const std::vector<
 Array paged_attention(ThreadPool& pool, py::object q_arg, const KvCache& cache,
                       py::object query_start_loc_arg, py::object seq_lens_arg,
                       py::object block_tables_arg, int32_t num_heads, float scale,
-                      int32_t sliding_window, float soft_cap, const std::optional<Array>& out_arg) {
+                      int32_t sliding_window, float soft_cap, const OptionalArg& slopes_arg,
+                      const std::optional<Array>& out_arg) {
   const ImportedTensor q(q_arg, "q");
   const Matrix<const float> qm = q.matrix();
   const std::vector<int32_t> query_start_loc =
@@ -260,6 +266,11 @@ Array paged_attention(ThreadPool& pool, py::object q_arg, const KvCache& cache,
   params.scale = scale;
   params.sliding_window = sliding_window;
   params.soft_cap = soft_cap;
+  std::unique_ptr<ImportedTensor> slopes;
+  if (slopes_arg) {
+    slopes = std::make_unique<ImportedTensor>(*slopes_arg, "alibi_slopes");
+    params.alibi_slopes = slopes->vector(num_heads);
+  }
   Array out = result_array(out_arg, qm.rows, qm.cols);
   const Matrix<float> om = matrix(out);
   py::gil_scoped_release release;
@@ -342,7 +353,8 @@ void bind_ops(py::module_& m) {
   o.def("paged_attention", &paged_attention, py::arg("pool"), py::arg("q"), py::arg("cache"),
         py::arg("query_start_loc"), py::arg("seq_lens"), py::arg("block_tables"),
         py::arg("num_heads"), py::arg("scale"), py::arg("sliding_window") = 0,
-        py::arg("soft_cap") = 0.0f, py::arg("out").noconvert() = py::none());
+        py::arg("soft_cap") = 0.0f, py::arg("alibi_slopes") = py::none(),
+        py::arg("out").noconvert() = py::none());
   o.def("copy_blocks", &copy_blocks, py::arg("pool"), py::arg("cache"), py::arg("copies"));
   o.def("swap_blocks", &swap_blocks, py::arg("pool"), py::arg("device"), py::arg("host"),
         py::arg("swaps"), py::arg("direction"));

@@ -100,10 +100,14 @@ void add(ThreadPool& pool, Matrix<const float> a, Matrix<const float> b, Matrix<
 void gather_rows(ThreadPool& pool, Matrix<const float> x, Span<const int32_t> indices,
                  Matrix<float> y);
 
-// One layer's paged KV cache. fp32, bf16 or fp16; 16-token granularity inside a block, so that both
-// halves are GEMM panels:
+// One layer's paged KV cache. fp32, bf16, fp16 or int8; 16-token granularity inside a block, so
+// that both halves are GEMM panels:
 //   k: [num_blocks][num_kv_heads][block_size / 16][head_dim][16]
 //   v: [num_blocks][num_kv_heads][block_size / 16][16][head_dim]
+// bf16 keys go in pairs, [head_dim / 2][16][2] (and [16] for the last of an odd head_dim), so that
+// a shift and a mask widen one register to two. int8 is symmetric with a scale per token and head:
+// behind the 16 * head_dim integers of 16 tokens stand their 16 scales, fp32. So a token's bytes
+// depend on nothing but its own key or value, and copying a block copies its scales.
 // block_size is a multiple of 16. Memory that holds no token may hold anything.
 struct KvCacheView {
   void* k = nullptr;
@@ -114,9 +118,12 @@ struct KvCacheView {
   int32_t block_size = 0;
   int32_t head_dim = 0;
 
-  int64_t elements_per_block() const {  // of k, and of v
-    return static_cast<int64_t>(num_kv_heads) * block_size * head_dim;
+  // Of k, and of v: 16 tokens of one head, and a block.
+  int64_t granule_bytes() const {
+    const int64_t elements = int64_t{16} * head_dim * static_cast<int64_t>(dtype_size(dtype));
+    return elements + (dtype == DType::kInt8 ? 16 * static_cast<int64_t>(sizeof(float)) : 0);
   }
+  int64_t bytes_per_block() const { return num_kv_heads * (block_size / 16) * granule_bytes(); }
 };
 
 // Writes keys and values of new tokens. k, v: [rows][num_kv_heads * head_dim]; slot_mapping:
@@ -141,11 +148,14 @@ struct AttentionParams {
   int32_t sliding_window =
       0;                  // 0 = none; else the last `sliding_window` positions, oneself included
   float soft_cap = 0.0f;  // 0 = none; else cap * tanh(score / cap)
+  // [num_heads], or null: ALiBi (Press et al. 2022), slope * (position - own position) is added.
+  const float* alibi_slopes = nullptr;
 };
 
 // Causal PagedAttention (Kwon et al. 2023) with an online softmax over KV tiles at fixed absolute
-// positions. q, out: [num_tokens][num_heads * head_dim]; num_heads % num_kv_heads == 0; the new
-// tokens' keys and values are in the cache already. Token j of sequence i sits at position
+// positions. Sequences of few new tokens whose block tables begin alike read what they share once,
+// for all of them. q, out: [num_tokens][num_heads * head_dim]; num_heads % num_kv_heads == 0; the
+// new tokens' keys and values are in the cache already. Token j of sequence i sits at position
 // seq_lens[i] - new_tokens(i) + j.
 void paged_attention(ThreadPool& pool, Matrix<const float> q, const KvCacheView& cache,
                      const AttentionBatch& batch, const AttentionParams& params, Matrix<float> out);

@@ -96,4 +96,20 @@ cpu::ElementType element_type(DType dtype, const char* what) {
   }
 }
 
+cpu::CacheType cache_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return cpu::kCacheF32;
+    case DType::kBFloat16:
+      return cpu::kCacheBf16;
+    case DType::kFloat16:
+      return cpu::kCacheF16;
+    case DType::kInt8:
+      return cpu::kCacheI8;
+    default:
+      throw InvalidArgument(std::string("kv cache is ") + dtype_name(dtype) +
+                            ": float32, bfloat16, float16 or int8 is needed");
+  }
+}
+
 }  // namespace fastpage::ops

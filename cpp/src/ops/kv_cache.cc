@@ -10,25 +10,59 @@ namespace fastpage::ops {
 
 namespace {
 
-// One head's vector into its place among 16 positions: a column of k, a row of v.
+// Where one head's vectors of one token go: their 16 tokens' memory, and the place among them.
+struct Place {
+  char* k;
+  char* v;
+  int64_t position;
+};
+
+// A column of k, a row of v.
 template <typename T>
-void write_head(const T* k, const T* v, int64_t head_dim, int64_t position, T* granule_k,
-                T* granule_v) {
-  for (int64_t d = 0; d < head_dim; ++d) granule_k[d * cpu::kGranule + position] = k[d];
-  std::copy(v, v + head_dim, granule_v + position * head_dim);
+void write_head(const T* k, const T* v, int64_t head_dim, bool in_pairs, const Place& place) {
+  T* to = reinterpret_cast<T*>(place.k);
+  int64_t d = 0;
+  if (in_pairs) {
+    for (; d + 2 <= head_dim; d += 2) {
+      std::copy(k + d, k + d + 2, to + d * cpu::kGranule + 2 * place.position);
+    }
+  }
+  for (; d < head_dim; ++d) to[d * cpu::kGranule + place.position] = k[d];
+  std::copy(v, v + head_dim, reinterpret_cast<T*>(place.v) + place.position * head_dim);
 }
 
-template <typename T>
-void write_row(const T* k, const T* v, int64_t slot, const KvCacheView& cache) {
-  const int64_t head_dim = cache.head_dim;
+// As write_head, rounded to the cache's type. `narrow` has room for two such vectors.
+void round_head(const float* k, const float* v, const KvCacheView& cache, float* narrow,
+                const Place& place) {
+  const int64_t n = cache.head_dim;
+  if (cache.dtype == DType::kFloat32) return write_head(k, v, n, false, place);
+  if (cache.dtype == DType::kInt8) {
+    auto* k8 = reinterpret_cast<int8_t*>(narrow);
+    const int64_t scales = cpu::kGranule * n;
+    const float k_scale = kernels().quantize_i8(k, n, k8);
+    const float v_scale = kernels().quantize_i8(v, n, k8 + n);
+    reinterpret_cast<float*>(place.k + scales)[place.position] = k_scale;
+    reinterpret_cast<float*>(place.v + scales)[place.position] = v_scale;
+    return write_head(k8, k8 + n, n, false, place);
+  }
+  auto* k16 = reinterpret_cast<uint16_t*>(narrow);
+  const cpu::ElementType type = element_type(cache.dtype, "kv cache");
+  kernels().narrow(type, k, n, k16);
+  kernels().narrow(type, v, n, k16 + n);
+  write_head(k16, k16 + n, n, type == cpu::kBf16, place);
+}
+
+void write_row(const float* k, const float* v, int64_t slot, const KvCacheView& cache,
+               float* narrow) {
   const int64_t offset = slot % cache.block_size;
-  const int64_t head_elements = cache.block_size * head_dim;
-  const int64_t granule = slot / cache.block_size * cache.elements_per_block() +
-                          offset / cpu::kGranule * cpu::kGranule * head_dim;
-  for (int64_t h = 0; h < cache.num_kv_heads; ++h) {
-    const int64_t at = granule + h * head_elements;
-    write_head(k + h * head_dim, v + h * head_dim, head_dim, offset % cpu::kGranule,
-               static_cast<T*>(cache.k) + at, static_cast<T*>(cache.v) + at);
+  const int64_t granule_bytes = cache.granule_bytes();
+  const int64_t head_bytes = cache.block_size / cpu::kGranule * granule_bytes;
+  int64_t at =
+      slot / cache.block_size * cache.bytes_per_block() + offset / cpu::kGranule * granule_bytes;
+  for (int64_t h = 0; h < cache.num_kv_heads; ++h, at += head_bytes) {
+    const Place place{static_cast<char*>(cache.k) + at, static_cast<char*>(cache.v) + at,
+                      offset % cpu::kGranule};
+    round_head(k + h * cache.head_dim, v + h * cache.head_dim, cache, narrow, place);
   }
 }
 
@@ -48,7 +82,7 @@ template <typename CopyOf>
 void move_blocks(ThreadPool& pool, const KvCacheView& from, const KvCacheView& to, size_t n,
                  const CopyOf& copy_of) {
   if (n == 0) return;
-  const size_t bytes = static_cast<size_t>(from.elements_per_block()) * dtype_size(from.dtype);
+  const auto bytes = static_cast<size_t>(from.bytes_per_block());
   const int64_t grain = std::max<int64_t>(64, static_cast<int64_t>(4 * kSerialElements / n));
   pool.parallel_for(static_cast<int64_t>(bytes), grain, [&](int64_t begin, int64_t end, int) {
     const auto part = [&](void* half, BlockId block) {
@@ -68,7 +102,7 @@ void move_blocks(ThreadPool& pool, const KvCacheView& from, const KvCacheView& t
 
 void reshape_and_cache(ThreadPool& pool, Matrix<const float> k, Matrix<const float> v,
                        Span<const int32_t> slot_mapping, const KvCacheView& cache) {
-  const cpu::ElementType type = element_type(cache.dtype, "kv cache");
+  cache_type(cache.dtype);
   if (cache.block_size <= 0 || cache.block_size % cpu::kGranule != 0) {
     throw InvalidArgument("reshape_and_cache: blocks of " + std::to_string(cache.block_size) +
                           ": a multiple of 16 is needed");
@@ -91,17 +125,10 @@ void reshape_and_cache(ThreadPool& pool, Matrix<const float> k, Matrix<const flo
   const int64_t grain = k.rows * cols < kSerialElements / 4 ? std::max<int64_t>(1, k.rows) : 1;
   pool.parallel_for(k.rows, grain, [&](int64_t begin, int64_t end, int) {
     thread_local Scratch scratch;
-    auto* narrow_k = reinterpret_cast<uint16_t*>(scratch.floats(static_cast<size_t>(cols)));
-    uint16_t* narrow_v = narrow_k + cols;
+    float* narrow = scratch.floats(static_cast<size_t>(cache.head_dim));
     for (int64_t i = begin; i < end; ++i) {
       if (slot_mapping[i] < 0) continue;
-      if (type == cpu::kF32) {
-        write_row(k.row(i), v.row(i), slot_mapping[i], cache);
-        continue;
-      }
-      kernels().narrow(type, k.row(i), cols, narrow_k);
-      kernels().narrow(type, v.row(i), cols, narrow_v);
-      write_row<uint16_t>(narrow_k, narrow_v, slot_mapping[i], cache);
+      write_row(k.row(i), v.row(i), slot_mapping[i], cache, narrow);
     }
   });
 }

@@ -26,12 +26,16 @@ bool profiling_wanted() {
 }
 
 void check_config(const ExecutorConfig& config) {
-  for (const auto& [name, dtype] : {std::pair{"weight_dtype", config.weight_dtype},
-                                    std::pair{"kv_cache_dtype", config.kv_cache_dtype}}) {
-    if (dtype != DType::kFloat32 && dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
-      throw InvalidArgument(std::string(name) + " is " + dtype_name(dtype) +
-                            ": one of float32, bfloat16, float16");
-    }
+  const auto is_float = [](DType dtype) {
+    return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+  };
+  if (!is_float(config.weight_dtype)) {
+    throw InvalidArgument(std::string("weight_dtype is ") + dtype_name(config.weight_dtype) +
+                          ": one of float32, bfloat16, float16");
+  }
+  if (!is_float(config.kv_cache_dtype) && config.kv_cache_dtype != DType::kInt8) {
+    throw InvalidArgument(std::string("kv_cache_dtype is ") + dtype_name(config.kv_cache_dtype) +
+                          ": one of float32, bfloat16, float16, int8");
   }
   if (config.block_size <= 0 || config.block_size % 16 != 0) {
     throw InvalidArgument("block_size is " + std::to_string(config.block_size) +
@@ -49,6 +53,16 @@ void check_config(const ExecutorConfig& config) {
     throw InvalidArgument("num_host_kv_blocks is " + std::to_string(config.num_host_kv_blocks) +
                           ": give a positive number, or 0 for no host cache");
   }
+}
+
+// Of one layer, without its memory.
+ops::KvCacheView cache_layout(const KvCacheSpec& spec, DType dtype, int32_t block_size) {
+  ops::KvCacheView view;
+  view.dtype = dtype;
+  view.num_kv_heads = spec.num_kv_heads;
+  view.block_size = block_size;
+  view.head_dim = spec.head_dim;
+  return view;
 }
 
 Program validated(Program program) {
@@ -88,12 +102,8 @@ struct CpuExecutor::Impl {
 
 void CpuExecutor::Impl::allocate_caches() {
   const KvCacheSpec spec = program.kv_cache_spec();
-  ops::KvCacheView view;
-  view.dtype = config.kv_cache_dtype;
-  view.num_kv_heads = spec.num_kv_heads;
-  view.block_size = config.block_size;
-  view.head_dim = spec.head_dim;
-  const size_t block = static_cast<size_t>(view.elements_per_block()) * dtype_size(view.dtype);
+  ops::KvCacheView view = cache_layout(spec, config.kv_cache_dtype, config.block_size);
+  const auto block = static_cast<size_t>(view.bytes_per_block());
   const auto allocate = [&](int32_t num_blocks, const char* what, size_t promised,
                             std::vector<ops::KvCacheView>* layers) {
     view.num_blocks = num_blocks;
@@ -249,8 +259,8 @@ size_t CpuExecutor::kv_host_cache_bytes() const { return impl_->host_cache_memor
 ThreadPool& CpuExecutor::pool() const { return *impl_->pool; }
 
 size_t CpuExecutor::kv_block_bytes(const KvCacheSpec& spec, DType dtype, int32_t block_size) {
-  return static_cast<size_t>(spec.num_layers) * 2 * spec.num_kv_heads * spec.head_dim * block_size *
-         dtype_size(dtype);
+  const ops::KvCacheView view = cache_layout(spec, dtype, block_size);
+  return static_cast<size_t>(spec.num_layers) * 2 * static_cast<size_t>(view.bytes_per_block());
 }
 
 void CpuExecutor::set_profiling(bool on) { impl_->is_profiling = on; }

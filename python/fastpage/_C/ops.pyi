@@ -57,7 +57,8 @@ def gather_rows(
 ) -> npt.NDArray[np.float32]: ...
 
 class KvCache:
-    """One layer's cache, zeroed; .k and .v are its storage as uint8, uint16 or float32 arrays."""
+    """One layer's cache, zeroed; .k and .v are its storage as float32, uint16 or (int8) uint8 arrays,
+    laid out as KvCacheView of fastpage/ops.h says."""
 
     @property
     def k(self) -> np.ndarray: ...
@@ -81,6 +82,7 @@ def paged_attention(
     scale: float,
     sliding_window: int = 0,
     soft_cap: float = 0.0,
+    alibi_slopes: DLPackTensor | None = None,
     out: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32]: ...
 def copy_blocks(pool: ThreadPool, cache: KvCache, copies: DLPackTensor) -> None:

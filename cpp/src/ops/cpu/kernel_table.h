@@ -35,18 +35,22 @@ struct LinearTile {
   int64_t prefetch_step;  // bytes per k
 };
 
-// One KV tile's contribution to the rows of an item (one sequence, one KV head).
+// How keys and values are stored, in the order of attention_tile.
+enum CacheType : int { kCacheF32, kCacheBf16, kCacheF16, kCacheI8, kNumCacheTypes };
+
+// One KV tile's contribution to the rows of an item: tokens of one or several sequences, times the
+// query heads of one KV head.
 struct AttentionTile {
   const float* q;  // scaled; row tiles one after the other, each [head_dim][m]
   int rows;
-  int group;  // row r is query head r % group of token r / group
   int head_dim;
-  int64_t first_position;             // of token 0
-  int64_t tile_position;              // of column 0 of the tile
-  int sliding_window;                 // 0 = none
-  float soft_cap;                     // 0 = none
-  const void* k[kTileGranules];       // [head_dim][16] each; null if nothing there is visible
-  const void* v[kTileGranules];       // [16][head_dim] each
+  const int32_t* positions;      // [rows]
+  const float* slopes;           // [rows], ALiBi, or null
+  int64_t tile_position;         // of column 0 of the tile
+  int sliding_window;            // 0 = none
+  float soft_cap;                // 0 = none
+  const void* k[kTileGranules];  // as KvCacheView says; null if nothing there is visible
+  const void* v[kTileGranules];
   const void* next_k[kTileGranules];  // what will be read next, or null
   float* scratch;                     // attention_scratch(head_dim) floats, 64-byte aligned
   // The fold of all tiles so far; updated.
@@ -99,10 +103,12 @@ struct KernelTable {
   void (*add)(const float* a, const float* b, int64_t n, float* y);
 
   size_t (*attention_scratch)(int head_dim);
-  void (*attention_tile[kNumElementTypes])(const AttentionTile&);
-  // Folds `other` (of later positions) into the state of one row; d is the padded head_dim.
-  void (*attention_merge)(float* out, float* row_max, float* row_sum, const float* other,
-                          float other_max, float other_sum, int d);
+  void (*attention_tile[kNumCacheTypes])(const AttentionTile&);
+  // Folds `other` (of later positions) into the state of `rows` rows; d is the padded head_dim.
+  void (*attention_merge)(int rows, int d, float* out, float* row_max, float* row_sum,
+                          const float* other, const float* other_max, const float* other_sum);
+  // y = round(x / scale), |y| <= 127; returns the scale.
+  float (*quantize_i8)(const float* x, int64_t n, int8_t* y);
   void (*scale)(const float* x, float factor, int64_t n, float* y);
 
   QuantKernels quant;

@@ -29,8 +29,10 @@ constexpr KernelTable make_table(const char* name) {
       silu_and_mul,
       add,
       attention_scratch,
-      {attention_tile<CacheF32>, attention_tile<CacheBf16>, attention_tile<CacheF16>},
+      {attention_tile<CacheF32>, attention_tile<CacheBf16>, attention_tile<CacheF16>,
+       attention_tile<CacheI8>},
       attention_merge,
+      quantize_i8,
       scale,
       make_quant_kernels(),
   };
