@@ -42,7 +42,7 @@ enum class OpKind : uint8_t {
   kLinear,      // x, weight [, bias]       y        -
   kRotary,      // x, cos_sin               y        head_dim, style="neox"|"interleaved"
   kWriteCache,  // k, v                     -        layer
-  kAttend,    // q                        y        layer, num_heads, num_kv_heads, head_dim, scale,
+  kAttend,    // q [, alibi_slopes]       y        layer, num_heads, num_kv_heads, head_dim, scale,
               // sliding_window, soft_cap
   kActivate,  // x (gate | up)            y        kind="silu_and_mul"
   kAdd,       // a, b                     y        -

@@ -232,7 +232,7 @@ class OpChecker {
   }
 
   void check_attend() const {
-    check_counts(1, 1, 1);
+    check_counts(1, 2, 1);
     check_attrs(
         {"layer", "num_heads", "num_kv_heads", "head_dim", "scale", "sliding_window", "soft_cap"});
     const Operand& q = activation(0);
@@ -247,6 +247,10 @@ class OpChecker {
     require(op_.attr_double("scale", 0) > 0, "attribute scale must be given, above 0");
     require(op_.attr_int("sliding_window", 0) >= 0, "attribute sliding_window is negative");
     require(op_.attr_double("soft_cap", 0) >= 0, "attribute soft_cap is negative");
+    if (op_.inputs.size() == 2) {
+      require(weight(1, 1).shape[0] == num_heads,
+              "ALiBi slopes " + describe(op_.inputs[1]) + " must be [num_heads]");
+    }
     check_cache_written(non_negative("layer"), num_kv_heads * head_dim);
     check_output(buffer(q).rows, q.cols);
     require(buffer(q).rows == Rows::kTokens, "q must have a row per token");

@@ -61,12 +61,13 @@ class Compiler {
 
   const ops::KvCacheView& cache(const Op& op) const { return caches_[op.attr_int("layer", 0)]; }
 
-  static ops::AttentionParams attention_params(const Op& op) {
+  ops::AttentionParams attention_params(const Op& op) const {
     ops::AttentionParams params;
     params.num_heads = static_cast<int32_t>(op.attr_int("num_heads", 0));
     params.scale = static_cast<float>(op.attr_double("scale", 1));
     params.sliding_window = static_cast<int32_t>(op.attr_int("sliding_window", 0));
     params.soft_cap = static_cast<float>(op.attr_double("soft_cap", 0));
+    if (op.inputs.size() == 2) params.alibi_slopes = vector(op.inputs[1]);
     return params;
   }
 

@@ -57,8 +57,8 @@ def gather_rows(
 ) -> npt.NDArray[np.float32]: ...
 
 class KvCache:
-    """One layer's cache, zeroed; .k and .v are its storage as float32, uint16 or (int8) uint8 arrays,
-    laid out as KvCacheView of fastpage/ops.h says."""
+    """One layer's cache, zeroed; .k and .v are its storage as float32, uint16 or, of int8, uint8
+    arrays, laid out as fastpage/ops.h says of KvCacheView."""
 
     @property
     def k(self) -> np.ndarray: ...

@@ -11,6 +11,7 @@ from fastpage.engine.memory import parse_bytes
 from fastpage.errors import InvalidArgument
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = (*DTYPES, "int8")
 POLICIES = ("fcfs", "priority")
 EXECUTORS = ("cpu", "torch")
 
@@ -19,6 +20,10 @@ _GROUPS = {
     "Memory and batching": "how many requests share a step, and the KV cache that they share",
     "Execution": "how it is computed",
 }
+
+
+def full_dtype_name(name: str) -> str:
+    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
 
 
 def _arg(default: Any, group: str, text: str, **options: Any) -> Any:
@@ -54,6 +59,7 @@ class EngineArgs:
         "Model",
         "how weights are kept; auto: as the checkpoint has them",
         choices=DTYPES,
+        type=full_dtype_name,
     )
     max_model_len: int | None = _arg(
         None,
@@ -87,8 +93,9 @@ class EngineArgs:
     kv_cache_dtype: str = _arg(
         "auto",
         "Memory and batching",
-        "how keys and values are kept; auto: as --dtype",
-        choices=DTYPES,
+        "how keys and values are kept; auto: as --dtype; int8: with a scale per token and head",
+        choices=KV_CACHE_DTYPES,
+        type=full_dtype_name,
     )
     block_size: int = _arg(
         16, "Memory and batching", "tokens in a KV block", metavar="TOKENS", type=int
@@ -178,9 +185,11 @@ class EngineArgs:
 
     def __post_init__(self) -> None:
         """The checks that need no model; raises InvalidArgument naming the field."""
+        self.dtype = full_dtype_name(self.dtype)
+        self.kv_cache_dtype = full_dtype_name(self.kv_cache_dtype)
         for name, allowed in (
             ("dtype", DTYPES),
-            ("kv_cache_dtype", DTYPES),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("scheduling_policy", POLICIES),
             ("executor", EXECUTORS),
         ):

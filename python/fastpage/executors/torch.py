@@ -59,7 +59,11 @@ class TorchExecutor:
         self._device = torch.device(device)
         self._dtype = _torch_dtype(dtype)
         self._weight_dtype = _torch_dtype(weight_dtype or dtype)
-        cache_dtype = _torch_dtype(kv_cache_dtype or dtype)
+        # int8 is a rounding only: the reference keeps the rounded values as fp32.
+        self._has_int8_cache = kv_cache_dtype == "int8"
+        cache_dtype = (
+            torch.float32 if self._has_int8_cache else _torch_dtype(kv_cache_dtype or dtype)
+        )
         layers, kv_heads, head_dim = program.kv_cache_spec
 
         def allocate(num_blocks: int, device: torch.device) -> torch.Tensor:
@@ -220,10 +224,10 @@ class TorchExecutor:
         written = frame.slot_mapping >= 0
         slots = frame.slot_mapping[written]
         for index, cache in ((0, self._keys[layer]), (1, self._values[layer])):
-            x = self._input(op, index, frame)[written]
-            cache.view(-1, *cache.shape[2:])[slots] = x.unflatten(1, cache.shape[2:]).to(
-                cache.dtype
-            )
+            x = self._input(op, index, frame)[written].unflatten(1, cache.shape[2:])
+            if self._has_int8_cache:
+                x = _rounded_to_int8(x.float())
+            cache.view(-1, *cache.shape[2:])[slots] = x.to(cache.dtype)
 
     def _attend(self, op: Op, frame: _Frame) -> torch.Tensor:
         q = self._input(op, 0, frame).float()
@@ -250,6 +254,8 @@ class TorchExecutor:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         at = torch.arange(seq_len, device=q.device)
         age = at[seq_len - len(q) :, None] - at[None, :]
+        if len(op.inputs) == 2:
+            scores = scores - self._weight(op, 1)[:, None, None] * age
         hidden = age < 0
         if window > 0:
             hidden |= age >= window
@@ -297,6 +303,13 @@ class TorchRunner(ModelRunner):
             if output.step_id == step_id:
                 return output
         raise InvalidArgument(f"wait for step {step_id}, which is not among the last ones executed")
+
+
+def _rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
+    """Symmetric, with a scale for each vector of the last dimension."""
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0)
+    return torch.round(x * inverse) * (largest / 127)
 
 
 def _torch_dtype(name: str) -> torch.dtype:
