@@ -59,12 +59,22 @@ enum class Activations : uint8_t {
 
 Activations activations_from_name(const std::string& name);  // "int8", "float32"
 
+// What a linear layer does besides, without a pass of its own over the activations; to the bit what
+// rms_norm, silu_and_mul and add would have made of them.
+struct LinearFusion {
+  const float* norm_weight = nullptr;  // [in]: x is normed first, over all its columns; null: not
+  float norm_eps = 0.0f;
+  bool silu_and_mul = false;     // y is [rows][out / 2]: silu of the left half, times the right one
+  Matrix<const float> residual;  // like y, which it must not overlap: added last; no data: nothing
+};
+
 // y = x w^T (+ bias). x: [rows][in], y: [rows][out], bias: [out] or null. y must not overlap x.
 // `activations` says nothing where the weights are floats. Against exact sums over the weights as
 // they are stored, int8 activations are off by at most half a quantum: by the sum over the groups
 // of (largest |x| / 254) * (sum of |w|), and by fp32 rounding.
 void linear(ThreadPool& pool, Matrix<const float> x, const PackedWeight& w, const float* bias,
-            Matrix<float> y, Activations activations = Activations::kInt8);
+            Matrix<float> y, Activations activations = Activations::kInt8,
+            const LinearFusion& fusion = {});
 
 // y[i] = table[ids[i]]. table: [vocab][hidden], fp32, bf16 or fp16. Ids out of range are a caller's
 // bug and are clamped, never read out of bounds.
