@@ -27,6 +27,13 @@ SHAPES = {
     "135M": [(576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152)],
     "1B": [(2048, 8192), (8192, 2048), (2048, 2048)],
 }
+FORMATS = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "int8": "int8",  # with int8 activations, as int4
+    "int4": "q4_1",
+}
 ROWS = [1, 2, 4, 16, 64, 256, 1024]
 WALK_BYTES = 192 << 20
 
@@ -68,15 +75,15 @@ class Machine:
 
 
 def linear_row(
-    pool: _C.ThreadPool, machine: Machine, shape: tuple[int, int], dtype: str, budget: float
+    pool: _C.ThreadPool, machine: Machine, shape: tuple[int, int], stored: str, budget: float
 ) -> list[tuple[float, float, float]]:
     """Per number of rows: seconds, and the seconds that reading and that arithmetic alone take."""
     n_in, n_out = shape
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((n_out, n_in), np.float32)
-    first = ops.PackedWeight(weight, dtype, pool)
+    first = ops.PackedWeight(weight, stored, pool)
     copies = max(1, min(400, WALK_BYTES // first.nbytes))
-    weights = [first] + [ops.PackedWeight(weight, dtype, pool) for _ in range(copies - 1)]
+    weights = [first] + [ops.PackedWeight(weight, stored, pool) for _ in range(copies - 1)]
     nothing = np.zeros((0, n_in), np.float32)
     no_rows = np.zeros((0, n_out), np.float32)
 
@@ -93,13 +100,13 @@ def linear_row(
             ops.linear(pool, x, weights[i], None, y)
 
         seconds, limits = machine.around(lambda f=call: best_seconds(f, copies, overhead, budget))
-        read = weight.size * (4 if dtype == "float32" else 2) / limits["read_gbs"] * 1e-9
+        read = first.nbytes / limits["read_gbs"] * 1e-9
         results.append((seconds, read, 2 * rows * weight.size / limits["fma_gflops"] * 1e-9))
     return results
 
 
-def print_linear(dtype: str, rows_by_shape: dict[tuple[int, int], list]) -> None:
-    print(f"\nlinear, {dtype}: GFLOP/s (share of the bound)")
+def print_linear(name: str, rows_by_shape: dict[tuple[int, int], list]) -> None:
+    print(f"\nlinear, {name}: GFLOP/s (share of the bound)")
     print(f"{'in x out':>14}" + "".join(f"{rows:>13}" for rows in ROWS))
     for shape, results in rows_by_shape.items():
         cells = []
@@ -171,7 +178,11 @@ def print_attention(name: str, result: tuple[float, float, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--dtypes", default="bfloat16", help="of weights, separated by commas")
+    parser.add_argument(
+        "--weights",
+        default="bf16,int8,int4",
+        help=f"how they are kept: of {', '.join(FORMATS)}, separated by commas",
+    )
     parser.add_argument("--kv-dtype", default="bfloat16")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
     args = parser.parse_args()
@@ -179,16 +190,15 @@ def main() -> None:
     machine = Machine(args.threads)
     result: dict[str, float | str | int] = {"isa": ops.cpu_isa(), "threads": args.threads}
 
-    for dtype in args.dtypes.split(","):
+    for name in filter(None, args.weights.split(",")):
         tables = {
-            model: {s: linear_row(pool, machine, s, dtype, args.seconds) for s in shapes}
+            model: {s: linear_row(pool, machine, s, FORMATS[name], args.seconds) for s in shapes}
             for model, shapes in SHAPES.items()
         }
-        print_linear(dtype, {s: r for rows in tables.values() for s, r in rows.items()})
+        print_linear(name, {s: r for rows in tables.values() for s, r in rows.items()})
         shares = [linear_shares(rows) for rows in tables.values()]
-        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
         for rows in ROWS:
-            result[f"linear_{short}_m{rows}_share"] = round(min(s[rows] for s in shares), 3)
+            result[f"linear_{name}_m{rows}_share"] = round(min(s[rows] for s in shares), 3)
 
     print(f"\n{f'attention, {args.kv_dtype} KV':<60}{'read':>8}{'FMA':>8}")
     cases = {

@@ -14,6 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = (*DTYPES, "int8")
 POLICIES = ("fcfs", "priority")
 EXECUTORS = ("cpu", "torch")
+QUANTIZATIONS = ("none", "int8", "int4", "gguf")
 
 _GROUPS = {
     "Model": "what to serve",
@@ -60,6 +61,21 @@ class EngineArgs:
         "how weights are kept; auto: as the checkpoint has them",
         choices=DTYPES,
         type=full_dtype_name,
+    )
+    quantization: str = _arg(
+        "none",
+        "Model",
+        "of the weights at load: int8, one scale a row; int4, a scale and a minimum for each 32 "
+        "(embeddings and logits int8); gguf, the Q8_0, Q4_0 and Q4_1 blocks of a GGUF file as they "
+        "are; none: --dtype (default: %(default)s)",
+        choices=QUANTIZATIONS,
+    )
+    quantize_activations: bool = _arg(
+        True,
+        "Model",
+        "let int8 activations meet quantized weights, by integer dot products; off, only the "
+        "weights are rounded, and it is slower (default: on)",
+        action=argparse.BooleanOptionalAction,
     )
     max_model_len: int | None = _arg(
         None,
@@ -192,6 +208,7 @@ class EngineArgs:
             ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("scheduling_policy", POLICIES),
             ("executor", EXECUTORS),
+            ("quantization", QUANTIZATIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise InvalidArgument(
@@ -226,6 +243,11 @@ class EngineArgs:
             raise InvalidArgument(
                 f"prompt_lookup_min={self.prompt_lookup_min} is more than "
                 f"prompt_lookup_max={self.prompt_lookup_max}"
+            )
+        if self.executor == "torch" and self.quantization != "none":
+            raise InvalidArgument(
+                f"quantization={self.quantization!r} needs executor='cpu': torch is the reference "
+                "for weights that are not quantized"
             )
         if not self.model or not isinstance(self.model, str):
             raise InvalidArgument(f"model={self.model!r} is not a path or the name of a model")

@@ -119,6 +119,9 @@ class TorchExecutor:
             values = values.to(torch.float32)
         self._weights[buffer] = values.to(self._device, copy=True)
 
+    def load_weight_blocks(self, name: str, blocks: Any, format: str) -> None:
+        raise InvalidArgument(f"weight '{name}': TorchExecutor takes values, not {format} blocks")
+
     def finish_loading(self) -> None:
         missing = [name for name, buffer in self._ids.items() if buffer not in self._weights]
         if missing:
