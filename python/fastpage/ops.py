@@ -147,8 +147,8 @@ def attend(
 
     The new tokens' keys and values must have been written. scale: head_dim ** -0.5 unless given.
     sliding_window: 0, or how many positions a token sees, itself included. soft_cap: 0, or scores
-    become soft_cap * tanh(score / soft_cap). alibi_slopes: [num_heads]; a head's, times how far back
-    a position lies, is taken off its score (Press et al. 2022).
+    become soft_cap * tanh(score / soft_cap). alibi_slopes: [num_heads]; a head's, times how far
+    back a position lies, is taken off its score (Press et al. 2022).
     """
     return _append(
         "attend",

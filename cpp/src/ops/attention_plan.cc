@@ -16,6 +16,9 @@ constexpr int kQueryRows = 96;
 constexpr int kMaxSharingRows = 16;
 // Shared prefixes within which some sequences share more: so many times over.
 constexpr int kMaxLevels = 4;
+// A sequence with few rows goes through its tiles with all heads at once, so that a block is read
+// in one go: where there are so many sequences for each thread that cutting between tiles will do.
+constexpr int kSeqsPerThread = 2;
 // What reading a KV tile costs, in rows of arithmetic on it.
 constexpr int64_t kTileCost = 8;
 
@@ -25,6 +28,7 @@ void AttentionPlan::begin(const AttentionBatch& batch, const Shape& shape) {
   batch_ = batch;
   shape_ = shape;
   is_done_ = false;
+  are_heads_together_ = batch.num_seqs >= kSeqsPerThread * shape.num_threads;
   levels_ = 0;
   num_state_slots_ = 0;
   const auto total =
@@ -132,10 +136,13 @@ void AttentionPlan::plan_rest() {
   }
 }
 
-// One item per KV head and run of tokens. The tiles of a last item follow from its tokens.
+// One item per KV head, or for all of them, and run of tokens. The tiles of a last item follow from
+// its tokens.
 void AttentionPlan::add_items(AttentionItem item, int32_t entry_begin, int32_t entry_end) {
   const int32_t tokens_per_item = std::max(1, kQueryRows / shape_.group);
-  for (item.kv_head = 0; item.kv_head < shape_.num_kv_heads; ++item.kv_head) {
+  const bool is_small = (entry_end - entry_begin) * shape_.group <= kMaxSharingRows;
+  item.num_heads = is_small && are_heads_together_ ? shape_.num_kv_heads : 1;
+  for (item.kv_head = 0; item.kv_head < shape_.num_kv_heads; item.kv_head += item.num_heads) {
     for (int32_t begin = entry_begin; begin < entry_end; begin += tokens_per_item) {
       item.entry_begin = begin;
       item.entry_end = std::min(entry_end, begin + tokens_per_item);
@@ -144,7 +151,7 @@ void AttentionPlan::add_items(AttentionItem item, int32_t entry_begin, int32_t e
         item.tile_end = position(item.entry_end - 1) / kKvTile + 1;
       }
       item.direct_end = item.tile_end;
-      item.tile_cost = kTileCost + rows(item);
+      item.tile_cost = item.num_heads * (kTileCost + rows(item));
       item.cost_begin = total_cost_;
       item.partials = -1;
       total_cost_ += item.cost();
@@ -183,7 +190,7 @@ AttentionPlan::Cut AttentionPlan::cut_at(int64_t cost) {
   if (tile > 0 && item.partials < 0) {
     item.partials = partial_floats_;
     item.direct_end = item.tile_begin + tile;
-    partial_floats_ += (1 + tiles - tile) * state_floats(rows(item));
+    partial_floats_ += (1 + tiles - tile) * state_floats(item.num_heads * rows(item));
     cut_items_.push_back(index);
   }
   return {index, item.tile_begin + tile};

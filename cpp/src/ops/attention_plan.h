@@ -1,9 +1,10 @@
 // How a ragged batch of attention becomes items of work, and how these are shared between threads.
 //
-// An item is some query tokens, one KV head and a run of KV tiles. The items of a phase stand in a
-// row, and every thread takes an equal share of the cost, wherever that cuts an item: behind its
-// first cut an item's tiles are computed apart and folded in order at the end. Folding is the same
-// whether it happens at once or then, so the split leaves no trace in the result.
+// An item is some query tokens, one KV head or all of them, and a run of KV tiles. The items of a
+// phase stand in a row, and every thread takes an equal share of the cost, wherever that cuts an
+// item: behind its first cut an item's tiles are computed apart and folded in order at the end.
+// Folding is the same whether it happens at once or then, so the split leaves no trace in the
+// result.
 //
 // Sequences of few query tokens whose block tables begin alike attend to what they share together,
 // in a phase of its own: each block is read once for all of them. What the phase leaves of a query
@@ -20,8 +21,9 @@
 namespace fastpage::ops {
 
 struct AttentionItem {
-  int32_t seq;  // whose block table is read
-  int32_t kv_head;
+  int32_t seq;          // whose block table is read
+  int32_t kv_head;      // the first one
+  int32_t num_heads;    // KV heads
   int32_t entry_begin;  // of AttentionPlan::tokens()
   int32_t entry_end;
   int32_t tile_begin;  // absolute KV tiles
@@ -66,6 +68,7 @@ class AttentionPlan {
   int32_t state_slot(int32_t entry) const { return state_slots_[tokens_[entry]]; }
   int32_t num_state_slots() const { return num_state_slots_; }
 
+  // Query rows, per KV head.
   int64_t rows(const AttentionItem& item) const {
     return static_cast<int64_t>(item.entry_end - item.entry_begin) * shape_.group;
   }
@@ -105,6 +108,7 @@ class AttentionPlan {
   AttentionBatch batch_;
   Shape shape_{};
   bool is_done_ = false;
+  bool are_heads_together_ = false;
   int32_t levels_ = 0;
   std::vector<int32_t> tokens_;  // all, in order; then those of groups
   std::vector<int32_t> positions_;

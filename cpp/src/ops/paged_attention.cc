@@ -47,6 +47,9 @@ struct State {
 struct TilePlace {
   int64_t granules[kTileGranules];
 
+  void go_on(int64_t bytes) {
+    for (int64_t& granule : granules) granule += granule < 0 ? 0 : bytes;
+  }
   void add_to(const void* half, const void** pointers) const {
     for (int g = 0; g < kTileGranules; ++g) {
       pointers[g] = granules[g] < 0 ? nullptr : static_cast<const char*>(half) + granules[g];
@@ -76,6 +79,7 @@ class PagedAttention {
         padded_((cache.head_dim + kernels().panel_width - 1) / kernels().panel_width *
                 kernels().panel_width),
         granule_bytes_(cache.granule_bytes()),
+        head_bytes_(cache.block_size / kGranule * granule_bytes_),
         workspace_(workspace),
         plan_(workspace.plan) {}
 
@@ -120,96 +124,108 @@ class PagedAttention {
                     const Item* next_item) const {
     const cpu::KernelTable& table = kernels();
     const int64_t n = plan_.rows(item);
+    const int64_t all = all_rows(item);
     const auto whole_lines = [](int64_t floats) { return (floats + 15) / 16 * 16; };
     thread_local Scratch scratch;
-    const int64_t packed_floats = whole_lines(n * cache_.head_dim);
-    const int64_t state_floats = plan_.state_floats(n);
+    const int64_t packed_floats = whole_lines(all * cache_.head_dim);
+    const int64_t state_floats = plan_.state_floats(all);
     float* memory =
-        scratch.floats(static_cast<size_t>(packed_floats + state_floats + 2 * whole_lines(n)) +
+        scratch.floats(static_cast<size_t>(packed_floats + state_floats + 2 * whole_lines(all)) +
                        table.attention_scratch(cache_.head_dim));
-    State state = State::at(memory + packed_floats, n, padded_);
+    State state = State::at(memory + packed_floats, all, padded_);
     auto* positions = reinterpret_cast<int32_t*>(memory + packed_floats + state_floats);
-    float* slopes = memory + packed_floats + state_floats + whole_lines(n);
+    float* slopes = memory + packed_floats + state_floats + whole_lines(all);
+    pack_queries(item, memory);
+    describe_rows(item, positions, slopes);
 
     cpu::AttentionTile tile{};
-    tile.q = pack_queries(item, memory);
     tile.rows = static_cast<int>(n);
     tile.head_dim = cache_.head_dim;
     tile.positions = positions;
-    tile.slopes = params_.alibi_slopes == nullptr ? nullptr : slopes;
     tile.sliding_window = params_.sliding_window;
     tile.soft_cap = params_.soft_cap;
-    tile.scratch = slopes + whole_lines(n);
-    describe_rows(item, positions, slopes);
+    tile.scratch = slopes + whole_lines(all);
 
     const bool is_first = tile_begin == item.tile_begin;
     if (is_first) start(item, state);
     TilePlace here = place(item, tile_begin);
-    TilePlace next = here;
     for (int32_t j = tile_begin; j < tile_end; ++j) {
-      if (j + 1 < tile_end) {
-        next = place(item, j + 1);
-      } else if (next_item != nullptr) {
-        next = place(*next_item, next_item->tile_begin);
-      }
-      here.add_to(cache_.k, tile.k);
-      here.add_to(cache_.v, tile.v);
-      next.add_to(cache_.k, tile.next_k);
-      here = next;
       tile.tile_position = static_cast<int64_t>(j) * kKvTile;
       if (!is_first) {
         state = partial(item, 1 + j - item.direct_end);
-        state.clear(n, padded_);
+        state.clear(all, padded_);
       }
-      tile.out = state.out;
-      tile.row_max = state.max;
-      tile.row_sum = state.sum;
-      table.attention_tile[type_](tile);
+      for (int32_t h = 0; h < item.num_heads; ++h) {
+        TilePlace next = here;
+        if (h + 1 < item.num_heads) {
+          next.go_on(head_bytes_);
+        } else if (j + 1 < tile_end) {
+          next = place(item, j + 1);
+        } else if (next_item != nullptr) {
+          next = place(*next_item, next_item->tile_begin);
+        }
+        here.add_to(cache_.k, tile.k);
+        here.add_to(cache_.v, tile.v);
+        next.add_to(cache_.k, tile.next_k);
+        here = next;
+        const State rows = state.from_row(h * n, padded_);
+        tile.q = memory + h * n * cache_.head_dim;
+        tile.slopes = params_.alibi_slopes == nullptr ? nullptr : slopes + h * n;
+        tile.out = rows.out;
+        tile.row_max = rows.max;
+        tile.row_sum = rows.sum;
+        table.attention_tile[type_](tile);
+      }
     }
     if (!is_first) return;
     if (item.partials < 0) {
       finish(item, state);
     } else {
-      state.copy_to(partial(item, 0), n, padded_);
+      state.copy_to(partial(item, 0), all, padded_);
     }
   }
 
+  // Rows of all its heads, those of one head after those of another.
+  int64_t all_rows(const Item& item) const { return item.num_heads * plan_.rows(item); }
+
+  // positions: of one head's rows; slopes: of all rows.
   void describe_rows(const Item& item, int32_t* positions, float* slopes) const {
-    const float* head_slopes = params_.alibi_slopes == nullptr
-                                   ? nullptr
-                                   : params_.alibi_slopes + int64_t{item.kv_head} * group_;
     for (int32_t e = item.entry_begin; e < item.entry_end; ++e) {
-      for (int32_t h = 0; h < group_; ++h) {
-        *positions++ = plan_.position(e);
-        if (head_slopes != nullptr) *slopes++ = head_slopes[h];
+      for (int32_t h = 0; h < group_; ++h) *positions++ = plan_.position(e);
+    }
+    if (params_.alibi_slopes == nullptr) return;
+    for (int64_t r = 0; r < all_rows(item); ++r) slopes[r] = params_.alibi_slopes[head(item, r)];
+  }
+
+  // Per KV head, row tiles as the kernels cut them, each [head_dim][height], scaled.
+  void pack_queries(const Item& item, float* packed) const {
+    const cpu::KernelTable& table = kernels();
+    const int64_t n = plan_.rows(item);
+    const int64_t tiles = (n + table.row_tile - 1) / table.row_tile;
+    for (int64_t first = 0; first < all_rows(item); first += n) {
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t begin = n * i / tiles;
+        const int m = static_cast<int>(n * (i + 1) / tiles - begin);
+        const float* heads[cpu::kMaxRowTile];
+        for (int r = 0; r < m; ++r) {
+          const int64_t row = first + begin + r;
+          heads[r] = q_.row(token(item, row)) + head(item, row) * cache_.head_dim;
+        }
+        table.pack_rows(heads, m, cache_.head_dim, params_.scale,
+                        packed + (first + begin) * cache_.head_dim);
       }
     }
   }
 
-  // Row tiles as the kernels cut them, each [head_dim][height], scaled.
-  const float* pack_queries(const Item& item, float* packed) const {
-    const cpu::KernelTable& table = kernels();
-    const int64_t n = plan_.rows(item);
-    const int64_t tiles = (n + table.row_tile - 1) / table.row_tile;
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t begin = n * i / tiles;
-      const int m = static_cast<int>(n * (i + 1) / tiles - begin);
-      const float* heads[cpu::kMaxRowTile];
-      for (int r = 0; r < m; ++r)
-        heads[r] = q_.row(token(item, begin + r)) + column(item, begin + r);
-      table.pack_rows(heads, m, cache_.head_dim, params_.scale, packed + begin * cache_.head_dim);
-    }
-    return packed;
-  }
-
-  // The row of q and out, and the first column, of a row of an item.
+  // The row of q and out, and the query head, of a row of an item.
   int64_t token(const Item& item, int64_t row) const {
-    return plan_.token(item.entry_begin + static_cast<int32_t>(row / group_));
+    return plan_.token(item.entry_begin + static_cast<int32_t>(row % plan_.rows(item) / group_));
   }
-  int64_t column(const Item& item, int64_t row) const {
-    return (static_cast<int64_t>(item.kv_head) * group_ + row % group_) * cache_.head_dim;
+  int64_t head(const Item& item, int64_t row) const {
+    return (item.kv_head + row / plan_.rows(item)) * group_ + row % group_;
   }
 
+  // Of the item's first KV head.
   TilePlace place(const Item& item, int32_t tile) const {
     const BlockId* block_table = plan_.block_table(item.seq);
     const int64_t granules_per_block = cache_.block_size / kGranule;
@@ -234,45 +250,51 @@ class PagedAttention {
 
   // Part 0 of a cut item is what comes before its first cut, the others are the tiles behind it.
   State partial(const Item& item, int32_t part) const {
-    const int64_t n = plan_.rows(item);
-    return State::at(partials_ + item.partials + part * plan_.state_floats(n), n, padded_);
+    const int64_t all = all_rows(item);
+    return State::at(partials_ + item.partials + part * plan_.state_floats(all), all, padded_);
   }
 
   void fold_partials(const Item& item) const {
     const State state = partial(item, 0);
     for (int32_t j = item.direct_end; j < item.tile_end; ++j) {
       const State part = partial(item, 1 + j - item.direct_end);
-      kernels().attention_merge(static_cast<int>(plan_.rows(item)), static_cast<int>(padded_),
+      kernels().attention_merge(static_cast<int>(all_rows(item)), static_cast<int>(padded_),
                                 state.out, state.max, state.sum, part.out, part.max, part.sum);
     }
     finish(item, state);
   }
 
-  // A query token's state between phases, for the rows of one KV head.
-  State kept(const Item& item, int32_t entry) const {
-    const int64_t slot = int64_t{plan_.state_slot(entry)} * cache_.num_kv_heads + item.kv_head;
-    return State::at(states_ + slot * plan_.state_floats(group_), group_, padded_);
+  // Calls visit(the state kept between phases, the same rows of `state`) for each query token and
+  // KV head of an item.
+  template <typename Visit>
+  void for_each_kept(const Item& item, const State& state, const Visit& visit) const {
+    int64_t row = 0;
+    for (int32_t h = item.kv_head; h < item.kv_head + item.num_heads; ++h) {
+      for (int32_t e = item.entry_begin; e < item.entry_end; ++e, row += group_) {
+        const int64_t slot = int64_t{plan_.state_slot(e)} * cache_.num_kv_heads + h;
+        visit(State::at(states_ + slot * plan_.state_floats(group_), group_, padded_),
+              state.from_row(row, padded_));
+      }
+    }
   }
 
   void start(const Item& item, const State& state) const {
-    if (item.is_fresh) return state.clear(plan_.rows(item), padded_);
-    for (int32_t e = item.entry_begin; e < item.entry_end; ++e) {
-      const int64_t row = int64_t{e - item.entry_begin} * group_;
-      kept(item, e).copy_to(state.from_row(row, padded_), group_, padded_);
-    }
+    if (item.is_fresh) return state.clear(all_rows(item), padded_);
+    for_each_kept(item, state, [&](const State& kept, const State& rows) {
+      kept.copy_to(rows, group_, padded_);
+    });
   }
 
   void finish(const Item& item, const State& state) const {
     if (!item.is_last) {
-      for (int32_t e = item.entry_begin; e < item.entry_end; ++e) {
-        const int64_t row = int64_t{e - item.entry_begin} * group_;
-        state.from_row(row, padded_).copy_to(kept(item, e), group_, padded_);
-      }
+      for_each_kept(item, state, [&](const State& kept, const State& rows) {
+        rows.copy_to(kept, group_, padded_);
+      });
       return;
     }
-    for (int64_t r = 0; r < plan_.rows(item); ++r) {
+    for (int64_t r = 0; r < all_rows(item); ++r) {
       kernels().scale(state.out + r * padded_, 1.0f / state.sum[r], cache_.head_dim,
-                      out_.row(token(item, r)) + column(item, r));
+                      out_.row(token(item, r)) + head(item, r) * cache_.head_dim);
     }
   }
 
@@ -285,6 +307,7 @@ class PagedAttention {
   const int32_t group_;
   const int64_t padded_;
   const int64_t granule_bytes_;
+  const int64_t head_bytes_;  // of a block, from one KV head to the next
 
   Workspace& workspace_;
   AttentionPlan& plan_;
