@@ -15,8 +15,8 @@
 
 namespace fastpage::ops {
 
-// Instruction set in use: "avx512_vnni", "avx512", "avx2" or "portable". FASTPAGE_CPU_ISA in the
-// environment, read once, lowers it (for tests).
+// Instruction set in use: "avx512_vnni", "avx512", "avx2_vnni", "avx2" or "portable".
+// FASTPAGE_CPU_ISA in the environment, read once, lowers it (for tests).
 const char* cpu_isa();
 
 // A weight matrix [out_features][in_features] repacked for `linear`: panels of out_features, in the

@@ -116,6 +116,7 @@ struct KernelTable {
 
 const KernelTable* portable_kernels();
 const KernelTable* avx2_kernels();         // null where not compiled in
+const KernelTable* avx2_vnni_kernels();    // null where not compiled in
 const KernelTable* avx512_kernels();       // null where not compiled in
 const KernelTable* avx512_vnni_kernels();  // null where not compiled in
 
