@@ -15,8 +15,10 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import probe
 
 from fastpage import _C
@@ -127,52 +129,102 @@ def linear_shares(rows_by_shape: dict[tuple[int, int], list]) -> dict[int, float
     return shares
 
 
+@dataclass(frozen=True)
+class Attention:
+    """One new token (or new_tokens) of each sequence, over a cache of blocks that lie anywhere."""
+
+    lens: tuple[int, ...]
+    new_tokens: int = 1
+    kv_heads: int = 3
+    head_dim: int = 64
+    shared: int = 0  # tokens that all sequences have in common, in the same blocks
+
+    def tables(self, rng: np.random.Generator) -> tuple[npt.NDArray[np.int32], int]:
+        """Block tables, and how many blocks there are."""
+        counts = [-(-n // 16) for n in self.lens]
+        blocks = rng.permutation(sum(counts)).astype(np.int32)
+        tables = np.zeros((len(counts), max(counts)), np.int32)
+        for i, count in enumerate(counts):
+            tables[i, :count], blocks = blocks[:count], blocks[count:]
+        tables[:, : self.shared // 16] = tables[0, : self.shared // 16]
+        return tables, sum(counts)
+
+
 def attention(
-    pool: _C.ThreadPool,
-    machine: Machine,
-    num_seqs: int,
-    context: int,
-    new_tokens: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: str,
-    budget: float,
+    pool: _C.ThreadPool, machine: Machine, case: Attention, dtype: str, budget: float
 ) -> tuple[float, float, float]:
-    """Seconds, and the seconds that reading the cache and that arithmetic alone take."""
-    group = 3 if head_dim == 64 else 4
-    heads = kv_heads * group
-    blocks = -(-context // 16)
+    """Seconds, and the seconds that reading the cache once for each sequence and that arithmetic
+    alone take."""
+    kv_heads, head_dim, new = case.kv_heads, case.head_dim, case.new_tokens
+    heads = kv_heads * (3 if head_dim == 64 else 4)
     rng = np.random.default_rng(0)
-    tables = rng.permutation(num_seqs * blocks).astype(np.int32).reshape(num_seqs, blocks)
-    one = num_seqs * blocks * kv_heads * 16 * head_dim * 2 * (4 if dtype == "float32" else 2)
+    tables, blocks = case.tables(rng)
+    bytes_per_token = _C.CpuExecutor.kv_block_bytes(1, kv_heads, head_dim, dtype, 16) / 16
     caches = []
-    for _ in range(max(1, min(30, WALK_BYTES // one))):
-        cache = ops.KvCache(num_seqs * blocks, kv_heads, head_dim, 16, dtype)
+    for _ in range(max(1, min(30, int(WALK_BYTES // (blocks * 16 * bytes_per_token))))):
+        cache = ops.KvCache(blocks, kv_heads, head_dim, 16, dtype)
         tokens = rng.standard_normal((1024, kv_heads * head_dim)).astype(np.float32)
-        for at in range(0, num_seqs * blocks * 16, 1024):
-            slots = np.arange(at, min(at + 1024, num_seqs * blocks * 16), dtype=np.int32)
+        for at in range(0, blocks * 16, 1024):
+            slots = np.arange(at, min(at + 1024, blocks * 16), dtype=np.int32)
             part = tokens[: len(slots)]
             ops.reshape_and_cache(pool, part, part, slots, cache)
         caches.append(cache)
-    start = np.arange(num_seqs + 1, dtype=np.int32) * new_tokens
-    lens = np.full(num_seqs, context, np.int32)
-    q = rng.standard_normal((num_seqs * new_tokens, heads * head_dim)).astype(np.float32)
+    start = np.arange(len(case.lens) + 1, dtype=np.int32) * new
+    lens = np.array(case.lens, np.int32)
+    q = rng.standard_normal((len(lens) * new, heads * head_dim)).astype(np.float32)
     out = np.zeros_like(q)
 
     def call(i: int) -> None:
         ops.paged_attention(pool, q, caches[i], start, lens, tables, heads, head_dim**-0.5, out=out)
 
     seconds, limits = machine.around(lambda: best_seconds(call, len(caches), 0.0, budget))
-    before = context - new_tokens
-    pairs = num_seqs * (new_tokens * before + new_tokens * (new_tokens + 1) / 2)
-    read = num_seqs * context * kv_heads * head_dim * 2 * (4 if dtype == "float32" else 2)
+    pairs = sum(new * (n - new) + new * (new + 1) / 2 for n in case.lens)
+    read = sum(case.lens) * bytes_per_token
     flops = 4 * pairs * heads * head_dim
     return seconds, read / limits["read_gbs"] * 1e-9, flops / limits["fma_gflops"] * 1e-9
 
 
-def print_attention(name: str, result: tuple[float, float, float]) -> None:
-    seconds, read, flops = result
-    print(f"{name:<48}{seconds * 1e3:>9.3f} ms{read / seconds:>8.0%}{flops / seconds:>8.0%}")
+DECODE = {
+    "decode, 64 x 1000 tokens, 3 KV heads of 64": Attention((1000,) * 64),
+    "decode, 64 x 1000 tokens, 8 KV heads of 128": Attention((1000,) * 64, 1, 8, 128),
+}
+PREFILL = {
+    "prefill, 2048 tokens, 3 KV heads of 64": Attention((2048,), 2048),
+    "prefill, 2048 tokens, 8 KV heads of 128": Attention((2048,), 2048, 8, 128),
+}
+ONE_STREAM = "decode, 1 x 2048 tokens, 3 KV heads of 64"
+APART = "decode, 32 x 2100 tokens, nothing in common"
+SHARED = "decode, 32 x 2100 tokens, 2000 in common"
+SKEWED = "decode, 1 x 8000 and 15 x 100 tokens"
+OTHERS = {
+    ONE_STREAM: Attention((2048,)),
+    APART: Attention((2100,) * 32),
+    SHARED: Attention((2100,) * 32, shared=2000),
+    SKEWED: Attention((8000,) + (100,) * 15),
+}
+
+
+def attention_rows(
+    pool: _C.ThreadPool, machine: Machine, dtype: str, budget: float
+) -> dict[str, float]:
+    """Prints a table; what of it belongs into the JSON line."""
+    print(f"\n{f'attention, {dtype} KV':<60}{'read':>8}{'FMA':>8}")
+    timed = {}
+    for name, case in (DECODE | PREFILL | OTHERS).items():
+        seconds, read, flops = timed[name] = attention(pool, machine, case, dtype, budget)
+        print(f"{name:<48}{seconds * 1e3:>9.3f} ms{read / seconds:>8.0%}{flops / seconds:>8.0%}")
+    prefix = "attn" if dtype == "bfloat16" else f"attn_{dtype}"
+    alone = attention(_C.ThreadPool(1), machine, OTHERS[SKEWED], dtype, budget)[0]
+    result = {
+        "decode_share": min(timed[name][1] / timed[name][0] for name in DECODE),
+        "prefill_share": min(timed[name][2] / timed[name][0] for name in PREFILL),
+        "decode_ms": timed[next(iter(DECODE))][0] * 1e3,
+        "shared_prefix_speedup": timed[APART][0] / timed[SHARED][0],
+        "skewed_thread_share": alone / timed[SKEWED][0] / machine.threads,
+    }
+    print(f"a prefix in common: {result['shared_prefix_speedup']:.2f} times as fast as apart")
+    print(f"one long sequence: {result['skewed_thread_share']:.0%} of the ideal split")
+    return {f"{prefix}_{key}": round(value, 3) for key, value in result.items()}
 
 
 def main() -> None:
@@ -183,7 +235,7 @@ def main() -> None:
         default="bf16,int8,int4",
         help=f"how they are kept: of {', '.join(FORMATS)}, separated by commas",
     )
-    parser.add_argument("--kv-dtype", default="bfloat16")
+    parser.add_argument("--kv-dtypes", default="bfloat16,int8", help="separated by commas")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
     args = parser.parse_args()
     pool = _C.ThreadPool(args.threads)
@@ -200,28 +252,8 @@ def main() -> None:
         for rows in ROWS:
             result[f"linear_{name}_m{rows}_share"] = round(min(s[rows] for s in shares), 3)
 
-    print(f"\n{f'attention, {args.kv_dtype} KV':<60}{'read':>8}{'FMA':>8}")
-    cases = {
-        # num_seqs, context, new_tokens, kv_heads, head_dim
-        "decode, 64 x 1000 tokens, 3 KV heads of 64": (64, 1000, 1, 3, 64),
-        "decode, 64 x 1000 tokens, 8 KV heads of 128": (64, 1000, 1, 8, 128),
-        "decode, 1 x 2048 tokens, 3 KV heads of 64": (1, 2048, 1, 3, 64),
-        "prefill, 2048 tokens, 3 KV heads of 64": (1, 2048, 2048, 3, 64),
-        "prefill, 2048 tokens, 8 KV heads of 128": (1, 2048, 2048, 8, 128),
-    }
-    timed = {
-        name: attention(pool, machine, *case, args.kv_dtype, args.seconds)
-        for name, case in cases.items()
-    }
-    for name, (seconds, read, flops) in timed.items():
-        print_attention(name, (seconds, read, flops))
-    decode, prefill = "decode, 64 x 1000", "prefill"
-    result["attn_decode_share"] = round(
-        min(r / s for name, (s, r, _) in timed.items() if name.startswith(decode)), 3
-    )
-    result["attn_prefill_share"] = round(
-        min(f / s for name, (s, _, f) in timed.items() if name.startswith(prefill)), 3
-    )
+    for dtype in filter(None, args.kv_dtypes.split(",")):
+        result |= attention_rows(pool, machine, dtype, args.seconds)
     result["read_gbs"] = round(machine.median("read_gbs"), 1)
     result["fma_gflops"] = round(machine.median("fma_gflops"), 1)
     print(json.dumps(result))
