@@ -300,7 +300,14 @@ void swap_blocks(ThreadPool& pool, KvCache& device, KvCache& host, py::object sw
 void bind_ops(py::module_& m) {
   py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
       .def(py::init<int>(), py::arg("num_threads") = 0, py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("num_threads", &ThreadPool::num_threads);
+      .def_property_readonly("num_threads", &ThreadPool::num_threads)
+      .def_property_readonly("num_loops", &ThreadPool::num_loops)
+      .def(
+          "run_empty_loops",
+          [](ThreadPool& pool, int count) {
+            for (int i = 0; i < count; ++i) pool.run([](int) {});
+          },
+          py::arg("count"), py::call_guard<py::gil_scoped_release>());
 
   py::module_ o = m.def_submodule("ops", "The CPU ops; see ops.pyi");
   o.def("cpu_isa", &ops::cpu_isa);

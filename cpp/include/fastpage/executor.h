@@ -34,11 +34,15 @@ struct ExecutorConfig {
   int32_t max_num_tokens = 2048;  // rows of a step
   int32_t max_num_logits =
       256;  // rows of logits computed at once; steps that want more are run in slices
+  // Passes over the program (passes.h) that are left out, by name, or "all". Those that
+  // FASTPAGE_DISABLED_PASSES names in the environment, separated by commas, come to them.
+  std::vector<std::string> disabled_passes;
 };
 
 class CpuExecutor {
  public:
-  CpuExecutor(Program program, const ExecutorConfig& config, std::shared_ptr<ThreadPool> pool);
+  CpuExecutor(const Program& program, const ExecutorConfig& config,
+              std::shared_ptr<ThreadPool> pool);
   ~CpuExecutor();
 
   // Packs (linear, embed) or copies (norms, biases, tables: to fp32) one weight by its buffer name.
@@ -65,7 +69,7 @@ class CpuExecutor {
   // scheduler's batches are; forward() trusts them.
   void check_batch(const InputBatch& batch) const;
 
-  const Program& program() const;
+  const Program& program() const;  // as it is run: after the passes
   const ExecutorConfig& config() const;
   ops::KvCacheView kv_cache(int32_t layer) const;
   ops::KvCacheView kv_host_cache(int32_t layer) const;  // of 0 blocks if there is none

@@ -142,6 +142,13 @@ struct KvCacheView {
 void reshape_and_cache(ThreadPool& pool, Matrix<const float> k, Matrix<const float> v,
                        Span<const int32_t> slot_mapping, const KvCacheView& cache);
 
+// rotary() of q and of k, and reshape_and_cache() of that k and of v, in one pass over the rows; to
+// the bit what the three would give. Heads are cache.head_dim wide. rotated_q may be q.
+void rotary_and_cache(ThreadPool& pool, Matrix<const float> q, Matrix<const float> k,
+                      Matrix<const float> v, Span<const int32_t> positions,
+                      Span<const int32_t> slot_mapping, Matrix<const float> cos_sin,
+                      RotaryStyle style, const KvCacheView& cache, Matrix<float> rotated_q);
+
 // A ragged batch: prefill chunks and decode rows alike.
 struct AttentionBatch {
   int32_t num_seqs = 0;

@@ -4,6 +4,7 @@
 
 #include "fastpage/ops.h"
 #include "ops/kernels.h"
+#include "ops/rotary_row.h"
 #include "ops/scratch.h"
 
 namespace fastpage::ops {
@@ -98,37 +99,78 @@ void move_blocks(ThreadPool& pool, const KvCacheView& from, const KvCacheView& t
   });
 }
 
-}  // namespace
-
-void reshape_and_cache(ThreadPool& pool, Matrix<const float> k, Matrix<const float> v,
-                       Span<const int32_t> slot_mapping, const KvCacheView& cache) {
+void check_write(const char* op, const Matrix<const float>& k, const Matrix<const float>& v,
+                 Span<const int32_t> slot_mapping, const KvCacheView& cache) {
   cache_type(cache.dtype);
   if (cache.block_size <= 0 || cache.block_size % cpu::kGranule != 0) {
-    throw InvalidArgument("reshape_and_cache: blocks of " + std::to_string(cache.block_size) +
+    throw InvalidArgument(std::string(op) + ": blocks of " + std::to_string(cache.block_size) +
                           ": a multiple of 16 is needed");
   }
   const int64_t cols = static_cast<int64_t>(cache.num_kv_heads) * cache.head_dim;
   if (k.cols != cols || v.cols != cols || k.rows != v.rows ||
       k.rows != static_cast<int64_t>(slot_mapping.size())) {
     throw InvalidArgument(
-        "reshape_and_cache: k is " + std::to_string(k.rows) + " x " + std::to_string(k.cols) +
+        std::string(op) + ": k is " + std::to_string(k.rows) + " x " + std::to_string(k.cols) +
         ", v " + std::to_string(v.rows) + " x " + std::to_string(v.cols) + ", slot_mapping " +
         std::to_string(slot_mapping.size()) + "; the cache takes rows of " + std::to_string(cols));
   }
   const int64_t num_slots = static_cast<int64_t>(cache.num_blocks) * cache.block_size;
   for (const int32_t slot : slot_mapping) {
     if (slot >= num_slots) {
-      throw InvalidArgument("reshape_and_cache: slot " + std::to_string(slot) +
+      throw InvalidArgument(std::string(op) + ": slot " + std::to_string(slot) +
                             " is past the cache's " + std::to_string(num_slots));
     }
   }
-  const int64_t grain = k.rows * cols < kSerialElements / 4 ? std::max<int64_t>(1, k.rows) : 1;
-  pool.parallel_for(k.rows, grain, [&](int64_t begin, int64_t end, int) {
+}
+
+// fn(begin, end, room for a vector of one head).
+template <typename F>
+void for_cache_rows(ThreadPool& pool, int64_t rows, const KvCacheView& cache, const F& fn) {
+  const int64_t cols = static_cast<int64_t>(cache.num_kv_heads) * cache.head_dim;
+  const int64_t grain = rows * cols < kSerialElements / 4 ? std::max<int64_t>(1, rows) : 1;
+  pool.parallel_for(rows, grain, [&](int64_t begin, int64_t end, int) {
     thread_local Scratch scratch;
     float* narrow = scratch.floats(static_cast<size_t>(cache.head_dim));
+    fn(begin, end, narrow);
+  });
+}
+
+}  // namespace
+
+void reshape_and_cache(ThreadPool& pool, Matrix<const float> k, Matrix<const float> v,
+                       Span<const int32_t> slot_mapping, const KvCacheView& cache) {
+  check_write("reshape_and_cache", k, v, slot_mapping, cache);
+  for_cache_rows(pool, k.rows, cache, [&](int64_t begin, int64_t end, float* narrow) {
     for (int64_t i = begin; i < end; ++i) {
       if (slot_mapping[i] < 0) continue;
       write_row(k.row(i), v.row(i), slot_mapping[i], cache, narrow);
+    }
+  });
+}
+
+void rotary_and_cache(ThreadPool& pool, Matrix<const float> q, Matrix<const float> k,
+                      Matrix<const float> v, Span<const int32_t> positions,
+                      Span<const int32_t> slot_mapping, Matrix<const float> cos_sin,
+                      RotaryStyle style, const KvCacheView& cache, Matrix<float> rotated_q) {
+  check_write("rotary_and_cache", k, v, slot_mapping, cache);
+  if (q.rows != k.rows || rotated_q.rows != q.rows || rotated_q.cols != q.cols ||
+      q.cols % cache.head_dim != 0 || static_cast<int64_t>(positions.size()) != q.rows) {
+    throw InvalidArgument("rotary_and_cache: q is " + std::to_string(q.rows) + " x " +
+                          std::to_string(q.cols) + ", its result " +
+                          std::to_string(rotated_q.rows) + " x " + std::to_string(rotated_q.cols) +
+                          ", for " + std::to_string(k.rows) + " keys and " +
+                          std::to_string(positions.size()) + " positions");
+  }
+  if (q.rows == 0) return;
+  const RotaryRow row(cos_sin, cache.head_dim, style);
+  for_cache_rows(pool, q.rows, cache, [&](int64_t begin, int64_t end, float* narrow) {
+    thread_local Scratch scratch;
+    float* rotated_k = scratch.floats(static_cast<size_t>(k.cols));
+    for (int64_t i = begin; i < end; ++i) {
+      row.run(q.row(i), positions[i], q.cols, rotated_q.row(i));
+      if (slot_mapping[i] < 0) continue;
+      row.run(k.row(i), positions[i], k.cols, rotated_k);
+      write_row(rotated_k, v.row(i), slot_mapping[i], cache, narrow);
     }
   });
 }

@@ -5,7 +5,9 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 
+#include "fastpage/passes.h"
 #include "program/batch_checks.h"
 #include "program/memory.h"
 #include "program/steps.h"
@@ -65,16 +67,24 @@ ops::KvCacheView cache_layout(const KvCacheSpec& spec, DType dtype, int32_t bloc
   return view;
 }
 
-Program validated(Program program) {
+std::vector<std::string> disabled_passes(const ExecutorConfig& config) {
+  std::vector<std::string> names = config.disabled_passes;
+  const char* const value = std::getenv("FASTPAGE_DISABLED_PASSES");
+  std::istringstream list(value == nullptr ? "" : value);
+  for (std::string name; std::getline(list, name, ',');) names.push_back(name);
+  return names;
+}
+
+Program rewritten(const Program& program, const ExecutorConfig& config) {
   program.validate();
-  return program;
+  return apply_passes(program, disabled_passes(config));
 }
 
 }  // namespace
 
 struct CpuExecutor::Impl {
-  Impl(Program p, const ExecutorConfig& c, std::shared_ptr<ThreadPool> threads)
-      : program(validated(std::move(p))),
+  Impl(const Program& p, const ExecutorConfig& c, std::shared_ptr<ThreadPool> threads)
+      : program(rewritten(p, c)),
         config(c),
         pool(threads != nullptr ? std::move(threads) : std::make_shared<ThreadPool>()),
         weights(program, c.weight_dtype, c.quantization) {
@@ -172,9 +182,9 @@ Quantization quantization_from_name(const std::string& name) {
   throw InvalidArgument("unknown quantization '" + name + "': one of none, int8, int4");
 }
 
-CpuExecutor::CpuExecutor(Program program, const ExecutorConfig& config,
+CpuExecutor::CpuExecutor(const Program& program, const ExecutorConfig& config,
                          std::shared_ptr<ThreadPool> pool)
-    : impl_(std::make_unique<Impl>(std::move(program), config, std::move(pool))) {}
+    : impl_(std::make_unique<Impl>(program, config, std::move(pool))) {}
 
 CpuExecutor::~CpuExecutor() = default;
 

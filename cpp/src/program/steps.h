@@ -62,9 +62,13 @@ struct LinearStep {
   const ops::PackedWeight* weight;
   const float* bias;
   ops::Activations activations;
+  ops::LinearFusion fusion;  // without the residual
+  Slab residual;             // of no data: none
   Slab y;
   void run(const Frame& frame) const {
-    ops::linear(frame.pool, x.at(frame), *weight, bias, y.at(frame), activations);
+    ops::LinearFusion fused = fusion;
+    if (residual.data != nullptr) fused.residual = residual.at(frame);
+    ops::linear(frame.pool, x.at(frame), *weight, bias, y.at(frame), activations, fused);
   }
 };
 
@@ -87,6 +91,21 @@ struct WriteCacheStep {
   ops::KvCacheView cache;
   void run(const Frame& frame) const {
     ops::reshape_and_cache(frame.pool, k.at(frame), v.at(frame), frame.slot_mapping, cache);
+  }
+};
+
+struct RotaryWriteCacheStep {
+  static constexpr OpKind kKind = OpKind::kRotaryWriteCache;
+  Slab q;
+  Slab k;
+  Slab v;
+  Matrix<const float> cos_sin;
+  ops::RotaryStyle style;
+  ops::KvCacheView cache;
+  Slab rotated_q;
+  void run(const Frame& frame) const {
+    ops::rotary_and_cache(frame.pool, q.at(frame), k.at(frame), v.at(frame), frame.positions,
+                          frame.slot_mapping, cos_sin, style, cache, rotated_q.at(frame));
   }
 };
 
@@ -127,8 +146,8 @@ struct GatherRowsStep {
   }
 };
 
-using Step = std::variant<EmbedStep, NormStep, LinearStep, RotaryStep, WriteCacheStep, AttendStep,
-                          ActivateStep, AddStep, GatherRowsStep>;
+using Step = std::variant<EmbedStep, NormStep, LinearStep, RotaryStep, WriteCacheStep,
+                          RotaryWriteCacheStep, AttendStep, ActivateStep, AddStep, GatherRowsStep>;
 
 struct CompiledProgram {
   std::vector<Step> token_steps;   // once per forward

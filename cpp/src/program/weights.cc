@@ -36,6 +36,7 @@ WeightStore::WeightStore(const Program& program, DType dtype, Quantization quant
   for (const Op& op : program.ops()) {
     if (op.kind == OpKind::kEmbed) entries_[op.inputs[0].buffer].is_packed = true;
     if (op.kind == OpKind::kRotary) entries_[op.inputs[1].buffer].is_table = true;
+    if (op.kind == OpKind::kRotaryWriteCache) entries_[op.inputs[3].buffer].is_table = true;
     if (op.kind != OpKind::kLinear) continue;
     Entry& entry = entries_[op.inputs[1].buffer];
     entry.is_int4 = !entry.is_packed && op.outputs[0].buffer != program.output();

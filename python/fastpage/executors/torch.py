@@ -90,6 +90,7 @@ class TorchExecutor:
             "linear": self._linear,
             "rotary": self._rotary,
             "write_cache": self._write_cache,
+            "rotary_write_cache": self._rotary_write_cache,
             "attend": self._attend,
             "activate": self._activate,
             "add": self._add,
@@ -201,17 +202,36 @@ class TorchExecutor:
 
     def _norm(self, op: Op, frame: _Frame) -> torch.Tensor:
         x = self._input(op, 0, frame)
-        groups = x.float().unflatten(1, (-1, int(op.attrs.get("group", x.shape[1]))))
-        scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + float(op.attrs["eps"]))
-        return (groups * scale * self._weight(op, 1)).flatten(1).to(self._dtype)
+        group = int(op.attrs.get("group", x.shape[1]))
+        return self._rms_norm(x, self._weight(op, 1), float(op.attrs["eps"]), group)
+
+    def _rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, group: int
+    ) -> torch.Tensor:
+        groups = x.float().unflatten(1, (-1, group))
+        scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
+        return (groups * scale * weight).flatten(1).to(self._dtype)
 
     def _linear(self, op: Op, frame: _Frame) -> torch.Tensor:
-        bias = self._weight(op, 2).to(self._dtype) if len(op.inputs) == 3 else None
-        return functional.linear(self._input(op, 0, frame), self._weight(op, 1), bias)
+        """What a pass fused into it included: see OpKind::kLinear."""
+        x = self._input(op, 0, frame)
+        has_norm, has_residual = "norm_eps" in op.attrs, "residual" in op.attrs
+        bias = None
+        if len(op.inputs) > 2 + has_norm + has_residual:
+            bias = self._weight(op, 2).to(self._dtype)
+        if has_norm:
+            norm_weight = self._weight(op, 2 if bias is None else 3)
+            x = self._rms_norm(x, norm_weight, float(op.attrs["norm_eps"]), x.shape[1])
+        y = functional.linear(x, self._weight(op, 1), bias)
+        if "activation" in op.attrs:
+            y = self._silu_and_mul(y)
+        return y + self._input(op, len(op.inputs) - 1, frame) if has_residual else y
 
     def _rotary(self, op: Op, frame: _Frame) -> torch.Tensor:
-        x = self._input(op, 0, frame)
-        cos, sin = self._weight(op, 1)[frame.positions].unsqueeze(1).chunk(2, dim=-1)
+        return self._rotate(op, self._input(op, 0, frame), self._weight(op, 1), frame)
+
+    def _rotate(self, op: Op, x: torch.Tensor, table: torch.Tensor, frame: _Frame) -> torch.Tensor:
+        cos, sin = table[frame.positions].unsqueeze(1).chunk(2, dim=-1)
         heads = x.float().unflatten(1, (-1, int(op.attrs["head_dim"])))
         turned, kept = heads.tensor_split([2 * cos.shape[-1]], dim=-1)
         if op.attrs["style"] == "neox":
@@ -223,11 +243,19 @@ class TorchExecutor:
         return torch.cat((turned, kept), dim=-1).flatten(1).to(self._dtype)
 
     def _write_cache(self, op: Op, frame: _Frame) -> None:
+        self._write(op, self._input(op, 0, frame), self._input(op, 1, frame), frame)
+
+    def _rotary_write_cache(self, op: Op, frame: _Frame) -> torch.Tensor:
+        q, k, v = (self._input(op, i, frame) for i in range(3))
+        self._write(op, self._rotate(op, k, self._weight(op, 3), frame), v, frame)
+        return self._rotate(op, q, self._weight(op, 3), frame)
+
+    def _write(self, op: Op, k: torch.Tensor, v: torch.Tensor, frame: _Frame) -> None:
         layer = int(op.attrs["layer"])
         written = frame.slot_mapping >= 0
         slots = frame.slot_mapping[written]
-        for index, cache in ((0, self._keys[layer]), (1, self._values[layer])):
-            x = self._input(op, index, frame)[written].unflatten(1, cache.shape[2:])
+        for new, cache in ((k, self._keys[layer]), (v, self._values[layer])):
+            x = new[written].unflatten(1, cache.shape[2:])
             if self._has_int8_cache:
                 x = _rounded_to_int8(x.float())
             cache.view(-1, *cache.shape[2:])[slots] = x.to(cache.dtype)
@@ -266,7 +294,11 @@ class TorchExecutor:
         return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(repeat, dim=1)).flatten(1)
 
     def _activate(self, op: Op, frame: _Frame) -> torch.Tensor:
-        gate, up = self._input(op, 0, frame).chunk(2, dim=1)
+        return self._silu_and_mul(self._input(op, 0, frame))
+
+    @staticmethod
+    def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=1)
         return functional.silu(gate) * up
 
     def _add(self, op: Op, frame: _Frame) -> torch.Tensor:
