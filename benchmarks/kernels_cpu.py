@@ -24,10 +24,16 @@ import probe
 from fastpage import _C
 from fastpage._C import ops
 
-# in_features, out_features, and how many of it one layer (or, for the logits, the model) has
+# (in_features, out_features): how many the model has
 SHAPES = {
-    "135M": [(576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152)],
-    "1B": [(2048, 8192), (8192, 2048), (2048, 2048)],
+    "135M": {
+        (576, 960): 30,
+        (576, 576): 30,
+        (576, 3072): 30,
+        (1536, 576): 30,
+        (576, 49152): 1,
+    },
+    "1B": {(2048, 8192): 2, (8192, 2048): 1, (2048, 2048): 2},  # of a layer
 }
 FORMATS = {
     "bf16": "bfloat16",
@@ -118,12 +124,16 @@ def print_linear(name: str, rows_by_shape: dict[tuple[int, int], list]) -> None:
         print(f"{shape[0]:>6} x {shape[1]:>5}" + "".join(cells))
 
 
-def linear_shares(rows_by_shape: dict[tuple[int, int], list]) -> dict[int, float]:
+def linear_shares(
+    rows_by_shape: dict[tuple[int, int], list], counts: dict[tuple[int, int], int]
+) -> dict[int, float]:
     """Of all layers of a model together; at 1 and 2 rows of bandwidth, from 16 on of FMA, between
     them of whichever bounds more."""
     shares = {}
     for i, rows in enumerate(ROWS):
-        seconds, read, flops = (sum(r[i][j] for r in rows_by_shape.values()) for j in range(3))
+        seconds, read, flops = (
+            sum(r[i][j] * counts[shape] for shape, r in rows_by_shape.items()) for j in range(3)
+        )
         bound = read if rows <= 2 else flops if rows >= 16 else max(read, flops)
         shares[rows] = bound / seconds
     return shares
@@ -248,7 +258,7 @@ def main() -> None:
             for model, shapes in SHAPES.items()
         }
         print_linear(name, {s: r for rows in tables.values() for s, r in rows.items()})
-        shares = [linear_shares(rows) for rows in tables.values()]
+        shares = [linear_shares(rows, SHAPES[model]) for model, rows in tables.items()]
         for rows in ROWS:
             result[f"linear_{name}_m{rows}_share"] = round(min(s[rows] for s in shares), 3)
 

