@@ -65,7 +65,7 @@ void prepare(PackedWeight::Impl* impl, WeightFormat format, int64_t out_features
     impl->panel_bytes += width * static_cast<int64_t>(sizeof(float));
   }
   const int64_t bytes = impl->num_panels * impl->panel_bytes;
-  impl->data.reset(static_cast<char*>(allocate_aligned(static_cast<size_t>(bytes))));
+  impl->data = allocate_shared(static_cast<size_t>(bytes));
 }
 
 // fn(panel, the first of its out_features, how many there are), on all threads.

@@ -20,7 +20,7 @@ struct PackedWeight::Impl {
   int64_t step_bytes = 0;               // of a panel
   int64_t num_panels = 0;
   int64_t panel_bytes = 0;
-  AlignedArray<char> data;
+  std::shared_ptr<char> data;
 
   char* panel(int64_t i) const { return data.get() + i * panel_bytes; }
   // kInt8: the scales of a panel's out_features.
