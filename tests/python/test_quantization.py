@@ -78,3 +78,24 @@ def test_weights_of_a_step_shrink(smollm2_gguf: Path) -> None:
 def test_torch_refuses_quantization() -> None:
     with pytest.raises(InvalidArgument, match="quantization='int8' needs executor='cpu'"):
         EngineArgs(model="x", executor="torch", quantization="int8")
+
+
+def test_blocks_that_do_not_fit_are_named(smollm2_gguf: Path) -> None:
+    model = build_model(open_checkpoint(smollm2_gguf).config, max_model_len=128)
+    executor = CpuExecutor(model.program, num_kv_blocks=1)
+    shapes = {b.name: tuple(b.shape) for b in model.program.buffers if b.kind == "weight"}
+    matrix = next(name for name, shape in shapes.items() if shape == (576, 576))
+    vector = next(name for name, shape in shapes.items() if shape == (576,))
+    for name, blocks, kind, words in [
+        (matrix, np.zeros((576, 18 * 17), np.uint8), "q4_0", "has shape"),
+        (matrix, np.zeros((576, 18 * 17), np.uint8), "q4_1", "no blocks of q4_1"),
+        (matrix, np.zeros((576, 18 * 20), np.int8), "q4_1", "uint8 is needed"),
+        (matrix, np.zeros((576, 18 * 20), np.uint8), "q4_k", "unknown weight format"),
+        (vector, np.zeros((1, 18 * 20), np.uint8), "q4_1", "has shape"),
+        ("nonsense", np.zeros((1, 20), np.uint8), "q4_1", "no weight 'nonsense'"),
+    ]:
+        with pytest.raises(InvalidArgument, match=words):
+            executor.load_weight_blocks(name, blocks, kind)
+    executor.load_weight_blocks(matrix, np.zeros((576, 18 * 20), np.uint8), "q4_1")
+    with pytest.raises(InvalidArgument, match="loaded twice"):
+        executor.load_weight_blocks(matrix, np.zeros((576, 18 * 20), np.uint8), "q4_1")
