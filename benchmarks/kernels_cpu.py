@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import probe
+import step_profile
 
 from fastpage import _C
 from fastpage._C import ops
@@ -42,6 +43,7 @@ FORMATS = {
     "int8": "int8",  # with int8 activations, as int4
     "int4": "q4_1",
 }
+STEPS = {"bf16": "none", "int8": "int8", "int4": "int4"}  # by name, as --quantization says
 ROWS = [1, 2, 4, 16, 64, 256, 1024]
 WALK_BYTES = 192 << 20
 
@@ -261,6 +263,12 @@ def main() -> None:
         shares = [linear_shares(rows, SHAPES[model]) for model, rows in tables.items()]
         for rows in ROWS:
             result[f"linear_{name}_m{rows}_share"] = round(min(s[rows] for s in shares), 3)
+
+    print("\na whole step of the 135M at a context of 256, milliseconds")
+    for name in filter(STEPS.get, args.weights.split(",")):
+        for rows, ms in step_profile.decode_ms(STEPS[name], [1, 64], pool).items():
+            print(f"{name:>6}, {rows:>2} rows: {ms:.2f}")
+            result[f"step_{name}_m{rows}_ms"] = round(ms, 3)
 
     for dtype in filter(None, args.kv_dtypes.split(",")):
         result |= attention_rows(pool, machine, dtype, args.seconds)

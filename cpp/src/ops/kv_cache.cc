@@ -123,10 +123,10 @@ void check_write(const char* op, const Matrix<const float>& k, const Matrix<cons
   }
 }
 
-// fn(begin, end, room for a vector of one head).
+// fn(begin, end, room for a vector of one head) for rows of so many columns in all.
 template <typename F>
-void for_cache_rows(ThreadPool& pool, int64_t rows, const KvCacheView& cache, const F& fn) {
-  const int64_t cols = static_cast<int64_t>(cache.num_kv_heads) * cache.head_dim;
+void for_cache_rows(ThreadPool& pool, int64_t rows, int64_t cols, const KvCacheView& cache,
+                    const F& fn) {
   const int64_t grain = rows * cols < kSerialElements / 4 ? std::max<int64_t>(1, rows) : 1;
   pool.parallel_for(rows, grain, [&](int64_t begin, int64_t end, int) {
     thread_local Scratch scratch;
@@ -140,7 +140,7 @@ void for_cache_rows(ThreadPool& pool, int64_t rows, const KvCacheView& cache, co
 void reshape_and_cache(ThreadPool& pool, Matrix<const float> k, Matrix<const float> v,
                        Span<const int32_t> slot_mapping, const KvCacheView& cache) {
   check_write("reshape_and_cache", k, v, slot_mapping, cache);
-  for_cache_rows(pool, k.rows, cache, [&](int64_t begin, int64_t end, float* narrow) {
+  for_cache_rows(pool, k.rows, k.cols, cache, [&](int64_t begin, int64_t end, float* narrow) {
     for (int64_t i = begin; i < end; ++i) {
       if (slot_mapping[i] < 0) continue;
       write_row(k.row(i), v.row(i), slot_mapping[i], cache, narrow);
@@ -163,16 +163,17 @@ void rotary_and_cache(ThreadPool& pool, Matrix<const float> q, Matrix<const floa
   }
   if (q.rows == 0) return;
   const RotaryRow row(cos_sin, cache.head_dim, style);
-  for_cache_rows(pool, q.rows, cache, [&](int64_t begin, int64_t end, float* narrow) {
-    thread_local Scratch scratch;
-    float* rotated_k = scratch.floats(static_cast<size_t>(k.cols));
-    for (int64_t i = begin; i < end; ++i) {
-      row.run(q.row(i), positions[i], q.cols, rotated_q.row(i));
-      if (slot_mapping[i] < 0) continue;
-      row.run(k.row(i), positions[i], k.cols, rotated_k);
-      write_row(rotated_k, v.row(i), slot_mapping[i], cache, narrow);
-    }
-  });
+  for_cache_rows(pool, q.rows, q.cols + k.cols, cache,
+                 [&](int64_t begin, int64_t end, float* narrow) {
+                   thread_local Scratch scratch;
+                   float* rotated_k = scratch.floats(static_cast<size_t>(k.cols));
+                   for (int64_t i = begin; i < end; ++i) {
+                     row.run(q.row(i), positions[i], q.cols, rotated_q.row(i));
+                     if (slot_mapping[i] < 0) continue;
+                     row.run(k.row(i), positions[i], k.cols, rotated_k);
+                     write_row(rotated_k, v.row(i), slot_mapping[i], cache, narrow);
+                   }
+                 });
 }
 
 void copy_blocks(ThreadPool& pool, const KvCacheView& cache, Span<const BlockCopy> copies) {

@@ -268,7 +268,7 @@ void compute(ThreadPool& pool, const Layer& layer, const Matrix<float>& y) {
     return compute_share(layer, tiles, y, {0, tiles.count, 0, panels});
   }
   // To pack a few rows over again in every thread takes less than to wait for the one who does.
-  const bool packs_alone = layer.x.rows * layer.x.cols < kSerialElements;
+  const bool packs_alone = layer.x.rows * layer.x.cols < kSerialElements / 4;
   if (!packs_alone) pack_shared(pool, layer, &tiles);
   const int64_t rows_split = row_parts(tiles.count, panels, pool.num_threads());
   const int64_t panels_split = pool.num_threads() / rows_split;
