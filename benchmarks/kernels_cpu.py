@@ -17,19 +17,36 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import probe
+import step_profile
 
 from fastpage import _C
 from fastpage._C import ops
 from fastpage.models import DecoderSpec, RotarySpec, decoder
 
-# in_features, out_features, and how many of it one layer (or, for the logits, the model) has
+# (in_features, out_features): how many the model has
 SHAPES = {
-    "135M": [(576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152)],
-    "1B": [(2048, 8192), (8192, 2048), (2048, 2048)],
+    "135M": {
+        (576, 960): 30,
+        (576, 576): 30,
+        (576, 3072): 30,
+        (1536, 576): 30,
+        (576, 49152): 1,
+    },
+    "1B": {(2048, 8192): 2, (8192, 2048): 1, (2048, 2048): 2},  # of a layer
 }
+FORMATS = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "int8": "int8",  # with int8 activations, as int4
+    "int4": "q4_1",
+}
+STEPS = {"bf16": "none", "int8": "int8", "int4": "int4"}  # by name, as --quantization says
 ROWS = [1, 2, 4, 16, 64, 256, 1024]
 WALK_BYTES = 192 << 20
 
@@ -71,15 +88,15 @@ class Machine:
 
 
 def linear_row(
-    pool: _C.ThreadPool, machine: Machine, shape: tuple[int, int], dtype: str, budget: float
+    pool: _C.ThreadPool, machine: Machine, shape: tuple[int, int], stored: str, budget: float
 ) -> list[tuple[float, float, float]]:
     """Per number of rows: seconds, and the seconds that reading and that arithmetic alone take."""
     n_in, n_out = shape
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((n_out, n_in), np.float32)
-    first = ops.PackedWeight(weight, dtype, pool)
+    first = ops.PackedWeight(weight, stored, pool)
     copies = max(1, min(400, WALK_BYTES // first.nbytes))
-    weights = [first] + [ops.PackedWeight(weight, dtype, pool) for _ in range(copies - 1)]
+    weights = [first] + [ops.PackedWeight(weight, stored, pool) for _ in range(copies - 1)]
     nothing = np.zeros((0, n_in), np.float32)
     no_rows = np.zeros((0, n_out), np.float32)
 
@@ -96,13 +113,13 @@ def linear_row(
             ops.linear(pool, x, weights[i], None, y)
 
         seconds, limits = machine.around(lambda f=call: best_seconds(f, copies, overhead, budget))
-        read = weight.size * (4 if dtype == "float32" else 2) / limits["read_gbs"] * 1e-9
+        read = first.nbytes / limits["read_gbs"] * 1e-9
         results.append((seconds, read, 2 * rows * weight.size / limits["fma_gflops"] * 1e-9))
     return results
 
 
-def print_linear(dtype: str, rows_by_shape: dict[tuple[int, int], list]) -> None:
-    print(f"\nlinear, {dtype}: GFLOP/s (share of the bound)")
+def print_linear(name: str, rows_by_shape: dict[tuple[int, int], list]) -> None:
+    print(f"\nlinear, {name}: GFLOP/s (share of the bound)")
     print(f"{'in x out':>14}" + "".join(f"{rows:>13}" for rows in ROWS))
     for shape, results in rows_by_shape.items():
         cells = []
@@ -112,63 +129,117 @@ def print_linear(dtype: str, rows_by_shape: dict[tuple[int, int], list]) -> None
         print(f"{shape[0]:>6} x {shape[1]:>5}" + "".join(cells))
 
 
-def linear_shares(rows_by_shape: dict[tuple[int, int], list]) -> dict[int, float]:
+def linear_shares(
+    rows_by_shape: dict[tuple[int, int], list], counts: dict[tuple[int, int], int]
+) -> dict[int, float]:
     """Of all layers of a model together; at 1 and 2 rows of bandwidth, from 16 on of FMA, between
     them of whichever bounds more."""
     shares = {}
     for i, rows in enumerate(ROWS):
-        seconds, read, flops = (sum(r[i][j] for r in rows_by_shape.values()) for j in range(3))
+        seconds, read, flops = (
+            sum(r[i][j] * counts[shape] for shape, r in rows_by_shape.items()) for j in range(3)
+        )
         bound = read if rows <= 2 else flops if rows >= 16 else max(read, flops)
         shares[rows] = bound / seconds
     return shares
 
 
+@dataclass(frozen=True)
+class Attention:
+    """One new token (or new_tokens) of each sequence, over a cache of blocks that lie anywhere."""
+
+    lens: tuple[int, ...]
+    new_tokens: int = 1
+    kv_heads: int = 3
+    head_dim: int = 64
+    shared: int = 0  # tokens that all sequences have in common, in the same blocks
+
+    def tables(self, rng: np.random.Generator) -> tuple[npt.NDArray[np.int32], int]:
+        """Block tables, and how many blocks there are."""
+        counts = [-(-n // 16) for n in self.lens]
+        blocks = rng.permutation(sum(counts)).astype(np.int32)
+        tables = np.zeros((len(counts), max(counts)), np.int32)
+        for i, count in enumerate(counts):
+            tables[i, :count], blocks = blocks[:count], blocks[count:]
+        tables[:, : self.shared // 16] = tables[0, : self.shared // 16]
+        return tables, sum(counts)
+
+
 def attention(
-    pool: _C.ThreadPool,
-    machine: Machine,
-    num_seqs: int,
-    context: int,
-    new_tokens: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: str,
-    budget: float,
+    pool: _C.ThreadPool, machine: Machine, case: Attention, dtype: str, budget: float
 ) -> tuple[float, float, float]:
-    """Seconds, and the seconds that reading the cache and that arithmetic alone take."""
-    group = 3 if head_dim == 64 else 4
-    heads = kv_heads * group
-    blocks = -(-context // 16)
+    """Seconds, and the seconds that reading the cache once for each sequence and that arithmetic
+    alone take."""
+    kv_heads, head_dim, new = case.kv_heads, case.head_dim, case.new_tokens
+    heads = kv_heads * (3 if head_dim == 64 else 4)
     rng = np.random.default_rng(0)
-    tables = rng.permutation(num_seqs * blocks).astype(np.int32).reshape(num_seqs, blocks)
-    one = num_seqs * blocks * kv_heads * 16 * head_dim * 2 * (4 if dtype == "float32" else 2)
+    tables, blocks = case.tables(rng)
+    bytes_per_token = _C.CpuExecutor.kv_block_bytes(1, kv_heads, head_dim, dtype, 16) / 16
     caches = []
-    for _ in range(max(1, min(30, WALK_BYTES // one))):
-        cache = ops.KvCache(num_seqs * blocks, kv_heads, head_dim, 16, dtype)
+    for _ in range(max(1, min(30, int(WALK_BYTES // (blocks * 16 * bytes_per_token))))):
+        cache = ops.KvCache(blocks, kv_heads, head_dim, 16, dtype)
         tokens = rng.standard_normal((1024, kv_heads * head_dim)).astype(np.float32)
-        for at in range(0, num_seqs * blocks * 16, 1024):
-            slots = np.arange(at, min(at + 1024, num_seqs * blocks * 16), dtype=np.int32)
+        for at in range(0, blocks * 16, 1024):
+            slots = np.arange(at, min(at + 1024, blocks * 16), dtype=np.int32)
             part = tokens[: len(slots)]
             ops.reshape_and_cache(pool, part, part, slots, cache)
         caches.append(cache)
-    start = np.arange(num_seqs + 1, dtype=np.int32) * new_tokens
-    lens = np.full(num_seqs, context, np.int32)
-    q = rng.standard_normal((num_seqs * new_tokens, heads * head_dim)).astype(np.float32)
+    start = np.arange(len(case.lens) + 1, dtype=np.int32) * new
+    lens = np.array(case.lens, np.int32)
+    q = rng.standard_normal((len(lens) * new, heads * head_dim)).astype(np.float32)
     out = np.zeros_like(q)
 
     def call(i: int) -> None:
         ops.paged_attention(pool, q, caches[i], start, lens, tables, heads, head_dim**-0.5, out=out)
 
     seconds, limits = machine.around(lambda: best_seconds(call, len(caches), 0.0, budget))
-    before = context - new_tokens
-    pairs = num_seqs * (new_tokens * before + new_tokens * (new_tokens + 1) / 2)
-    read = num_seqs * context * kv_heads * head_dim * 2 * (4 if dtype == "float32" else 2)
+    pairs = sum(new * (n - new) + new * (new + 1) / 2 for n in case.lens)
+    read = sum(case.lens) * bytes_per_token
     flops = 4 * pairs * heads * head_dim
     return seconds, read / limits["read_gbs"] * 1e-9, flops / limits["fma_gflops"] * 1e-9
 
 
-def print_attention(name: str, result: tuple[float, float, float]) -> None:
-    seconds, read, flops = result
-    print(f"{name:<48}{seconds * 1e3:>9.3f} ms{read / seconds:>8.0%}{flops / seconds:>8.0%}")
+DECODE = {
+    "decode, 64 x 1000 tokens, 3 KV heads of 64": Attention((1000,) * 64),
+    "decode, 64 x 1000 tokens, 8 KV heads of 128": Attention((1000,) * 64, 1, 8, 128),
+}
+PREFILL = {
+    "prefill, 2048 tokens, 3 KV heads of 64": Attention((2048,), 2048),
+    "prefill, 2048 tokens, 8 KV heads of 128": Attention((2048,), 2048, 8, 128),
+}
+ONE_STREAM = "decode, 1 x 2048 tokens, 3 KV heads of 64"
+APART = "decode, 32 x 2100 tokens, nothing in common"
+SHARED = "decode, 32 x 2100 tokens, 2000 in common"
+SKEWED = "decode, 1 x 8000 and 15 x 100 tokens"
+OTHERS = {
+    ONE_STREAM: Attention((2048,)),
+    APART: Attention((2100,) * 32),
+    SHARED: Attention((2100,) * 32, shared=2000),
+    SKEWED: Attention((8000,) + (100,) * 15),
+}
+
+
+def attention_rows(
+    pool: _C.ThreadPool, machine: Machine, dtype: str, budget: float
+) -> dict[str, float]:
+    """Prints a table; what of it belongs into the JSON line."""
+    print(f"\n{f'attention, {dtype} KV':<60}{'read':>8}{'FMA':>8}")
+    timed = {}
+    for name, case in (DECODE | PREFILL | OTHERS).items():
+        seconds, read, flops = timed[name] = attention(pool, machine, case, dtype, budget)
+        print(f"{name:<48}{seconds * 1e3:>9.3f} ms{read / seconds:>8.0%}{flops / seconds:>8.0%}")
+    prefix = "attn" if dtype == "bfloat16" else f"attn_{dtype}"
+    alone = attention(_C.ThreadPool(1), machine, OTHERS[SKEWED], dtype, budget)[0]
+    result = {
+        "decode_share": min(timed[name][1] / timed[name][0] for name in DECODE),
+        "prefill_share": min(timed[name][2] / timed[name][0] for name in PREFILL),
+        "decode_ms": timed[next(iter(DECODE))][0] * 1e3,
+        "shared_prefix_speedup": timed[APART][0] / timed[SHARED][0],
+        "skewed_thread_share": alone / timed[SKEWED][0] / machine.threads,
+    }
+    print(f"a prefix in common: {result['shared_prefix_speedup']:.2f} times as fast as apart")
+    print(f"one long sequence: {result['skewed_thread_share']:.0%} of the ideal split")
+    return {f"{prefix}_{key}": round(value, 3) for key, value in result.items()}
 
 
 def cache_of(layers: int, kv_heads: int, head_dim: int, blocks: int, dtype: str) -> _C.CpuExecutor:
@@ -235,48 +306,37 @@ def print_transfers(machine: Machine, dtype: str, budget: float) -> dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--dtypes", default="bfloat16", help="of weights, separated by commas")
-    parser.add_argument("--kv-dtype", default="bfloat16")
+    parser.add_argument(
+        "--weights",
+        default="bf16,int8,int4",
+        help=f"how they are kept: of {', '.join(FORMATS)}, separated by commas",
+    )
+    parser.add_argument("--kv-dtypes", default="bfloat16,int8", help="separated by commas")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
     args = parser.parse_args()
     pool = _C.ThreadPool(args.threads)
     machine = Machine(args.threads)
     result: dict[str, float | str | int] = {"isa": ops.cpu_isa(), "threads": args.threads}
 
-    for dtype in args.dtypes.split(","):
+    for name in filter(None, args.weights.split(",")):
         tables = {
-            model: {s: linear_row(pool, machine, s, dtype, args.seconds) for s in shapes}
+            model: {s: linear_row(pool, machine, s, FORMATS[name], args.seconds) for s in shapes}
             for model, shapes in SHAPES.items()
         }
-        print_linear(dtype, {s: r for rows in tables.values() for s, r in rows.items()})
-        shares = [linear_shares(rows) for rows in tables.values()]
-        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
+        print_linear(name, {s: r for rows in tables.values() for s, r in rows.items()})
+        shares = [linear_shares(rows, SHAPES[model]) for model, rows in tables.items()]
         for rows in ROWS:
-            result[f"linear_{short}_m{rows}_share"] = round(min(s[rows] for s in shares), 3)
+            result[f"linear_{name}_m{rows}_share"] = round(min(s[rows] for s in shares), 3)
 
-    print(f"\n{f'attention, {args.kv_dtype} KV':<60}{'read':>8}{'FMA':>8}")
-    cases = {
-        # num_seqs, context, new_tokens, kv_heads, head_dim
-        "decode, 64 x 1000 tokens, 3 KV heads of 64": (64, 1000, 1, 3, 64),
-        "decode, 64 x 1000 tokens, 8 KV heads of 128": (64, 1000, 1, 8, 128),
-        "decode, 1 x 2048 tokens, 3 KV heads of 64": (1, 2048, 1, 3, 64),
-        "prefill, 2048 tokens, 3 KV heads of 64": (1, 2048, 2048, 3, 64),
-        "prefill, 2048 tokens, 8 KV heads of 128": (1, 2048, 2048, 8, 128),
-    }
-    timed = {
-        name: attention(pool, machine, *case, args.kv_dtype, args.seconds)
-        for name, case in cases.items()
-    }
-    for name, (seconds, read, flops) in timed.items():
-        print_attention(name, (seconds, read, flops))
-    decode, prefill = "decode, 64 x 1000", "prefill"
-    result["attn_decode_share"] = round(
-        min(r / s for name, (s, r, _) in timed.items() if name.startswith(decode)), 3
-    )
-    result["attn_prefill_share"] = round(
-        min(f / s for name, (s, _, f) in timed.items() if name.startswith(prefill)), 3
-    )
-    result |= print_transfers(machine, args.kv_dtype, args.seconds)
+    print("\na whole step of the 135M at a context of 256, milliseconds")
+    for name in filter(STEPS.get, args.weights.split(",")):
+        for rows, ms in step_profile.decode_ms(STEPS[name], [1, 64], pool).items():
+            print(f"{name:>6}, {rows:>2} rows: {ms:.2f}")
+            result[f"step_{name}_m{rows}_ms"] = round(ms, 3)
+
+    for dtype in filter(None, args.kv_dtypes.split(",")):
+        result |= attention_rows(pool, machine, dtype, args.seconds)
+    result |= print_transfers(machine, args.kv_dtypes.split(",")[0], args.seconds)
     result["read_gbs"] = round(machine.median("read_gbs"), 1)
     result["fma_gflops"] = round(machine.median("fma_gflops"), 1)
     print(json.dumps(result))

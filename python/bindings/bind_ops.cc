@@ -53,22 +53,28 @@ struct KvCache {
     view.block_size = block_size;
     view.head_dim = head_dim;
     if (view.dtype != DType::kFloat32 && view.dtype != DType::kBFloat16 &&
-        view.dtype != DType::kFloat16) {
+        view.dtype != DType::kFloat16 && view.dtype != DType::kInt8) {
       throw InvalidArgument("KvCache: dtype " + dtype +
-                            " cannot hold keys and values: float32, bfloat16 or float16");
+                            " cannot hold keys and values: float32, bfloat16, float16 or int8");
     }
     const py::object zeros = py::module_::import("numpy").attr("zeros");
-    const char* type = view.dtype == DType::kFloat32 ? "float32" : "uint16";
     const int32_t granules = block_size / 16;
-    k = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, head_dim, 16), type);
-    v = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, 16, head_dim), type);
+    if (view.dtype == DType::kInt8) {
+      k = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, view.granule_bytes()), "uint8");
+      v = zeros(k.attr("shape"), "uint8");
+    } else {
+      const char* type = view.dtype == DType::kFloat32 ? "float32" : "uint16";
+      k = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, head_dim, 16), type);
+      v = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, 16, head_dim), type);
+    }
     view.k = k.mutable_data();
     view.v = v.mutable_data();
   }
 };
 
 Array linear(ThreadPool& pool, py::object x_arg, const ops::PackedWeight& weight,
-             const OptionalArg& bias_arg, const std::optional<Array>& out) {
+             const OptionalArg& bias_arg, const std::optional<Array>& out,
+             const std::string& activations) {
   const ImportedTensor x(x_arg, "x");
   std::unique_ptr<ImportedTensor> bias;
   if (bias_arg) bias = std::make_unique<ImportedTensor>(*bias_arg, "bias");
@@ -76,8 +82,9 @@ Array linear(ThreadPool& pool, py::object x_arg, const ops::PackedWeight& weight
   const float* b = bias ? bias->vector(weight.out_features()) : nullptr;
   Array y = result_array(out, xm.rows, weight.out_features());
   const Matrix<float> ym = matrix(y);
+  const ops::Activations kind = ops::activations_from_name(activations);
   py::gil_scoped_release release;
-  ops::linear(pool, xm, weight, b, ym);
+  ops::linear(pool, xm, weight, b, ym, kind);
   return y;
 }
 
@@ -234,7 +241,8 @@ void check_batch(const std::vector<int32_t>& query_start_loc, const std::vector<
 Array paged_attention(ThreadPool& pool, py::object q_arg, const KvCache& cache,
                       py::object query_start_loc_arg, py::object seq_lens_arg,
                       py::object block_tables_arg, int32_t num_heads, float scale,
-                      int32_t sliding_window, float soft_cap, const std::optional<Array>& out_arg) {
+                      int32_t sliding_window, float soft_cap, const OptionalArg& slopes_arg,
+                      const std::optional<Array>& out_arg) {
   const ImportedTensor q(q_arg, "q");
   const Matrix<const float> qm = q.matrix();
   const std::vector<int32_t> query_start_loc =
@@ -258,6 +266,11 @@ Array paged_attention(ThreadPool& pool, py::object q_arg, const KvCache& cache,
   params.scale = scale;
   params.sliding_window = sliding_window;
   params.soft_cap = soft_cap;
+  std::unique_ptr<ImportedTensor> slopes;
+  if (slopes_arg) {
+    slopes = std::make_unique<ImportedTensor>(*slopes_arg, "alibi_slopes");
+    params.alibi_slopes = slopes->vector(num_heads);
+  }
   Array out = result_array(out_arg, qm.rows, qm.cols);
   const Matrix<float> om = matrix(out);
   py::gil_scoped_release release;
@@ -287,25 +300,41 @@ void swap_blocks(ThreadPool& pool, KvCache& device, KvCache& host, py::object sw
 void bind_ops(py::module_& m) {
   py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
       .def(py::init<int>(), py::arg("num_threads") = 0, py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("num_threads", &ThreadPool::num_threads);
+      .def_property_readonly("num_threads", &ThreadPool::num_threads)
+      .def_property_readonly("num_loops", &ThreadPool::num_loops)
+      .def(
+          "run_empty_loops",
+          [](ThreadPool& pool, int count) {
+            for (int i = 0; i < count; ++i) pool.run([](int) {});
+          },
+          py::arg("count"), py::call_guard<py::gil_scoped_release>());
 
   py::module_ o = m.def_submodule("ops", "The CPU ops; see ops.pyi");
   o.def("cpu_isa", &ops::cpu_isa);
 
   py::class_<ops::PackedWeight>(o, "PackedWeight")
-      .def(py::init([](py::object weight, const std::string& dtype, ThreadPool& pool,
+      .def(py::init([](py::object weight, const std::string& format, ThreadPool& pool,
                        const std::optional<std::string>& source_dtype) {
              const ImportedTensor tensor(weight, "weight", source_dtype);
-             const DType stored = dtype_from_name(dtype);
+             const WeightFormat stored = weight_format_from_name(format);
              py::gil_scoped_release release;
              return ops::PackedWeight::pack(tensor.view(), stored, pool);
            }),
-           py::arg("weight"), py::arg("dtype"), py::arg("pool"),
+           py::arg("weight"), py::arg("format"), py::arg("pool"),
            py::arg("source_dtype") = py::none())
+      .def_static(
+          "from_blocks",
+          [](py::object blocks, const std::string& format, ThreadPool& pool) {
+            const ImportedTensor tensor(blocks, "blocks");
+            py::gil_scoped_release release;
+            return ops::PackedWeight::pack_blocks(tensor.view(), weight_format_from_name(format),
+                                                  pool);
+          },
+          py::arg("blocks"), py::arg("format"), py::arg("pool"))
       .def_property_readonly("in_features", &ops::PackedWeight::in_features)
       .def_property_readonly("out_features", &ops::PackedWeight::out_features)
-      .def_property_readonly("dtype",
-                             [](const ops::PackedWeight& w) { return dtype_name(w.dtype()); })
+      .def_property_readonly(
+          "format", [](const ops::PackedWeight& w) { return weight_format_name(w.format()); })
       .def_property_readonly("nbytes", &ops::PackedWeight::bytes);
 
   py::class_<KvCache>(o, "KvCache")
@@ -316,7 +345,8 @@ void bind_ops(py::module_& m) {
       .def_readonly("v", &KvCache::v);
 
   o.def("linear", &linear, py::arg("pool"), py::arg("x"), py::arg("weight"),
-        py::arg("bias") = py::none(), py::arg("out").noconvert() = py::none());
+        py::arg("bias") = py::none(), py::arg("out").noconvert() = py::none(),
+        py::arg("activations") = "int8");
   o.def("embed", &embed, py::arg("pool"), py::arg("ids"), py::arg("table"));
   o.def("rms_norm", &rms_norm, py::arg("pool"), py::arg("x"), py::arg("weight"), py::arg("eps"),
         py::arg("group") = 0);
@@ -330,7 +360,8 @@ void bind_ops(py::module_& m) {
   o.def("paged_attention", &paged_attention, py::arg("pool"), py::arg("q"), py::arg("cache"),
         py::arg("query_start_loc"), py::arg("seq_lens"), py::arg("block_tables"),
         py::arg("num_heads"), py::arg("scale"), py::arg("sliding_window") = 0,
-        py::arg("soft_cap") = 0.0f, py::arg("out").noconvert() = py::none());
+        py::arg("soft_cap") = 0.0f, py::arg("alibi_slopes") = py::none(),
+        py::arg("out").noconvert() = py::none());
   o.def("copy_blocks", &copy_blocks, py::arg("pool"), py::arg("cache"), py::arg("copies"));
   o.def("swap_blocks", &swap_blocks, py::arg("pool"), py::arg("device"), py::arg("host"),
         py::arg("swaps"), py::arg("direction"));

@@ -7,6 +7,7 @@
 
 #include "dlpack.h"
 #include "fastpage/executor.h"
+#include "fastpage/passes.h"
 #include "module.h"
 
 namespace fastpage {
@@ -139,22 +140,29 @@ void apply_transfers(CpuExecutor& executor, py::handle swap_outs, py::handle blo
 void bind_executor(py::module_& m) {
   py::class_<CpuExecutor, std::shared_ptr<CpuExecutor>>(m, "CpuExecutor")
       .def(py::init([](const Program& program, int32_t num_kv_blocks, int32_t num_host_kv_blocks,
-                       const std::string& weight_dtype, const std::string& kv_cache_dtype,
+                       const std::string& weight_dtype, const std::string& quantization,
+                       const std::string& activations, const std::string& kv_cache_dtype,
                        int32_t block_size, int32_t max_num_tokens, int32_t max_num_logits,
+                       const std::vector<std::string>& disabled_passes,
                        std::shared_ptr<ThreadPool> pool) {
              ExecutorConfig config;
              config.weight_dtype = dtype_from_name(weight_dtype);
+             config.quantization = quantization_from_name(quantization);
+             config.activations = ops::activations_from_name(activations);
              config.kv_cache_dtype = dtype_from_name(kv_cache_dtype);
              config.num_kv_blocks = num_kv_blocks;
              config.num_host_kv_blocks = num_host_kv_blocks;
              config.block_size = block_size;
              config.max_num_tokens = max_num_tokens;
              config.max_num_logits = max_num_logits;
+             config.disabled_passes = disabled_passes;
              return std::make_shared<CpuExecutor>(program, config, std::move(pool));
            }),
            "program"_a, py::kw_only(), "num_kv_blocks"_a, "num_host_kv_blocks"_a = 0,
-           "weight_dtype"_a = "bfloat16", "kv_cache_dtype"_a = "bfloat16", "block_size"_a = 16,
-           "max_num_tokens"_a = 2048, "max_num_logits"_a = 256, "pool"_a = nullptr)
+           "weight_dtype"_a = "bfloat16", "quantization"_a = "none", "activations"_a = "int8",
+           "kv_cache_dtype"_a = "bfloat16", "block_size"_a = 16, "max_num_tokens"_a = 2048,
+           "max_num_logits"_a = 256, "disabled_passes"_a = std::vector<std::string>(),
+           "pool"_a = nullptr)
       .def(
           "load_weight",
           [](CpuExecutor& executor, const std::string& name, py::object weight,
@@ -164,6 +172,16 @@ void bind_executor(py::module_& m) {
             executor.load_weight(name, tensor.view());
           },
           "name"_a, "weight"_a, "source_dtype"_a = std::nullopt)
+      .def(
+          "load_weight_blocks",
+          [](CpuExecutor& executor, const std::string& name, py::object blocks,
+             const std::string& format) {
+            const ImportedTensor tensor(blocks, "blocks");
+            py::gil_scoped_release release;
+            executor.load_weight_blocks(name, tensor.view(), weight_format_from_name(format));
+          },
+          "name"_a, "blocks"_a, "format"_a)
+      .def_property_readonly("program", &CpuExecutor::program)
       .def("finish_loading", &CpuExecutor::finish_loading, py::call_guard<py::gil_scoped_release>())
       .def("apply_transfers", &apply_transfers, "swap_outs"_a, "block_copies"_a, "swap_ins"_a)
       .def("forward", &forward, "batch"_a)
@@ -187,12 +205,22 @@ void bind_executor(py::module_& m) {
            "max_steps_in_flight"_a = 1);
 }
 
+void bind_passes(py::module_& m) {
+  m.def("passes", [] {
+    std::vector<std::pair<std::string, std::string>> named;
+    for (const Pass& pass : passes()) named.emplace_back(pass.name, pass.summary);
+    return named;
+  });
+  m.def("apply_passes", &apply_passes, "program"_a, "disabled"_a = std::vector<std::string>());
+}
+
 }  // namespace
 
 void bind_program(py::module_& m) {
   bind_data(m);
   bind_program_class(m);
   bind_executor(m);
+  bind_passes(m);
 }
 
 }  // namespace fastpage

@@ -133,6 +133,7 @@ def write_cache(k: Tensor, v: Tensor, layer: int) -> None:
 
 def attend(
     q: Tensor,
+    alibi_slopes: Weight | None = None,
     *,
     layer: int,
     num_heads: int,
@@ -146,11 +147,12 @@ def attend(
 
     The new tokens' keys and values must have been written. scale: head_dim ** -0.5 unless given.
     sliding_window: 0, or how many positions a token sees, itself included. soft_cap: 0, or scores
-    become soft_cap * tanh(score / soft_cap).
+    become soft_cap * tanh(score / soft_cap). alibi_slopes: [num_heads]; a head's, times how far
+    back a position lies, is taken off its score (Press et al. 2022).
     """
     return _append(
         "attend",
-        [q],
+        [q] if alibi_slopes is None else [q, alibi_slopes],
         q.rows,
         q.cols,
         layer=layer,

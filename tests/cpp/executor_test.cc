@@ -103,7 +103,7 @@ std::vector<TokenId> argmax(CpuExecutor& executor, const InputBatch& batch) {
 
 // What is in a block of layer 0, keys and values.
 std::vector<float> contents(const ops::KvCacheView& cache, BlockId block) {
-  const int64_t size = cache.elements_per_block();
+  const int64_t size = cache.bytes_per_block() / static_cast<int64_t>(sizeof(float));
   const float* k = static_cast<const float*>(cache.k) + block * size;
   const float* v = static_cast<const float*>(cache.v) + block * size;
   std::vector<float> values(k, k + size);
@@ -117,7 +117,7 @@ TEST(CpuExecutor, TransfersAreSwapOutsThenCopiesThenSwapIns) {
   const auto executor = loaded(config);
   EXPECT_EQ(executor->kv_host_cache_bytes(), 3u * 2 * 4 * 16 * 4);
   const ops::KvCacheView cache = executor->kv_cache(0);
-  for (int64_t i = 0; i < 8 * cache.elements_per_block(); ++i) {
+  for (int64_t i = 0; i < 8 * cache.bytes_per_block() / static_cast<int64_t>(sizeof(float)); ++i) {
     static_cast<float*>(cache.k)[i] = static_cast<float>(i);
     static_cast<float*>(cache.v)[i] = -static_cast<float>(i);
   }

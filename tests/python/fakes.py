@@ -93,6 +93,7 @@ def load_alphabet(
         model="/models/alphabet",
         architecture="AlphabetForCausalLM",
         dtype="float32",
+        quantization="none",
         kv_cache_dtype="float32",
         vocab_size=len(VOCAB),
         max_model_len=options["max_model_len"],

@@ -6,6 +6,7 @@ import _thread
 import logging
 import subprocess
 import sys
+import signal
 import threading
 import time
 from pathlib import Path
@@ -194,7 +195,10 @@ def test_bad_lists_of_parameters(llm: LLM) -> None:
         llm.chat([], GREEDY, use_tqdm=False)
 
 
-def test_ctrl_c_ends_the_requests_where_they_are(llm: LLM) -> None:
+def test_ctrl_c_ends_the_requests_where_they_are(llm: LLM, request: pytest.FixtureRequest) -> None:
+    # A shell's background job starts with SIGINT ignored.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
     before = llm.stats().num_generated_tokens
 
     def interrupt_after_a_few_tokens() -> None:

@@ -87,11 +87,17 @@ class Pair:
     """The CPU executor and the reference, with the same weights and steps."""
 
     def __init__(
-        self, program: Program, dtype: str, block_size: int, seed: int, num_host_kv_blocks: int = 0
+        self,
+        program: Program,
+        dtype: str,
+        block_size: int,
+        seed: int,
+        num_host_kv_blocks: int = 0,
+        kv_cache_dtype: str | None = None,
     ) -> None:
         random = np.random.default_rng(seed)
         options: dict[str, Any] = {"num_kv_blocks": NUM_BLOCKS, "block_size": block_size}
-        options |= {"weight_dtype": dtype, "kv_cache_dtype": dtype}
+        options |= {"weight_dtype": dtype, "kv_cache_dtype": kv_cache_dtype or dtype}
         options |= {"num_host_kv_blocks": num_host_kv_blocks}
         self.cpu = CpuExecutor(program, max_num_tokens=128, max_num_logits=13, **options)
         self.torch = TorchExecutor(program, **options)
@@ -159,6 +165,9 @@ OPS: dict[str, Callable[[ops.Tensor], ops.Tensor]] = {
     ),
     "attend-soft-cap": lambda x: attention(
         x, num_heads=3, num_kv_heads=1, head_dim=8, scale=1.5, soft_cap=2.0
+    ),
+    "attend-alibi": lambda x: attention(
+        x, num_heads=6, num_kv_heads=2, head_dim=8, alibi_slopes=ops.weight("slopes", (6,))
     ),
 }
 
@@ -231,6 +240,28 @@ def test_random_models_in_half_precision(seed: int, dtype: str) -> None:
     for step in mixed_steps(paged, random):
         # An ulp of fp32 may move a key or a value to the next number of the cache's type.
         assert pair.error(step) < 3e-3
+
+
+@pytest.mark.parametrize("seed", range(30, 33))
+def test_random_models_with_an_int8_cache(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    program = decoder(random_spec(random))
+    pair = Pair(program, "float32", 16, seed, kv_cache_dtype="int8")
+    exact = Pair(program, "float32", 16, seed).cpu
+    steps = [
+        mixed_steps(
+            PagedSequences(
+                random_tokens(np.random.default_rng(1), [70, 3, 33, 90]), NUM_BLOCKS, 16
+            ),
+            np.random.default_rng(2),
+        )
+        for _ in range(2)
+    ]
+    loss = []
+    for step, same in zip(*steps, strict=True):
+        assert pair.error(step) < 2e-2  # an ulp of fp32 may move a key to the next integer
+        loss.append(relative_error(pair.cpu.forward_arrays(**step), exact.forward_arrays(**same)))
+    assert 1e-6 < max(loss) < 5e-2
 
 
 def test_rows_do_not_depend_on_their_batch() -> None:
@@ -354,11 +385,7 @@ def test_profile_by_op_kind() -> None:
     executor.set_profiling(True)
     executor.forward_arrays(**paged.step({0: 10}))
     profile = executor.profile()
-    assert all(profile[op.kind] > 0 for op in executor_ops())
-
-
-def executor_ops() -> list[Any]:
-    return list(decoder(random_spec(np.random.default_rng(0))).ops)
+    assert all(profile[op.kind] > 0 for op in executor.program.ops)
 
 
 def test_a_weight_may_be_embedding_linear_and_rotary_table_at_once() -> None:

@@ -13,9 +13,20 @@
 
 namespace fastpage {
 
+// What float weights are turned into as they are loaded.
+enum class Quantization : uint8_t {
+  kNone,  // ExecutorConfig::weight_dtype
+  kInt8,  // linear weights and embedding tables: int8
+  kInt4   // linear weights q4_1; embedding tables, and the logits' weight, int8
+};
+const char* quantization_name(Quantization quantization);      // "none", "int8", "int4"
+Quantization quantization_from_name(const std::string& name);  // throws InvalidArgument
+
 struct ExecutorConfig {
   DType weight_dtype =
       DType::kBFloat16;  // of linear weights and embedding tables: fp32, bf16 or fp16
+  Quantization quantization = Quantization::kNone;
+  ops::Activations activations = ops::Activations::kInt8;  // where they meet quantized weights
   DType kv_cache_dtype = DType::kBFloat16;
   int32_t num_kv_blocks = 0;
   int32_t num_host_kv_blocks = 0;  // of the host cache, where blocks are swapped to; 0 = none
@@ -23,16 +34,23 @@ struct ExecutorConfig {
   int32_t max_num_tokens = 2048;  // rows of a step
   int32_t max_num_logits =
       256;  // rows of logits computed at once; steps that want more are run in slices
+  // Passes over the program (passes.h) that are left out, by name, or "all". Those that
+  // FASTPAGE_DISABLED_PASSES names in the environment, separated by commas, come to them.
+  std::vector<std::string> disabled_passes;
 };
 
 class CpuExecutor {
  public:
-  CpuExecutor(Program program, const ExecutorConfig& config, std::shared_ptr<ThreadPool> pool);
+  CpuExecutor(const Program& program, const ExecutorConfig& config,
+              std::shared_ptr<ThreadPool> pool);
   ~CpuExecutor();
 
   // Packs (linear, embed) or copies (norms, biases, tables: to fp32) one weight by its buffer name.
   // Throws InvalidArgument for an unknown name, a wrong shape or a second loading.
   void load_weight(const std::string& name, const TensorView& weight);
+  // A linear weight or embedding table as blocks of GGUF, which it stays: see
+  // ops::PackedWeight::pack_blocks.
+  void load_weight_blocks(const std::string& name, const TensorView& blocks, WeightFormat format);
   // Allocates cache and workspace. Throws InvalidArgument listing weights not loaded,
   // ResourceExhausted if memory is short.
   void finish_loading();
@@ -51,7 +69,7 @@ class CpuExecutor {
   // scheduler's batches are; forward() trusts them.
   void check_batch(const InputBatch& batch) const;
 
-  const Program& program() const;
+  const Program& program() const;  // as it is run: after the passes
   const ExecutorConfig& config() const;
   ops::KvCacheView kv_cache(int32_t layer) const;
   ops::KvCacheView kv_host_cache(int32_t layer) const;  // of 0 blocks if there is none

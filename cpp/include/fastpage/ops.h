@@ -15,8 +15,8 @@
 
 namespace fastpage::ops {
 
-// Instruction set in use: "avx512", "avx2" or "portable". FASTPAGE_CPU_ISA in the environment, read
-// once, lowers it (for tests).
+// Instruction set in use: "avx512_vnni", "avx512", "avx2_vnni", "avx2" or "portable".
+// FASTPAGE_CPU_ISA in the environment, read once, lowers it (for tests).
 const char* cpu_isa();
 
 // A weight matrix [out_features][in_features] repacked for `linear`: panels of out_features, in the
@@ -28,13 +28,19 @@ class PackedWeight {
   PackedWeight(PackedWeight&&) noexcept;
   PackedWeight& operator=(PackedWeight&&) noexcept;
 
-  // weight: [out][in], fp32, bf16 or fp16, row-major, any row stride. dtype: what is stored, fp32,
-  // bf16 or fp16 (rounded to nearest even).
-  static PackedWeight pack(const TensorView& weight, DType dtype, ThreadPool& pool);
+  // weight: [out][in], fp32, bf16 or fp16, row-major, any row stride. What is stored: floats are
+  // rounded to nearest even; int8: the largest magnitude of an out_feature becomes 127; q4_1: the
+  // line of least squares through the values of each group (the best of nine). Throws
+  // InvalidArgument for q4_0 and q8_0, and for a weight to be quantized that is not finite.
+  static PackedWeight pack(const TensorView& weight, WeightFormat format, ThreadPool& pool);
+
+  // Blocks of GGUF, as they are: [out][in / 32] blocks of `format` (q8_0, q4_0, q4_1), as uint8
+  // [out][bytes of a row], row-major, any row stride.
+  static PackedWeight pack_blocks(const TensorView& blocks, WeightFormat format, ThreadPool& pool);
 
   int64_t in_features() const;
   int64_t out_features() const;
-  DType dtype() const;
+  WeightFormat format() const;
   size_t bytes() const;  // of packed storage
 
   struct Impl;
@@ -44,9 +50,31 @@ class PackedWeight {
   std::unique_ptr<Impl> impl_;
 };
 
+// What activations are turned into before they meet quantized weights.
+enum class Activations : uint8_t {
+  kInt8,    // in groups of 32 along a row, the largest magnitude of each becoming 127; sums of
+            // products are integers within a group, and fp32 over the groups, in order
+  kFloat32  // nothing: the weights are widened
+};
+
+Activations activations_from_name(const std::string& name);  // "int8", "float32"
+
+// What a linear layer does besides, without a pass of its own over the activations; to the bit what
+// rms_norm, silu_and_mul and add would have made of them.
+struct LinearFusion {
+  const float* norm_weight = nullptr;  // [in]: x is normed first, over all its columns; null: not
+  float norm_eps = 0.0f;
+  bool silu_and_mul = false;     // y is [rows][out / 2]: silu of the left half, times the right one
+  Matrix<const float> residual;  // like y, which it must not overlap: added last; no data: nothing
+};
+
 // y = x w^T (+ bias). x: [rows][in], y: [rows][out], bias: [out] or null. y must not overlap x.
+// `activations` says nothing where the weights are floats. Against exact sums over the weights as
+// they are stored, int8 activations are off by at most half a quantum: by the sum over the groups
+// of (largest |x| / 254) * (sum of |w|), and by fp32 rounding.
 void linear(ThreadPool& pool, Matrix<const float> x, const PackedWeight& w, const float* bias,
-            Matrix<float> y);
+            Matrix<float> y, Activations activations = Activations::kInt8,
+            const LinearFusion& fusion = {});
 
 // y[i] = table[ids[i]]. table: [vocab][hidden], fp32, bf16 or fp16. Ids out of range are a caller's
 // bug and are clamped, never read out of bounds.
@@ -82,10 +110,14 @@ void add(ThreadPool& pool, Matrix<const float> a, Matrix<const float> b, Matrix<
 void gather_rows(ThreadPool& pool, Matrix<const float> x, Span<const int32_t> indices,
                  Matrix<float> y);
 
-// One layer's paged KV cache. fp32, bf16 or fp16; 16-token granularity inside a block, so that both
-// halves are GEMM panels:
+// One layer's paged KV cache. fp32, bf16, fp16 or int8; 16-token granularity inside a block, so
+// that both halves are GEMM panels:
 //   k: [num_blocks][num_kv_heads][block_size / 16][head_dim][16]
 //   v: [num_blocks][num_kv_heads][block_size / 16][16][head_dim]
+// bf16 keys go in pairs, [head_dim / 2][16][2] (and [16] for the last of an odd head_dim), so that
+// a shift and a mask widen one register to two. int8 is symmetric with a scale per token and head:
+// behind the 16 * head_dim integers of 16 tokens stand their 16 scales, fp32. So a token's bytes
+// depend on nothing but its own key or value, and copying a block copies its scales.
 // block_size is a multiple of 16. Memory that holds no token may hold anything.
 struct KvCacheView {
   void* k = nullptr;
@@ -96,9 +128,12 @@ struct KvCacheView {
   int32_t block_size = 0;
   int32_t head_dim = 0;
 
-  int64_t elements_per_block() const {  // of k, and of v
-    return static_cast<int64_t>(num_kv_heads) * block_size * head_dim;
+  // Of k, and of v: 16 tokens of one head, and a block.
+  int64_t granule_bytes() const {
+    const int64_t elements = int64_t{16} * head_dim * static_cast<int64_t>(dtype_size(dtype));
+    return elements + (dtype == DType::kInt8 ? 16 * static_cast<int64_t>(sizeof(float)) : 0);
   }
+  int64_t bytes_per_block() const { return num_kv_heads * (block_size / 16) * granule_bytes(); }
 };
 
 // Writes keys and values of new tokens. k, v: [rows][num_kv_heads * head_dim]; slot_mapping:
@@ -106,6 +141,13 @@ struct KvCacheView {
 // + offset; a negative slot is skipped.
 void reshape_and_cache(ThreadPool& pool, Matrix<const float> k, Matrix<const float> v,
                        Span<const int32_t> slot_mapping, const KvCacheView& cache);
+
+// rotary() of q and of k, and reshape_and_cache() of that k and of v, in one pass over the rows; to
+// the bit what the three would give. Heads are cache.head_dim wide. rotated_q may be q.
+void rotary_and_cache(ThreadPool& pool, Matrix<const float> q, Matrix<const float> k,
+                      Matrix<const float> v, Span<const int32_t> positions,
+                      Span<const int32_t> slot_mapping, Matrix<const float> cos_sin,
+                      RotaryStyle style, const KvCacheView& cache, Matrix<float> rotated_q);
 
 // A ragged batch: prefill chunks and decode rows alike.
 struct AttentionBatch {
@@ -123,11 +165,14 @@ struct AttentionParams {
   int32_t sliding_window =
       0;                  // 0 = none; else the last `sliding_window` positions, oneself included
   float soft_cap = 0.0f;  // 0 = none; else cap * tanh(score / cap)
+  // [num_heads], or null: ALiBi (Press et al. 2022), slope * (position - own position) is added.
+  const float* alibi_slopes = nullptr;
 };
 
 // Causal PagedAttention (Kwon et al. 2023) with an online softmax over KV tiles at fixed absolute
-// positions. q, out: [num_tokens][num_heads * head_dim]; num_heads % num_kv_heads == 0; the new
-// tokens' keys and values are in the cache already. Token j of sequence i sits at position
+// positions. Sequences of few new tokens whose block tables begin alike read what they share once,
+// for all of them. q, out: [num_tokens][num_heads * head_dim]; num_heads % num_kv_heads == 0; the
+// new tokens' keys and values are in the cache already. Token j of sequence i sits at position
 // seq_lens[i] - new_tokens(i) + j.
 void paged_attention(ThreadPool& pool, Matrix<const float> q, const KvCacheView& cache,
                      const AttentionBatch& batch, const AttentionParams& params, Matrix<float> out);

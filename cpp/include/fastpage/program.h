@@ -37,12 +37,16 @@ struct Operand {
 
 enum class OpKind : uint8_t {
   //              inputs                   outputs  attributes
-  kEmbed,       // weight                   y        -                      ids come from the batch
-  kNorm,        // x, weight                y        kind="rms", eps, group
-  kLinear,      // x, weight [, bias]       y        -
+  kEmbed,  // weight                   y        -                      ids come from the batch
+  kNorm,   // x, weight                y        kind="rms", eps, group
+  // Fused (by passes): a norm weight after the bias, and norm_eps: x is normed first; activation:
+  // of what comes out; residual=1: another input, the last one, is added in the end.
+  kLinear,      // x, weight [, bias]       y        [norm_eps] [activation] [residual]
   kRotary,      // x, cos_sin               y        head_dim, style="neox"|"interleaved"
   kWriteCache,  // k, v                     -        layer
-  kAttend,    // q                        y        layer, num_heads, num_kv_heads, head_dim, scale,
+  // Fused: rotary of q and of k, write_cache of that k and of v.
+  kRotaryWriteCache,  // q, k, v, cos_sin    rotated q  layer, head_dim, style
+  kAttend,    // q [, alibi_slopes]       y        layer, num_heads, num_kv_heads, head_dim, scale,
               // sliding_window, soft_cap
   kActivate,  // x (gate | up)            y        kind="silu_and_mul"
   kAdd,       // a, b                     y        -

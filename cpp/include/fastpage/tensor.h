@@ -13,6 +13,16 @@ size_t dtype_size(DType dtype);                  // bytes per element
 const char* dtype_name(DType dtype);             // "float32", "bfloat16", ...
 DType dtype_from_name(const std::string& name);  // throws InvalidArgument
 
+// How a weight matrix is kept. int8: one scale per out_feature; the others of 8 and 4 bits are the
+// blocks of GGUF (ggml's Q8_0, Q4_0, Q4_1): 32 in_features share an fp16 scale and, q4_1, an fp16
+// minimum.
+enum class WeightFormat : uint8_t { kFloat32, kBFloat16, kFloat16, kInt8, kQ8_0, kQ4_0, kQ4_1 };
+
+const char* weight_format_name(WeightFormat format);            // "float32", "int8", "q4_1", ...
+WeightFormat weight_format_from_name(const std::string& name);  // throws InvalidArgument
+// Of float32, bfloat16 and float16; throws InvalidArgument for others.
+WeightFormat weight_format_of(DType dtype);
+
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kFloat32;

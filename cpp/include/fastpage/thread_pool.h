@@ -20,6 +20,8 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int num_threads() const { return num_threads_; }
+  // Loops so far that all threads took part in.
+  uint64_t num_loops() const;
 
   // Runs fn(thread_index) on every thread of the pool, the caller being thread 0, and returns when
   // all are done. A loop waits for that of another caller to end; fn must not throw and must not

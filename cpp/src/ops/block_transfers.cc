@@ -47,9 +47,7 @@ void check_swaps(const KvCacheView& device, const KvCacheView& host, Span<const 
   }
 }
 
-size_t half_bytes(const KvCacheView& cache) {
-  return static_cast<size_t>(cache.elements_per_block()) * dtype_size(cache.dtype);
-}
+size_t half_bytes(const KvCacheView& cache) { return static_cast<size_t>(cache.bytes_per_block()); }
 
 // Bytes of a block's keys, and the same ones of its values.
 struct Part {

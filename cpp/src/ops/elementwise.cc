@@ -2,6 +2,7 @@
 #include <string>
 
 #include "ops/packed_weight.h"
+#include "ops/rotary_row.h"
 
 namespace fastpage::ops {
 
@@ -53,12 +54,9 @@ void embed(ThreadPool& pool, Span<const TokenId> ids, const PackedWeight& table,
   const int64_t rows = static_cast<int64_t>(ids.size());
   if (w.out_features == 0) throw InvalidArgument("embed: the table is empty");
   check_shape("embed", "y", y.rows, y.cols, rows, w.in_features);
-  const int width = kernels().panel_width;
   for_rows(pool, rows, y.cols, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t id = clamp_index(ids[i], w.out_features);
-      kernels().unpack_row(w.type, w.panel(id / width), static_cast<int>(id % width), w.in_features,
-                           y.row(i));
+      w.unpack_row(clamp_index(ids[i], w.out_features), y.row(i));
     }
   });
 }
@@ -79,33 +77,41 @@ void rms_norm(ThreadPool& pool, Matrix<const float> x, const float* weight, floa
   });
 }
 
+RotaryRow::RotaryRow(Matrix<const float> cos_sin, int64_t head_dim, RotaryStyle style)
+    : cos_sin_(cos_sin),
+      head_dim_(head_dim),
+      rotate_(style == RotaryStyle::kNeox ? kernels().rotary_neox : kernels().rotary_interleaved) {
+  if (head_dim <= 0 || cos_sin.cols > head_dim || cos_sin.cols % 2 != 0) {
+    throw InvalidArgument("rotary: rotary_dim " + std::to_string(cos_sin.cols) + " and head_dim " +
+                          std::to_string(head_dim) + " do not fit together");
+  }
+  if (cos_sin.rows == 0) throw InvalidArgument("rotary: cos_sin has no rows");
+}
+
+void RotaryRow::run(const float* x, int32_t position, int64_t cols, float* y) const {
+  const int64_t rotary_dim = cos_sin_.cols;
+  const float* cos = cos_sin_.row(clamp_index(position, cos_sin_.rows));
+  for (int64_t c = 0; c < cols; c += head_dim_) {
+    rotate_(x + c, cos, cos + rotary_dim / 2, rotary_dim / 2, y + c);
+    if (x != y) std::copy(x + c + rotary_dim, x + c + head_dim_, y + c + rotary_dim);
+  }
+}
+
 void rotary(ThreadPool& pool, Matrix<const float> x, Span<const int32_t> positions,
             Matrix<const float> cos_sin, int64_t head_dim, RotaryStyle style, Matrix<float> y) {
   check_shape("rotary", "y", y.rows, y.cols, x.rows, x.cols);
-  const int64_t rotary_dim = cos_sin.cols;
-  if (head_dim <= 0 || x.cols % head_dim != 0 || rotary_dim > head_dim || rotary_dim % 2 != 0) {
-    throw InvalidArgument("rotary: rotary_dim " + std::to_string(rotary_dim) + ", head_dim " +
-                          std::to_string(head_dim) + " and " + std::to_string(x.cols) +
-                          " columns do not fit together");
-  }
   if (static_cast<int64_t>(positions.size()) != x.rows) {
     throw InvalidArgument("rotary: " + std::to_string(positions.size()) + " positions for " +
                           std::to_string(x.rows) + " rows");
   }
-  if (x.rows > 0 && cos_sin.rows == 0) throw InvalidArgument("rotary: cos_sin has no rows");
-  const int64_t half = rotary_dim / 2;
-  const auto rotate =
-      style == RotaryStyle::kNeox ? kernels().rotary_neox : kernels().rotary_interleaved;
+  if (x.rows == 0) return;
+  const RotaryRow row(cos_sin, head_dim, style);
+  if (x.cols % head_dim != 0) {
+    throw InvalidArgument("rotary: heads of " + std::to_string(head_dim) + " do not divide " +
+                          std::to_string(x.cols) + " columns");
+  }
   for_rows(pool, x.rows, x.cols, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float* cos = cos_sin.row(clamp_index(positions[i], cos_sin.rows));
-      for (int64_t c = 0; c < x.cols; c += head_dim) {
-        const float* from = x.row(i) + c;
-        float* to = y.row(i) + c;
-        rotate(from, cos, cos + half, half, to);
-        if (from != to) std::copy(from + rotary_dim, from + head_dim, to + rotary_dim);
-      }
-    }
+    for (int64_t i = begin; i < end; ++i) row.run(x.row(i), positions[i], x.cols, y.row(i));
   });
 }
 

@@ -30,6 +30,16 @@ bool machine_has_avx2() {
 #endif
 }
 
+bool machine_has_avx2_vnni() {
+#if defined(__x86_64__)
+  unsigned eax, ebx, ecx, edx;
+  return machine_has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 &&
+         (eax & (1u << 4)) != 0;  // AVX-VNNI, a name that clang 14 does not know either
+#else
+  return false;
+#endif
+}
+
 bool machine_has_avx512() {
 #if defined(__x86_64__)
   return machine_has_avx2() && __builtin_cpu_supports("avx512f") &&
@@ -40,19 +50,38 @@ bool machine_has_avx512() {
 #endif
 }
 
+bool machine_has_avx512_vnni() {
+#if defined(__x86_64__)
+  return machine_has_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+struct InstructionSet {
+  const char* name;
+  const KernelTable* (*kernels)();
+  bool (*is_here)();
+};
+// Best first.
+const InstructionSet kInstructionSets[] = {
+    {"avx512_vnni", cpu::avx512_vnni_kernels, machine_has_avx512_vnni},
+    {"avx512", cpu::avx512_kernels, machine_has_avx512},
+    {"avx2_vnni", cpu::avx2_vnni_kernels, machine_has_avx2_vnni},
+    {"avx2", cpu::avx2_kernels, machine_has_avx2},
+    {"portable", cpu::portable_kernels, [] { return true; }},
+};
+
 const KernelTable* choose_kernels() {
   const char* env = std::getenv("FASTPAGE_CPU_ISA");
-  const std::string highest = env == nullptr || *env == '\0' ? "avx512" : env;
-  if (highest != "avx512" && highest != "avx2" && highest != "portable") {
-    throw InvalidArgument("FASTPAGE_CPU_ISA is '" + highest + "': one of portable, avx2, avx512");
+  const std::string highest = env == nullptr ? "" : env;
+  bool is_allowed = highest.empty();
+  for (const InstructionSet& isa : kInstructionSets) {
+    is_allowed = is_allowed || highest == isa.name;
+    if (is_allowed && isa.kernels() != nullptr && isa.is_here()) return isa.kernels();
   }
-  if (highest == "avx512" && cpu::avx512_kernels() != nullptr && machine_has_avx512()) {
-    return cpu::avx512_kernels();
-  }
-  if (highest != "portable" && cpu::avx2_kernels() != nullptr && machine_has_avx2()) {
-    return cpu::avx2_kernels();
-  }
-  return cpu::portable_kernels();
+  throw InvalidArgument("FASTPAGE_CPU_ISA is '" + highest +
+                        "': one of portable, avx2, avx2_vnni, avx512, avx512_vnni");
 }
 
 }  // namespace
@@ -75,6 +104,22 @@ cpu::ElementType element_type(DType dtype, const char* what) {
     default:
       throw InvalidArgument(std::string(what) + " is " + dtype_name(dtype) +
                             ": float32, bfloat16 or float16 is needed");
+  }
+}
+
+cpu::CacheType cache_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return cpu::kCacheF32;
+    case DType::kBFloat16:
+      return cpu::kCacheBf16;
+    case DType::kFloat16:
+      return cpu::kCacheF16;
+    case DType::kInt8:
+      return cpu::kCacheI8;
+    default:
+      throw InvalidArgument(std::string("kv cache is ") + dtype_name(dtype) +
+                            ": float32, bfloat16, float16 or int8 is needed");
   }
 }
 

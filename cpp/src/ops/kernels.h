@@ -11,6 +11,9 @@ const cpu::KernelTable& kernels();
 // Throws InvalidArgument, naming `what`, unless dtype is fp32, bf16 or fp16.
 cpu::ElementType element_type(DType dtype, const char* what);
 
+// Throws InvalidArgument unless a KV cache may be of this type: fp32, bf16, fp16 or int8.
+cpu::CacheType cache_type(DType dtype);
+
 // A loop of the thread pool costs about a microsecond: less work than this stays with the caller.
 inline constexpr int64_t kSerialElements = 16384;
 

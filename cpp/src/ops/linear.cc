@@ -9,86 +9,204 @@ namespace fastpage::ops {
 
 namespace {
 
-// In features per pass: the part of a panel that all row tiles share stays in the L1/L2 caches.
+// Per pass, as in_features: the part of a panel that all row tiles share stays in the L1/L2 caches.
 constexpr int64_t kDepthBlock = 1024;
 // How far ahead of the arithmetic weights are fetched, in bytes.
 constexpr int64_t kLookahead = 8192;
 // Rows per pass over the panels: their packed copy stays in the caches.
 constexpr int64_t kRowBlock = 192;
 
-// The rows of x, cut into tiles of nearly equal height; tile i is [in_features][height(i)].
+// How x is packed and met by the panels of a weight. A step is an in_feature, or a group of them.
+struct Method {
+  void (*const* tile)(const cpu::LinearTile&);  // per height
+  int row_tile;
+  bool is_integer;         // activations are quantized, or else fp32
+  int64_t in_step;         // in_features of a step
+  int64_t row_step_bytes;  // of one row of activations
+};
+
+Method choose_method(const PackedWeight::Impl& w, Activations activations) {
+  const cpu::KernelTable& table = kernels();
+  if (!w.is_quantized) return {table.linear_tile[w.type], table.row_tile, false, 1, sizeof(float)};
+  if (activations == Activations::kInt8) {
+    return {table.quant.tile[w.quant], table.quant.row_tile, true, cpu::kGroup,
+            cpu::kActivationGroupBytes};
+  }
+  return {table.quant.widened_tile[w.quant], table.quant.row_tile, false, cpu::kGroup,
+          cpu::kGroup * sizeof(float)};
+}
+
+// The rows of x, cut into tiles of nearly equal height; tile i is height(i) rows, step by step.
 struct RowTiles {
   int64_t rows = 0;
   int64_t count = 0;
-  const float* data = nullptr;
-  int64_t depth = 0;
+  const char* data = nullptr;
+  int64_t row_bytes = 0;
 
   int64_t first(int64_t i) const { return rows * i / count; }
   int height(int64_t i) const { return static_cast<int>(first(i + 1) - first(i)); }
-  const float* tile(int64_t i) const { return data + first(i) * depth; }
+  const char* tile(int64_t i) const { return data + first(i) * row_bytes; }
 };
 
-RowTiles pack_rows(ThreadPool& pool, const Matrix<const float>& x) {
-  const cpu::KernelTable& table = kernels();
-  RowTiles tiles;
-  tiles.rows = x.rows;
-  tiles.count = (x.rows + table.row_tile - 1) / table.row_tile;
-  tiles.depth = x.cols;
-  if (x.rows == 1) {
-    tiles.data = x.data;
-    return tiles;
+// What is added to the stored weights, per unit of the scale: sums of activations undo it.
+int zero_of(cpu::QuantFormat format) {
+  if (format == cpu::kQ4_0) return 8;
+  return cpu::has_4_bits(format) ? 0 : kernels().quant.int8_zero;
+}
+
+void pack_tile(const PackedWeight::Impl& w, const Method& method, const float* const* rows, int m,
+               char* out) {
+  if (method.is_integer) {
+    kernels().quant.quantize_rows(rows, m, w.in_features, zero_of(w.quant), out);
+    return;
   }
-  thread_local Scratch scratch;
-  float* packed = scratch.floats(static_cast<size_t>(x.rows * x.cols));
-  tiles.data = packed;
-  const int64_t grain = x.rows * x.cols < kSerialElements ? tiles.count : 1;
-  pool.parallel_for(tiles.count, grain, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float* rows[cpu::kMaxRowTile];
-      for (int r = 0; r < tiles.height(i); ++r) rows[r] = x.row(tiles.first(i) + r);
-      table.pack_rows(rows, tiles.height(i), x.cols, 1.0f, packed + tiles.first(i) * x.cols);
-    }
-  });
+  auto* floats = reinterpret_cast<float*>(out);
+  kernels().pack_rows(rows, m, w.in_features, 1.0f, floats);
+  std::fill(floats + m * w.in_features, floats + m * w.num_steps * method.in_step, 0.0f);
+}
+
+// A linear layer in the making.
+struct Layer {
+  const Matrix<const float>& x;
+  const PackedWeight::Impl& w;
+  const float* bias;
+  const LinearFusion& fusion;
+  const Method& method;
+};
+
+RowTiles cut_rows(const Layer& layer) {
+  RowTiles tiles;
+  tiles.rows = layer.x.rows;
+  tiles.count = (tiles.rows + layer.method.row_tile - 1) / layer.method.row_tile;
+  tiles.row_bytes = layer.w.num_steps * layer.method.row_step_bytes;
   return tiles;
 }
 
-// A share of the output: row tiles times panels.
+// Row i of x, normed if need be, in `room`.
+const float* source_row(const Layer& layer, int64_t i, float* room) {
+  if (layer.fusion.norm_weight == nullptr) return layer.x.row(i);
+  kernels().rms_norm(layer.x.row(i), layer.fusion.norm_weight, layer.fusion.norm_eps, layer.x.cols,
+                     room);
+  return room;
+}
+
+void pack_tiles(const Layer& layer, const RowTiles& tiles, int64_t begin, int64_t end,
+                char* packed) {
+  thread_local Scratch scratch;
+  const int64_t cols = layer.x.cols;
+  float* room = layer.fusion.norm_weight == nullptr
+                    ? nullptr
+                    : scratch.floats(static_cast<size_t>(layer.method.row_tile * cols));
+  for (int64_t i = begin; i < end; ++i) {
+    const float* rows[cpu::kMaxRowTile];
+    for (int r = 0; r < tiles.height(i); ++r) {
+      rows[r] = source_row(layer, tiles.first(i) + r, room == nullptr ? room : room + r * cols);
+    }
+    pack_tile(layer.w, layer.method, rows, tiles.height(i),
+              packed + tiles.first(i) * tiles.row_bytes);
+  }
+}
+
+char* room_for(const RowTiles& tiles, Scratch* scratch) {
+  const int64_t bytes = tiles.rows * tiles.row_bytes;
+  return reinterpret_cast<char*>(scratch->floats(static_cast<size_t>(bytes / 4)));
+}
+
+// All rows, by the threads together.
+void pack_shared(ThreadPool& pool, const Layer& layer, RowTiles* tiles) {
+  thread_local Scratch scratch;
+  char* packed = room_for(*tiles, &scratch);
+  pool.parallel_for(tiles->count, 1, [&](int64_t begin, int64_t end, int) {
+    pack_tiles(layer, *tiles, begin, end, packed);
+  });
+  tiles->data = packed;
+}
+
+// All rows, by this thread for itself.
+void pack_alone(const Layer& layer, RowTiles* tiles) {
+  thread_local Scratch scratch;
+  if (tiles->rows == 1 && !layer.method.is_integer &&
+      layer.x.cols == layer.w.num_steps * layer.method.in_step) {
+    float* room = scratch.floats(static_cast<size_t>(layer.x.cols));
+    tiles->data = reinterpret_cast<const char*>(source_row(layer, 0, room));
+    return;
+  }
+  char* packed = room_for(*tiles, &scratch);
+  pack_tiles(layer, *tiles, 0, tiles->count, packed);
+  tiles->data = packed;
+}
+
+// A share of the output: row tiles times panels. Of a fused silu_and_mul the panels are those of
+// the left half.
 struct Share {
   int64_t tile_begin, tile_end;
   int64_t panel_begin, panel_end;
 };
 
-void compute_share(const RowTiles& tiles, const PackedWeight::Impl& w, const float* bias,
-                   const Matrix<float>& y, const Share& share) {
-  const cpu::KernelTable& table = kernels();
-  const int64_t row_bytes = table.panel_width * static_cast<int64_t>(dtype_size(w.dtype));
-  const int64_t tiles_per_block = std::max<int64_t>(1, kRowBlock / table.row_tile);
-  const int64_t depth_blocks = std::max<int64_t>(1, (tiles.depth + kDepthBlock - 1) / kDepthBlock);
+// Tiles [t0, t1) times panel p, to `out` from row first(t0) on.
+void compute_panel(const Layer& layer, const RowTiles& tiles, int64_t t0, int64_t t1, int64_t p,
+                   const Matrix<float>& out) {
+  const PackedWeight::Impl& w = layer.w;
+  const Method& method = layer.method;
+  const int64_t block_steps = kDepthBlock / method.in_step;
+  const int64_t depth_blocks = std::max<int64_t>(1, (w.num_steps + block_steps - 1) / block_steps);
   const char* const end_of_weights = w.panel(w.num_panels);
+  cpu::LinearTile tile;
+  tile.n = static_cast<int>(out.cols);
+  tile.y_stride = out.stride;
+  for (int64_t d = 0; d < depth_blocks; ++d) {
+    const int64_t s0 = w.num_steps * d / depth_blocks;
+    const int64_t s1 = w.num_steps * (d + 1) / depth_blocks;
+    const bool is_last = d + 1 == depth_blocks;
+    const char* block = w.panel(p) + s0 * w.step_bytes;
+    tile.panel = block;
+    tile.k = s1 - s0;
+    tile.accumulate = d > 0;
+    tile.scale = is_last && w.format == WeightFormat::kInt8 ? w.scales(p) : nullptr;
+    tile.bias = is_last && layer.bias != nullptr ? layer.bias + p * kernels().panel_width : nullptr;
+    for (int64_t t = t0; t < t1; ++t) {
+      const int m = tiles.height(t);
+      // The first pass brings the block from memory, the others find it in a cache.
+      tile.prefetch = t == t0 ? std::min(block + kLookahead, end_of_weights - 64) : block;
+      tile.prefetch_step = t == t0 ? w.step_bytes : 0;
+      tile.a = tiles.tile(t) + s0 * m * method.row_step_bytes;
+      tile.y = out.row(tiles.first(t) - tiles.first(t0));
+      method.tile[m - 1](tile);
+    }
+  }
+}
+
+// The same of panel p of the left half and its fellow in the right one, and what becomes of both.
+void compute_gated_panel(const Layer& layer, const RowTiles& tiles, int64_t t0, int64_t t1,
+                         int64_t p, const Matrix<float>& out) {
+  thread_local Scratch scratch;
+  float* room = scratch.floats(static_cast<size_t>(2 * out.rows * out.cols));
+  const Matrix<float> gate(room, out.rows, out.cols);
+  const Matrix<float> up(room + out.rows * out.cols, out.rows, out.cols);
+  compute_panel(layer, tiles, t0, t1, p, gate);
+  compute_panel(layer, tiles, t0, t1, p + layer.w.num_panels / 2, up);
+  for (int64_t i = 0; i < out.rows; ++i) {
+    kernels().silu_and_mul(gate.row(i), up.row(i), out.cols, out.row(i));
+  }
+}
+
+void compute_share(const Layer& layer, const RowTiles& tiles, const Matrix<float>& y,
+                   const Share& share) {
+  const int64_t width = kernels().panel_width;
+  const int64_t tiles_per_block = std::max<int64_t>(1, kRowBlock / layer.method.row_tile);
+  const Matrix<const float>& residual = layer.fusion.residual;
   for (int64_t t0 = share.tile_begin; t0 < share.tile_end; t0 += tiles_per_block) {
     const int64_t t1 = std::min(share.tile_end, t0 + tiles_per_block);
+    const int64_t first = tiles.first(t0);
     for (int64_t p = share.panel_begin; p < share.panel_end; ++p) {
-      const int64_t column = p * table.panel_width;
-      cpu::LinearTile tile;
-      tile.n = static_cast<int>(std::min<int64_t>(table.panel_width, w.out_features - column));
-      tile.y_stride = y.stride;
-      for (int64_t d = 0; d < depth_blocks; ++d) {
-        const int64_t k0 = tiles.depth * d / depth_blocks;
-        const int64_t k1 = tiles.depth * (d + 1) / depth_blocks;
-        const char* block = w.panel(p) + k0 * row_bytes;
-        tile.panel = block;
-        tile.k = k1 - k0;
-        tile.accumulate = d > 0;
-        tile.bias = bias != nullptr && d + 1 == depth_blocks ? bias + column : nullptr;
-        for (int64_t t = t0; t < t1; ++t) {
-          const int m = tiles.height(t);
-          // The first pass brings the block from memory, the others find it in a cache.
-          tile.prefetch = t == t0 ? std::min(block + kLookahead, end_of_weights - 64) : block;
-          tile.prefetch_step = t == t0 ? row_bytes : 0;
-          tile.a = tiles.tile(t) + k0 * m;
-          tile.y = y.row(tiles.first(t)) + column;
-          table.linear_tile[w.type][m - 1](tile);
-        }
+      const int64_t column = p * width;
+      const Matrix<float> out(y.row(first) + column, tiles.first(t1) - first,
+                              std::min(width, y.cols - column), y.stride);
+      const auto compute = layer.fusion.silu_and_mul ? compute_gated_panel : compute_panel;
+      compute(layer, tiles, t0, t1, p, out);
+      if (residual.data == nullptr) continue;
+      for (int64_t i = 0; i < out.rows; ++i) {
+        kernels().add(residual.row(first + i) + column, out.row(i), out.cols, out.row(i));
       }
     }
   }
@@ -112,32 +230,81 @@ int64_t row_parts(int64_t tiles, int64_t panels, int64_t threads) {
 
 }  // namespace
 
-void linear(ThreadPool& pool, Matrix<const float> x, const PackedWeight& weight, const float* bias,
-            Matrix<float> y) {
-  const PackedWeight::Impl& w = weight.impl();
-  if (x.cols != w.in_features || y.cols != w.out_features || x.rows != y.rows) {
-    throw InvalidArgument(
-        "linear: x is " + std::to_string(x.rows) + " x " + std::to_string(x.cols) + " and y " +
-        std::to_string(y.rows) + " x " + std::to_string(y.cols) + ", the weight takes " +
-        std::to_string(w.in_features) + " columns and gives " + std::to_string(w.out_features));
+Activations activations_from_name(const std::string& name) {
+  if (name == "int8") return Activations::kInt8;
+  if (name == "float32") return Activations::kFloat32;
+  throw InvalidArgument("activations are '" + name + "': int8 or float32");
+}
+
+namespace {
+
+std::string shape(int64_t rows, int64_t cols) {
+  return std::to_string(rows) + " x " + std::to_string(cols);
+}
+
+void check_shapes(const Matrix<const float>& x, const PackedWeight::Impl& w,
+                  const LinearFusion& fusion, const Matrix<float>& y) {
+  const int64_t out = fusion.silu_and_mul ? w.out_features / 2 : w.out_features;
+  if (x.cols != w.in_features || y.cols != out || x.rows != y.rows ||
+      (fusion.silu_and_mul && w.out_features % 2 != 0)) {
+    throw InvalidArgument("linear: x is " + shape(x.rows, x.cols) + " and y " +
+                          shape(y.rows, y.cols) + ", the weight takes " +
+                          std::to_string(w.in_features) + " columns and gives " +
+                          std::to_string(w.out_features) +
+                          (fusion.silu_and_mul ? ", of which silu_and_mul makes half" : ""));
   }
-  if (x.rows == 0 || w.num_panels == 0) return;
-  const RowTiles tiles = pack_rows(pool, x);
-  const int64_t rows_split = row_parts(tiles.count, w.num_panels, pool.num_threads());
+  const Matrix<const float>& residual = fusion.residual;
+  if (residual.data != nullptr && (residual.rows != y.rows || residual.cols != y.cols)) {
+    throw InvalidArgument("linear: the residual is " + shape(residual.rows, residual.cols) +
+                          " and y " + shape(y.rows, y.cols));
+  }
+}
+
+void compute(ThreadPool& pool, const Layer& layer, const Matrix<float>& y) {
+  const int64_t panels = layer.w.num_panels / (layer.fusion.silu_and_mul ? 2 : 1);
+  RowTiles tiles = cut_rows(layer);
+  if (layer.x.rows * layer.w.in_features * layer.w.out_features < kSerialElements) {
+    pack_alone(layer, &tiles);
+    return compute_share(layer, tiles, y, {0, tiles.count, 0, panels});
+  }
+  // To pack a few rows over again in every thread takes less than to wait for the one who does.
+  const bool packs_alone = layer.x.rows * layer.x.cols < kSerialElements / 4;
+  if (!packs_alone) pack_shared(pool, layer, &tiles);
+  const int64_t rows_split = row_parts(tiles.count, panels, pool.num_threads());
   const int64_t panels_split = pool.num_threads() / rows_split;
-  const auto part = [&](int t) {
+  pool.run([&](int t) {
     if (t >= rows_split * panels_split) return;
+    RowTiles mine = tiles;
+    if (packs_alone) pack_alone(layer, &mine);
     const int64_t r = t / panels_split;
     const int64_t p = t % panels_split;
-    compute_share(tiles, w, bias, y,
+    compute_share(layer, mine, y,
                   {tiles.count * r / rows_split, tiles.count * (r + 1) / rows_split,
-                   w.num_panels * p / panels_split, w.num_panels * (p + 1) / panels_split});
-  };
-  if (x.rows * w.in_features * w.out_features < kSerialElements) {
-    compute_share(tiles, w, bias, y, {0, tiles.count, 0, w.num_panels});
-  } else {
-    pool.run(part);
+                   panels * p / panels_split, panels * (p + 1) / panels_split});
+  });
+}
+
+}  // namespace
+
+void linear(ThreadPool& pool, Matrix<const float> x, const PackedWeight& weight, const float* bias,
+            Matrix<float> y, Activations activations, const LinearFusion& fusion) {
+  const PackedWeight::Impl& w = weight.impl();
+  check_shapes(x, w, fusion, y);
+  if (x.rows == 0 || w.num_panels == 0) return;
+  const Method method = choose_method(w, activations);
+  if (!fusion.silu_and_mul || w.out_features % (2 * kernels().panel_width) == 0) {
+    return compute(pool, {x, w, bias, fusion, method}, y);
   }
+  // The halves meet within a panel: both go the long way.
+  thread_local Scratch scratch;
+  float* room = scratch.floats(static_cast<size_t>(x.rows * w.out_features));
+  const Matrix<float> both(room, x.rows, w.out_features);
+  LinearFusion first;
+  first.norm_weight = fusion.norm_weight;
+  first.norm_eps = fusion.norm_eps;
+  compute(pool, {x, w, bias, first, method}, both);
+  silu_and_mul(pool, both, y);
+  if (fusion.residual.data != nullptr) add(pool, fusion.residual, y, y);
 }
 
 }  // namespace fastpage::ops

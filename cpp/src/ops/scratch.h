@@ -16,6 +16,10 @@ using AlignedArray = std::unique_ptr<T[], FreeDeleter>;
 // ResourceExhausted.
 void* allocate_aligned(size_t bytes);
 
+// The same in memory that is shared by many such blocks, large enough for huge pages even where a
+// block is not. It goes back to the system with the last of them.
+std::shared_ptr<char> allocate_shared(size_t bytes);
+
 class Scratch {
  public:
   // Room for n floats, contents undefined.

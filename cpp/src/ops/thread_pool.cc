@@ -181,6 +181,8 @@ ThreadPool::~ThreadPool() {
   }
 }
 
+uint64_t ThreadPool::num_loops() const { return impl_->epoch.load(std::memory_order_relaxed); }
+
 void ThreadPool::run_raw(RawFn fn, void* arg) {
   if (num_threads_ == 1) {
     fn(arg, 0);

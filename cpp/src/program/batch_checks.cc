@@ -80,7 +80,9 @@ void check_batch(const InputBatch& batch, const Program& program, const Executor
     throw InvalidArgument("query_start_loc must run from 0 to " + std::to_string(tokens));
   }
   check_range("token_ids", batch.token_ids, 0, smallest_table(program, OpKind::kEmbed, 0));
-  check_range("positions", batch.positions, 0, smallest_table(program, OpKind::kRotary, 1));
+  check_range("positions", batch.positions, 0,
+              std::min(smallest_table(program, OpKind::kRotary, 1),
+                       smallest_table(program, OpKind::kRotaryWriteCache, 3)));
   check_range("slot_mapping", batch.slot_mapping, INT32_MIN,
               static_cast<int64_t>(config.num_kv_blocks) * config.block_size);
   check_range("logits_indices", batch.logits_indices, 0, batch.num_tokens());

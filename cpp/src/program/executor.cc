@@ -5,7 +5,9 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 
+#include "fastpage/passes.h"
 #include "program/batch_checks.h"
 #include "program/memory.h"
 #include "program/steps.h"
@@ -26,12 +28,16 @@ bool profiling_wanted() {
 }
 
 void check_config(const ExecutorConfig& config) {
-  for (const auto& [name, dtype] : {std::pair{"weight_dtype", config.weight_dtype},
-                                    std::pair{"kv_cache_dtype", config.kv_cache_dtype}}) {
-    if (dtype != DType::kFloat32 && dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
-      throw InvalidArgument(std::string(name) + " is " + dtype_name(dtype) +
-                            ": one of float32, bfloat16, float16");
-    }
+  const auto is_float = [](DType dtype) {
+    return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+  };
+  if (!is_float(config.weight_dtype)) {
+    throw InvalidArgument(std::string("weight_dtype is ") + dtype_name(config.weight_dtype) +
+                          ": one of float32, bfloat16, float16");
+  }
+  if (!is_float(config.kv_cache_dtype) && config.kv_cache_dtype != DType::kInt8) {
+    throw InvalidArgument(std::string("kv_cache_dtype is ") + dtype_name(config.kv_cache_dtype) +
+                          ": one of float32, bfloat16, float16, int8");
   }
   if (config.block_size <= 0 || config.block_size % 16 != 0) {
     throw InvalidArgument("block_size is " + std::to_string(config.block_size) +
@@ -51,19 +57,37 @@ void check_config(const ExecutorConfig& config) {
   }
 }
 
-Program validated(Program program) {
+// Of one layer, without its memory.
+ops::KvCacheView cache_layout(const KvCacheSpec& spec, DType dtype, int32_t block_size) {
+  ops::KvCacheView view;
+  view.dtype = dtype;
+  view.num_kv_heads = spec.num_kv_heads;
+  view.block_size = block_size;
+  view.head_dim = spec.head_dim;
+  return view;
+}
+
+std::vector<std::string> disabled_passes(const ExecutorConfig& config) {
+  std::vector<std::string> names = config.disabled_passes;
+  const char* const value = std::getenv("FASTPAGE_DISABLED_PASSES");
+  std::istringstream list(value == nullptr ? "" : value);
+  for (std::string name; std::getline(list, name, ',');) names.push_back(name);
+  return names;
+}
+
+Program rewritten(const Program& program, const ExecutorConfig& config) {
   program.validate();
-  return program;
+  return apply_passes(program, disabled_passes(config));
 }
 
 }  // namespace
 
 struct CpuExecutor::Impl {
-  Impl(Program p, const ExecutorConfig& c, std::shared_ptr<ThreadPool> threads)
-      : program(validated(std::move(p))),
+  Impl(const Program& p, const ExecutorConfig& c, std::shared_ptr<ThreadPool> threads)
+      : program(rewritten(p, c)),
         config(c),
         pool(threads != nullptr ? std::move(threads) : std::make_shared<ThreadPool>()),
-        weights(program, c.weight_dtype) {
+        weights(program, c.weight_dtype, c.quantization) {
     check_config(config);
   }
 
@@ -88,12 +112,8 @@ struct CpuExecutor::Impl {
 
 void CpuExecutor::Impl::allocate_caches() {
   const KvCacheSpec spec = program.kv_cache_spec();
-  ops::KvCacheView view;
-  view.dtype = config.kv_cache_dtype;
-  view.num_kv_heads = spec.num_kv_heads;
-  view.block_size = config.block_size;
-  view.head_dim = spec.head_dim;
-  const size_t block = static_cast<size_t>(view.elements_per_block()) * dtype_size(view.dtype);
+  ops::KvCacheView view = cache_layout(spec, config.kv_cache_dtype, config.block_size);
+  const auto block = static_cast<size_t>(view.bytes_per_block());
   const auto allocate = [&](int32_t num_blocks, const char* what, size_t promised,
                             std::vector<ops::KvCacheView>* layers) {
     view.num_blocks = num_blocks;
@@ -150,9 +170,21 @@ void CpuExecutor::Impl::run(const std::vector<Step>& steps, const Frame& frame) 
   }
 }
 
-CpuExecutor::CpuExecutor(Program program, const ExecutorConfig& config,
+const char* quantization_name(Quantization quantization) {
+  constexpr const char* kNames[] = {"none", "int8", "int4"};
+  return kNames[static_cast<int>(quantization)];
+}
+
+Quantization quantization_from_name(const std::string& name) {
+  for (const Quantization q : {Quantization::kNone, Quantization::kInt8, Quantization::kInt4}) {
+    if (name == quantization_name(q)) return q;
+  }
+  throw InvalidArgument("unknown quantization '" + name + "': one of none, int8, int4");
+}
+
+CpuExecutor::CpuExecutor(const Program& program, const ExecutorConfig& config,
                          std::shared_ptr<ThreadPool> pool)
-    : impl_(std::make_unique<Impl>(std::move(program), config, std::move(pool))) {}
+    : impl_(std::make_unique<Impl>(program, config, std::move(pool))) {}
 
 CpuExecutor::~CpuExecutor() = default;
 
@@ -163,13 +195,22 @@ void CpuExecutor::load_weight(const std::string& name, const TensorView& weight)
   impl_->weights.load(name, weight, *impl_->pool);
 }
 
+void CpuExecutor::load_weight_blocks(const std::string& name, const TensorView& blocks,
+                                     WeightFormat format) {
+  if (impl_->is_ready) {
+    throw InvalidArgument("weight '" + name + "' comes after finish_loading");
+  }
+  impl_->weights.load_blocks(name, blocks, format, *impl_->pool);
+}
+
 void CpuExecutor::finish_loading() {
   if (impl_->is_ready) throw InvalidArgument("finish_loading is called twice");
   impl_->weights.check_complete();
   impl_->allocate_caches();
   const WorkspacePlan plan = plan_workspace(impl_->program);
   const std::vector<float*> regions = impl_->allocate_workspace(plan);
-  impl_->compiled = compile(impl_->program, plan, regions, impl_->weights, impl_->caches);
+  impl_->compiled = compile(impl_->program, plan, regions, impl_->weights, impl_->caches,
+                            impl_->config.activations);
   impl_->is_ready = true;
 }
 
@@ -221,8 +262,8 @@ size_t CpuExecutor::kv_host_cache_bytes() const { return impl_->host_cache_memor
 ThreadPool& CpuExecutor::pool() const { return *impl_->pool; }
 
 size_t CpuExecutor::kv_block_bytes(const KvCacheSpec& spec, DType dtype, int32_t block_size) {
-  return static_cast<size_t>(spec.num_layers) * 2 * spec.num_kv_heads * spec.head_dim * block_size *
-         dtype_size(dtype);
+  const ops::KvCacheView view = cache_layout(spec, dtype, block_size);
+  return static_cast<size_t>(spec.num_layers) * 2 * static_cast<size_t>(view.bytes_per_block());
 }
 
 void CpuExecutor::set_profiling(bool on) { impl_->is_profiling = on; }

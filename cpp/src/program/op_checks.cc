@@ -25,6 +25,8 @@ class OpChecker {
         return check_rotary();
       case OpKind::kWriteCache:
         return check_write_cache();
+      case OpKind::kRotaryWriteCache:
+        return check_rotary_write_cache();
       case OpKind::kAttend:
         return check_attend();
       case OpKind::kActivate:
@@ -185,54 +187,94 @@ class OpChecker {
   }
 
   void check_linear() const {
-    check_counts(2, 3, 1);
-    check_attrs({});
+    const size_t fused =
+        (op_.attrs.count("norm_eps") ? 1 : 0) + (op_.attrs.count("residual") ? 1 : 0);
+    check_counts(2 + fused, 3 + fused, 1);
+    check_attrs({"norm_eps", "activation", "residual"});
+    const LinearParts parts = LinearParts::of(op_);
     const Operand& x = activation(0);
     const Buffer& w = weight(1, 2);
     require(w.shape[1] == x.cols,
             "weight " + describe(op_.inputs[1]) + " does not fit input " + describe(x));
-    if (op_.inputs.size() == 3) {
-      require(
-          weight(2, 1).shape[0] == w.shape[0],
-          "bias " + describe(op_.inputs[2]) + " does not fit weight " + describe(op_.inputs[1]));
+    size_t next = 2;
+    if (parts.bias.buffer >= 0) {
+      require(weight(next, 1).shape[0] == w.shape[0],
+              "bias " + describe(parts.bias) + " does not fit weight " + describe(parts.weight));
+      ++next;
     }
-    check_output(buffer(x).rows, w.shape[0]);
+    if (parts.norm_weight.buffer >= 0) {
+      require(weight(next, 1).shape[0] == x.cols,
+              "norm weight " + describe(parts.norm_weight) + " does not fit input " + describe(x));
+      require(parts.norm_eps >= 0, "attribute norm_eps is negative");
+      ++next;
+    }
+    int64_t cols = w.shape[0];
+    if (!parts.activation.empty()) {
+      one_of("activation", {"silu_and_mul"});
+      require(cols % 2 == 0, "weight " + describe(parts.weight) + " must hold gate and up");
+      cols /= 2;
+    }
+    if (parts.residual.buffer >= 0) {
+      const Operand& residual = activation(next);
+      require(residual.cols == cols && buffer(residual).rows == buffer(x).rows,
+              "residual " + describe(residual) + " differs in shape from what it is added to");
+    }
+    check_output(buffer(x).rows, cols);
+  }
+
+  // Of input `index`, with the table at input `table`.
+  void check_rotated(size_t index, size_t table) const {
+    one_of("style", {"neox", "interleaved"});
+    const Operand& x = activation(index);
+    const int64_t head_dim = positive("head_dim");
+    require(x.cols % head_dim == 0, "head_dim " + std::to_string(head_dim) +
+                                        " does not divide the columns of " + describe(x));
+    const int64_t rotary_dim = weight(table, 2).shape[1];
+    require(rotary_dim <= head_dim && rotary_dim % 2 == 0,
+            "table " + describe(op_.inputs[table]) +
+                " must have an even width of at most head_dim " + std::to_string(head_dim));
+    require(buffer(x).rows == Rows::kTokens, "positions belong to token rows");
   }
 
   void check_rotary() const {
     check_counts(2, 2, 1);
     check_attrs({"head_dim", "style"});
-    one_of("style", {"neox", "interleaved"});
-    const Operand& x = activation(0);
-    const int64_t head_dim = positive("head_dim");
-    require(x.cols % head_dim == 0, "head_dim " + std::to_string(head_dim) +
-                                        " does not divide the columns of " + describe(x));
-    const int64_t rotary_dim = weight(1, 2).shape[1];
-    require(rotary_dim <= head_dim && rotary_dim % 2 == 0,
-            "table " + describe(op_.inputs[1]) + " must have an even width of at most head_dim " +
-                std::to_string(head_dim));
-    require(buffer(x).rows == Rows::kTokens, "positions belong to token rows");
-    check_output(Rows::kTokens, x.cols);
+    check_rotated(0, 1);
+    check_output(Rows::kTokens, op_.inputs[0].cols);
+  }
+
+  void check_rotary_write_cache() const {
+    check_counts(4, 4, 1);
+    check_attrs({"layer", "head_dim", "style"});
+    check_rotated(0, 3);
+    check_rotated(1, 3);
+    check_cache_inputs();
+    check_output(Rows::kTokens, op_.inputs[0].cols);
   }
 
   void check_write_cache() const {
     check_counts(2, 2, 0);
     check_attrs({"layer"});
-    const Operand& k = activation(0);
-    const Operand& v = activation(1);
+    check_cache_inputs();
+    check_phase(Rows::kTokens);
+  }
+
+  void check_cache_inputs() const {
+    const size_t first = first_cache_input(op_.kind);
+    const Operand& k = activation(first);
+    const Operand& v = activation(first + 1);
     require(k.cols == v.cols, "k " + describe(k) + " and v " + describe(v) + " differ in width");
     require(buffer(k).rows == Rows::kTokens && buffer(v).rows == Rows::kTokens,
             "k and v must have a row per token");
     const int64_t layer = non_negative("layer");
     for (const Op& op : program_.ops()) {
-      require(op.kind != OpKind::kWriteCache || op.attr_int("layer", 0) != layer,
+      require(!writes_cache(op.kind) || op.attr_int("layer", 0) != layer,
               "layer " + std::to_string(layer) + " is written twice");
     }
-    check_phase(Rows::kTokens);
   }
 
   void check_attend() const {
-    check_counts(1, 1, 1);
+    check_counts(1, 2, 1);
     check_attrs(
         {"layer", "num_heads", "num_kv_heads", "head_dim", "scale", "sliding_window", "soft_cap"});
     const Operand& q = activation(0);
@@ -247,6 +289,10 @@ class OpChecker {
     require(op_.attr_double("scale", 0) > 0, "attribute scale must be given, above 0");
     require(op_.attr_int("sliding_window", 0) >= 0, "attribute sliding_window is negative");
     require(op_.attr_double("soft_cap", 0) >= 0, "attribute soft_cap is negative");
+    if (op_.inputs.size() == 2) {
+      require(weight(1, 1).shape[0] == num_heads,
+              "ALiBi slopes " + describe(op_.inputs[1]) + " must be [num_heads]");
+    }
     check_cache_written(non_negative("layer"), num_kv_heads * head_dim);
     check_output(buffer(q).rows, q.cols);
     require(buffer(q).rows == Rows::kTokens, "q must have a row per token");
@@ -254,10 +300,10 @@ class OpChecker {
 
   void check_cache_written(int64_t layer, int64_t cols) const {
     for (const Op& op : program_.ops()) {
-      if (op.kind != OpKind::kWriteCache || op.attr_int("layer", 0) != layer) continue;
-      require(op.inputs[0].cols == cols, "the cache of layer " + std::to_string(layer) + " holds " +
-                                             std::to_string(op.inputs[0].cols) + " columns, not " +
-                                             std::to_string(cols));
+      if (!writes_cache(op.kind) || op.attr_int("layer", 0) != layer) continue;
+      const int64_t held = op.inputs[first_cache_input(op.kind)].cols;
+      require(held == cols, "the cache of layer " + std::to_string(layer) + " holds " +
+                                std::to_string(held) + " columns, not " + std::to_string(cols));
       return;
     }
     fail("the cache of layer " + std::to_string(layer) + " is read before it is written");
@@ -297,6 +343,44 @@ class OpChecker {
 }  // namespace
 
 void check_op(const Program& program, const Op& op) { OpChecker(program, op).check(); }
+
+bool writes_cache(OpKind kind) {
+  return kind == OpKind::kWriteCache || kind == OpKind::kRotaryWriteCache;
+}
+
+size_t first_cache_input(OpKind kind) { return kind == OpKind::kRotaryWriteCache ? 1 : 0; }
+
+LinearParts LinearParts::of(const Op& op) {
+  const bool has_norm = op.attrs.count("norm_eps") > 0;
+  const bool has_residual = op.attr_int("residual", 0) != 0;
+  const bool has_bias = op.inputs.size() > 2u + has_norm + has_residual;
+  LinearParts parts;
+  size_t next = 0;
+  parts.x = op.inputs[next++];
+  parts.weight = op.inputs[next++];
+  if (has_bias) parts.bias = op.inputs[next++];
+  if (has_norm) parts.norm_weight = op.inputs[next++];
+  if (has_residual) parts.residual = op.inputs[next++];
+  parts.norm_eps = op.attr_double("norm_eps", 0);
+  parts.activation = op.attr_string("activation", "");
+  parts.y = op.outputs[0];
+  return parts;
+}
+
+Op LinearParts::op() const {
+  Op op{OpKind::kLinear, {x, weight}, {y}, {}};
+  if (bias.buffer >= 0) op.inputs.push_back(bias);
+  if (norm_weight.buffer >= 0) {
+    op.inputs.push_back(norm_weight);
+    op.attrs["norm_eps"] = norm_eps;
+  }
+  if (!activation.empty()) op.attrs["activation"] = activation;
+  if (residual.buffer >= 0) {
+    op.inputs.push_back(residual);
+    op.attrs["residual"] = int64_t{1};
+  }
+  return op;
+}
 
 bool may_run_in_place(OpKind kind, size_t index) {
   switch (kind) {

@@ -8,6 +8,25 @@ namespace fastpage {
 // Throws InvalidArgument, naming the op, unless `op` may be appended to `program`.
 void check_op(const Program& program, const Op& op);
 
+bool writes_cache(OpKind kind);
+// The keys and values that such an op writes begin at this input.
+size_t first_cache_input(OpKind kind);
+
+// The inputs and attributes of a linear op by their names; absent ones have buffer -1.
+struct LinearParts {
+  Operand x;
+  Operand weight;
+  Operand bias;
+  Operand norm_weight;
+  double norm_eps = 0;
+  std::string activation;  // empty: none
+  Operand residual;
+  Operand y;
+
+  static LinearParts of(const Op& op);
+  Op op() const;
+};
+
 // True if the op computes in place when its output shares the memory of input `index`.
 bool may_run_in_place(OpKind kind, size_t index);
 

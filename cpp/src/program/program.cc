@@ -9,8 +9,9 @@ namespace fastpage {
 
 namespace {
 
-constexpr const char* kOpNames[] = {"embed",  "norm",     "linear", "rotary",     "write_cache",
-                                    "attend", "activate", "add",    "gather_rows"};
+constexpr const char* kOpNames[] = {
+    "embed",  "norm",     "linear", "rotary",     "write_cache", "rotary_write_cache",
+    "attend", "activate", "add",    "gather_rows"};
 
 std::string rows_name(Rows rows) {
   return rows == Rows::kTokens ? "tokens" : rows == Rows::kLogits ? "logits" : "fixed";
@@ -120,7 +121,7 @@ KvCacheSpec Program::kv_cache_spec() const {
   KvCacheSpec spec;
   std::set<int64_t> layers;
   for (const Op& op : ops_) {
-    if (op.kind == OpKind::kWriteCache) layers.insert(op.attr_int("layer", 0));
+    if (writes_cache(op.kind)) layers.insert(op.attr_int("layer", 0));
     if (op.kind != OpKind::kAttend) continue;
     const auto num_kv_heads = static_cast<int32_t>(op.attr_int("num_kv_heads", 0));
     const auto head_dim = static_cast<int32_t>(op.attr_int("head_dim", 0));

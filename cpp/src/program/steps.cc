@@ -1,5 +1,6 @@
 #include "program/steps.h"
 
+#include "program/op_checks.h"
 #include "program/weights.h"
 
 namespace fastpage {
@@ -9,8 +10,14 @@ namespace {
 class Compiler {
  public:
   Compiler(const Program& program, const WorkspacePlan& plan, const std::vector<float*>& regions,
-           const WeightStore& weights, const std::vector<ops::KvCacheView>& caches)
-      : program_(program), plan_(plan), regions_(regions), weights_(weights), caches_(caches) {}
+           const WeightStore& weights, const std::vector<ops::KvCacheView>& caches,
+           ops::Activations activations)
+      : program_(program),
+        plan_(plan),
+        regions_(regions),
+        weights_(weights),
+        caches_(caches),
+        activations_(activations) {}
 
   Step compile(const Op& op) const {
     switch (op.kind) {
@@ -21,17 +28,17 @@ class Compiler {
                         static_cast<float>(op.attr_double("eps", 0)),
                         op.attr_int("group", op.inputs[0].cols), slab(op.outputs[0])};
       case OpKind::kLinear:
-        return LinearStep{slab(op.inputs[0]), &weights_.packed(op.inputs[1].buffer),
-                          op.inputs.size() == 3 ? vector(op.inputs[2]) : nullptr,
-                          slab(op.outputs[0])};
+        return linear(LinearParts::of(op));
       case OpKind::kRotary:
         return RotaryStep{slab(op.inputs[0]), weights_.table(op.inputs[1].buffer),
-                          op.attr_int("head_dim", 0),
-                          op.attr_string("style", "") == "neox" ? ops::RotaryStyle::kNeox
-                                                                : ops::RotaryStyle::kInterleaved,
-                          slab(op.outputs[0])};
+                          op.attr_int("head_dim", 0), rotary_style(op), slab(op.outputs[0])};
       case OpKind::kWriteCache:
         return WriteCacheStep{slab(op.inputs[0]), slab(op.inputs[1]), cache(op)};
+      case OpKind::kRotaryWriteCache:
+        return RotaryWriteCacheStep{slab(op.inputs[0]), slab(op.inputs[1]),
+                                    slab(op.inputs[2]), weights_.table(op.inputs[3].buffer),
+                                    rotary_style(op),   cache(op),
+                                    slab(op.outputs[0])};
       case OpKind::kAttend:
         return AttendStep{slab(op.inputs[0]), cache(op), attention_params(op), slab(op.outputs[0])};
       case OpKind::kActivate:
@@ -53,14 +60,36 @@ class Compiler {
  private:
   const float* vector(const Operand& operand) const { return weights_.table(operand.buffer).data; }
 
+  LinearStep linear(const LinearParts& parts) const {
+    LinearStep step;
+    step.x = slab(parts.x);
+    step.weight = &weights_.packed(parts.weight.buffer);
+    step.bias = parts.bias.buffer < 0 ? nullptr : vector(parts.bias);
+    step.activations = activations_;
+    if (parts.norm_weight.buffer >= 0) {
+      step.fusion.norm_weight = vector(parts.norm_weight);
+      step.fusion.norm_eps = static_cast<float>(parts.norm_eps);
+    }
+    step.fusion.silu_and_mul = !parts.activation.empty();
+    if (parts.residual.buffer >= 0) step.residual = slab(parts.residual);
+    step.y = slab(parts.y);
+    return step;
+  }
+
+  static ops::RotaryStyle rotary_style(const Op& op) {
+    return op.attr_string("style", "") == "neox" ? ops::RotaryStyle::kNeox
+                                                 : ops::RotaryStyle::kInterleaved;
+  }
+
   const ops::KvCacheView& cache(const Op& op) const { return caches_[op.attr_int("layer", 0)]; }
 
-  static ops::AttentionParams attention_params(const Op& op) {
+  ops::AttentionParams attention_params(const Op& op) const {
     ops::AttentionParams params;
     params.num_heads = static_cast<int32_t>(op.attr_int("num_heads", 0));
     params.scale = static_cast<float>(op.attr_double("scale", 1));
     params.sliding_window = static_cast<int32_t>(op.attr_int("sliding_window", 0));
     params.soft_cap = static_cast<float>(op.attr_double("soft_cap", 0));
+    if (op.inputs.size() == 2) params.alibi_slopes = vector(op.inputs[1]);
     return params;
   }
 
@@ -69,6 +98,7 @@ class Compiler {
   const std::vector<float*>& regions_;
   const WeightStore& weights_;
   const std::vector<ops::KvCacheView>& caches_;
+  ops::Activations activations_;
 };
 
 bool is_logits_op(const Program& program, const Op& op) {
@@ -79,8 +109,8 @@ bool is_logits_op(const Program& program, const Op& op) {
 
 CompiledProgram compile(const Program& program, const WorkspacePlan& plan,
                         const std::vector<float*>& regions, const WeightStore& weights,
-                        const std::vector<ops::KvCacheView>& caches) {
-  const Compiler compiler(program, plan, regions, weights, caches);
+                        const std::vector<ops::KvCacheView>& caches, ops::Activations activations) {
+  const Compiler compiler(program, plan, regions, weights, caches, activations);
   CompiledProgram compiled;
   for (const Op& op : program.ops()) {
     auto& steps = is_logits_op(program, op) ? compiled.logits_steps : compiled.token_steps;

@@ -61,9 +61,14 @@ struct LinearStep {
   Slab x;
   const ops::PackedWeight* weight;
   const float* bias;
+  ops::Activations activations;
+  ops::LinearFusion fusion;  // without the residual
+  Slab residual;             // of no data: none
   Slab y;
   void run(const Frame& frame) const {
-    ops::linear(frame.pool, x.at(frame), *weight, bias, y.at(frame));
+    ops::LinearFusion fused = fusion;
+    if (residual.data != nullptr) fused.residual = residual.at(frame);
+    ops::linear(frame.pool, x.at(frame), *weight, bias, y.at(frame), activations, fused);
   }
 };
 
@@ -86,6 +91,21 @@ struct WriteCacheStep {
   ops::KvCacheView cache;
   void run(const Frame& frame) const {
     ops::reshape_and_cache(frame.pool, k.at(frame), v.at(frame), frame.slot_mapping, cache);
+  }
+};
+
+struct RotaryWriteCacheStep {
+  static constexpr OpKind kKind = OpKind::kRotaryWriteCache;
+  Slab q;
+  Slab k;
+  Slab v;
+  Matrix<const float> cos_sin;
+  ops::RotaryStyle style;
+  ops::KvCacheView cache;
+  Slab rotated_q;
+  void run(const Frame& frame) const {
+    ops::rotary_and_cache(frame.pool, q.at(frame), k.at(frame), v.at(frame), frame.positions,
+                          frame.slot_mapping, cos_sin, style, cache, rotated_q.at(frame));
   }
 };
 
@@ -126,8 +146,8 @@ struct GatherRowsStep {
   }
 };
 
-using Step = std::variant<EmbedStep, NormStep, LinearStep, RotaryStep, WriteCacheStep, AttendStep,
-                          ActivateStep, AddStep, GatherRowsStep>;
+using Step = std::variant<EmbedStep, NormStep, LinearStep, RotaryStep, WriteCacheStep,
+                          RotaryWriteCacheStep, AttendStep, ActivateStep, AddStep, GatherRowsStep>;
 
 struct CompiledProgram {
   std::vector<Step> token_steps;   // once per forward
@@ -138,6 +158,6 @@ struct CompiledProgram {
 // `regions`: the base address of each region of `plan`.
 CompiledProgram compile(const Program& program, const WorkspacePlan& plan,
                         const std::vector<float*>& regions, const WeightStore& weights,
-                        const std::vector<ops::KvCacheView>& caches);
+                        const std::vector<ops::KvCacheView>& caches, ops::Activations activations);
 
 }  // namespace fastpage

@@ -24,8 +24,11 @@ std::vector<float> to_float32(TensorView view, ThreadPool& pool) {
 
 }  // namespace
 
-WeightStore::WeightStore(const Program& program, DType dtype)
-    : program_(program), dtype_(dtype), entries_(program.buffers().size()) {
+WeightStore::WeightStore(const Program& program, DType dtype, Quantization quantization)
+    : program_(program),
+      dtype_(dtype),
+      quantization_(quantization),
+      entries_(program.buffers().size()) {
   for (size_t i = 0; i < program.buffers().size(); ++i) {
     const Buffer& buffer = program.buffers()[i];
     if (buffer.kind == Buffer::Kind::kWeight) ids_[buffer.name] = static_cast<BufferId>(i);
@@ -33,37 +36,72 @@ WeightStore::WeightStore(const Program& program, DType dtype)
   for (const Op& op : program.ops()) {
     if (op.kind == OpKind::kEmbed) entries_[op.inputs[0].buffer].is_packed = true;
     if (op.kind == OpKind::kRotary) entries_[op.inputs[1].buffer].is_table = true;
+    if (op.kind == OpKind::kRotaryWriteCache) entries_[op.inputs[3].buffer].is_table = true;
     if (op.kind != OpKind::kLinear) continue;
-    entries_[op.inputs[1].buffer].is_packed = true;
-    entries_[op.inputs[1].buffer].is_linear = true;
+    Entry& entry = entries_[op.inputs[1].buffer];
+    entry.is_int4 = !entry.is_packed && op.outputs[0].buffer != program.output();
+    entry.is_packed = true;
+    entry.is_linear = true;
   }
 }
 
-void WeightStore::load(const std::string& name, const TensorView& weight, ThreadPool& pool) {
+WeightFormat WeightStore::format_of(const Entry& entry) const {
+  if (quantization_ == Quantization::kNone) return weight_format_of(dtype_);
+  return quantization_ == Quantization::kInt4 && entry.is_int4 ? WeightFormat::kQ4_1
+                                                               : WeightFormat::kInt8;
+}
+
+WeightStore::Entry& WeightStore::entry_to_load(const std::string& name,
+                                               const std::vector<int64_t>& shape) {
   const auto it = ids_.find(name);
   if (it == ids_.end()) throw InvalidArgument("the program has no weight '" + name + "'");
   const std::vector<int64_t>& expected = program_.buffers()[it->second].shape;
-  const std::vector<int64_t> shape(weight.shape.begin(), weight.shape.begin() + weight.ndim);
   if (shape != expected) {
     throw InvalidArgument("weight '" + name + "' has shape " + shape_to_string(shape) +
                           ", the program wants " + shape_to_string(expected));
   }
+  Entry& entry = entries_[it->second];
+  if (entry.is_loaded) throw InvalidArgument("weight '" + name + "' is loaded twice");
+  return entry;
+}
+
+void WeightStore::load(const std::string& name, const TensorView& weight, ThreadPool& pool) {
+  Entry& entry = entry_to_load(
+      name, std::vector<int64_t>(weight.shape.begin(), weight.shape.begin() + weight.ndim));
   if (weight.dtype != DType::kFloat32 && weight.dtype != DType::kBFloat16 &&
       weight.dtype != DType::kFloat16) {
     throw InvalidArgument("weight '" + name + "' is " + dtype_name(weight.dtype) +
                           ": one of float32, bfloat16, float16 needed");
   }
-  if (weight.strides[weight.ndim - 1] != 1 && expected.back() > 1) {
+  if (weight.strides[weight.ndim - 1] != 1 && weight.shape[weight.ndim - 1] > 1) {
     throw InvalidArgument("weight '" + name + "' must be contiguous within a row");
   }
-  Entry& entry = entries_[it->second];
-  if (entry.is_loaded) throw InvalidArgument("weight '" + name + "' is loaded twice");
   if (entry.is_packed) {
-    entry.packed = ops::PackedWeight::pack(weight, dtype_, pool);
+    try {
+      entry.packed = ops::PackedWeight::pack(weight, format_of(entry), pool);
+    } catch (const InvalidArgument& error) {
+      throw InvalidArgument("weight '" + name + "': " + error.what());
+    }
   }
   if (!entry.is_packed || entry.is_table) {
     entry.values = to_float32(weight, pool);
   }
+  entry.is_loaded = true;
+}
+
+void WeightStore::load_blocks(const std::string& name, const TensorView& blocks,
+                              WeightFormat format, ThreadPool& pool) {
+  ops::PackedWeight packed;
+  try {
+    packed = ops::PackedWeight::pack_blocks(blocks, format, pool);
+  } catch (const InvalidArgument& error) {
+    throw InvalidArgument("weight '" + name + "': " + error.what());
+  }
+  Entry& entry = entry_to_load(name, {packed.out_features(), packed.in_features()});
+  if (!entry.is_packed || entry.is_table) {
+    throw InvalidArgument("weight '" + name + "' cannot be kept in blocks: give its values");
+  }
+  entry.packed = std::move(packed);
   entry.is_loaded = true;
 }
 

@@ -496,10 +496,21 @@ class Program:
     def workspace_bytes(self, max_tokens: int, max_logits: int) -> int: ...
     def __str__(self) -> str: ...
 
+def passes() -> list[tuple[str, str]]:
+    """Names and summaries of the rewrites of a Program, in the order in which they are applied."""
+
+def apply_passes(program: Program, disabled: Sequence[str] = ()) -> Program:
+    """All passes but those named; "all" names all."""
+
 class ThreadPool:
     def __init__(self, num_threads: int = 0) -> None: ...
     @property
     def num_threads(self) -> int: ...
+    @property
+    def num_loops(self) -> int:
+        """Loops so far that all threads took part in."""
+    def run_empty_loops(self, count: int) -> None:
+        """To time what a loop costs at least."""
 
 class CpuExecutor:
     def __init__(
@@ -509,12 +520,21 @@ class CpuExecutor:
         num_kv_blocks: int,
         num_host_kv_blocks: int = 0,
         weight_dtype: str = "bfloat16",
+        quantization: str = "none",
+        activations: str = "int8",
         kv_cache_dtype: str = "bfloat16",
         block_size: int = 16,
         max_num_tokens: int = 2048,
         max_num_logits: int = 256,
+        disabled_passes: Sequence[str] = (),
         pool: ThreadPool | None = None,
     ) -> None: ...
+    def load_weight_blocks(self, name: str, blocks: DLPackTensor, format: str) -> None:
+        """The blocks of a GGUF tensor as they are: uint8 [rows, bytes]; q8_0, q4_0 or q4_1."""
+
+    @property
+    def program(self) -> Program:
+        """As it is run: after the passes."""
     def load_weight(self, name: str, weight: DLPackTensor, source_dtype: str | None = None) -> None:
         """source_dtype="bfloat16": `weight` is a uint16 array that holds bfloat16 bits."""
     def finish_loading(self) -> None: ...

@@ -13,13 +13,18 @@ class PackedWeight:
     @property
     def out_features(self) -> int: ...
     @property
-    def dtype(self) -> str: ...
+    def format(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
     def __init__(
-        self, weight: DLPackTensor, dtype: str, pool: ThreadPool, source_dtype: str | None = None
+        self, weight: DLPackTensor, format: str, pool: ThreadPool, source_dtype: str | None = None
     ) -> None:
-        """source_dtype="bfloat16": `weight` is a uint16 array that holds bfloat16 bits."""
+        """format: float32, bfloat16, float16, int8 or q4_1. source_dtype="bfloat16": `weight` is a
+        uint16 array that holds bfloat16 bits."""
+
+    @staticmethod
+    def from_blocks(blocks: DLPackTensor, format: str, pool: ThreadPool) -> PackedWeight:
+        """GGUF's blocks as they are: uint8 [out_features, bytes]; format: q8_0, q4_0 or q4_1."""
 
 def linear(
     pool: ThreadPool,
@@ -27,7 +32,10 @@ def linear(
     weight: PackedWeight,
     bias: DLPackTensor | None = None,
     out: npt.NDArray[np.float32] | None = None,
-) -> npt.NDArray[np.float32]: ...
+    activations: str = "int8",
+) -> npt.NDArray[np.float32]:
+    """activations: int8 or float32, what meets quantized weights."""
+
 def embed(
     pool: ThreadPool, ids: DLPackTensor, table: DLPackTensor | PackedWeight
 ) -> npt.NDArray[np.float32]: ...
@@ -49,7 +57,8 @@ def gather_rows(
 ) -> npt.NDArray[np.float32]: ...
 
 class KvCache:
-    """One layer's cache, zeroed; .k and .v are its storage as uint8, uint16 or float32 arrays."""
+    """One layer's cache, zeroed; .k and .v are its storage as float32, uint16 or, of int8, uint8
+    arrays, laid out as fastpage/ops.h says of KvCacheView."""
 
     @property
     def k(self) -> np.ndarray: ...
@@ -73,6 +82,7 @@ def paged_attention(
     scale: float,
     sliding_window: int = 0,
     soft_cap: float = 0.0,
+    alibi_slopes: DLPackTensor | None = None,
     out: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32]: ...
 def copy_blocks(pool: ThreadPool, cache: KvCache, copies: DLPackTensor) -> None:

@@ -53,6 +53,13 @@ class Checkpoint(ABC):
         if it is not of a floating-point type.
         """
 
+    def blocks(self, name: str) -> tuple[np.ndarray, str] | None:
+        """A matrix that is stored in quantised blocks of 32, as it is: uint8 [rows, bytes], and
+        q8_0, q4_0 or q4_1; None for all others. Raises CheckpointError if there is no such tensor.
+        """
+        self.shape(name)
+        return None
+
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to the model. Raises CheckpointError if none is there."""

@@ -68,6 +68,13 @@ class GgufCheckpoint(Checkpoint):
         heads = self._interleaved_heads(name)
         return (array, dtype) if heads is None else (self._deinterleave(name, array, heads), dtype)
 
+    def blocks(self, name: str) -> tuple[np.ndarray, str] | None:
+        found = self._file.blocks(self._stored_name(name))
+        heads = self._interleaved_heads(name)
+        if found is None or heads is None:
+            return found
+        return self._deinterleave(name, found[0], heads), found[1]
+
     def tokenizer(self) -> Tokenizer:
         from fastpage.tokenizer import Tokenizer
 

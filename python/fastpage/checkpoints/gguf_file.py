@@ -42,6 +42,7 @@ _PLAIN: dict[str, tuple[np.dtype[Any], str]] = {
     "F16": (np.dtype("<f2"), "float16"),
     "BF16": (np.dtype("<u2"), "bfloat16"),
 }
+_BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1")
 # Dequantising goes through several temporaries; at this many values they stay in the cache.
 _CHUNK_VALUES = 1 << 17
 
@@ -85,6 +86,15 @@ class GgufFile:
             array = self._dequantise(raw, entry.dtype, name).reshape(entry.shape)
         array.flags.writeable = False
         return array, dtype_name
+
+    def blocks(self, name: str) -> tuple[np.ndarray, str] | None:
+        """A matrix of Q8_0, Q4_0 or Q4_1 as it is stored: uint8 [rows, bytes of a row], read-only,
+        and the type in lower case; None for all others."""
+        entry = self.entries[name]
+        if entry.dtype not in _BLOCK_TYPES or len(entry.shape) != 2:
+            return None
+        raw = np.frombuffer(self._map, np.uint8, entry.end - entry.begin, entry.begin)
+        return raw.reshape(entry.shape[0], -1), entry.dtype.lower()
 
     def _dequantise(self, raw: np.ndarray, dtype: str, name: str) -> np.ndarray:
         method = getattr(quants, dtype, None)

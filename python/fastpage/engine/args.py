@@ -11,14 +11,20 @@ from fastpage.engine.memory import parse_bytes
 from fastpage.errors import InvalidArgument
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = (*DTYPES, "int8")
 POLICIES = ("fcfs", "priority")
 EXECUTORS = ("cpu", "torch")
+QUANTIZATIONS = ("none", "int8", "int4", "gguf")
 
 _GROUPS = {
     "Model": "what to serve",
     "Memory and batching": "how many requests share a step, and the KV cache that they share",
     "Execution": "how it is computed",
 }
+
+
+def full_dtype_name(name: str) -> str:
+    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
 
 
 def _arg(default: Any, group: str, text: str, **options: Any) -> Any:
@@ -54,6 +60,22 @@ class EngineArgs:
         "Model",
         "how weights are kept; auto: as the checkpoint has them",
         choices=DTYPES,
+        type=full_dtype_name,
+    )
+    quantization: str = _arg(
+        "none",
+        "Model",
+        "of the weights at load: int8, one scale a row; int4, a scale and a minimum for each 32 "
+        "(embeddings and logits int8); gguf, the Q8_0, Q4_0 and Q4_1 blocks of a GGUF file as they "
+        "are; none: --dtype (default: %(default)s)",
+        choices=QUANTIZATIONS,
+    )
+    quantize_activations: bool = _arg(
+        True,
+        "Model",
+        "let int8 activations meet quantized weights, by integer dot products; off, only the "
+        "weights are rounded, and it is slower (default: on)",
+        action=argparse.BooleanOptionalAction,
     )
     max_model_len: int | None = _arg(
         None,
@@ -87,8 +109,9 @@ class EngineArgs:
     kv_cache_dtype: str = _arg(
         "auto",
         "Memory and batching",
-        "how keys and values are kept; auto: as --dtype",
-        choices=DTYPES,
+        "how keys and values are kept; auto: as --dtype; int8: with a scale per token and head",
+        choices=KV_CACHE_DTYPES,
+        type=full_dtype_name,
     )
     block_size: int = _arg(
         16, "Memory and batching", "tokens in a KV block", metavar="TOKENS", type=int
@@ -178,11 +201,14 @@ class EngineArgs:
 
     def __post_init__(self) -> None:
         """The checks that need no model; raises InvalidArgument naming the field."""
+        self.dtype = full_dtype_name(self.dtype)
+        self.kv_cache_dtype = full_dtype_name(self.kv_cache_dtype)
         for name, allowed in (
             ("dtype", DTYPES),
-            ("kv_cache_dtype", DTYPES),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("scheduling_policy", POLICIES),
             ("executor", EXECUTORS),
+            ("quantization", QUANTIZATIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise InvalidArgument(
@@ -224,6 +250,11 @@ class EngineArgs:
             raise InvalidArgument(
                 f"prompt_lookup_min={self.prompt_lookup_min} is more than "
                 f"prompt_lookup_max={self.prompt_lookup_max}"
+            )
+        if self.executor == "torch" and self.quantization != "none":
+            raise InvalidArgument(
+                f"quantization={self.quantization!r} needs executor='cpu': torch is the reference "
+                "for weights that are not quantized"
             )
         if not self.model or not isinstance(self.model, str):
             raise InvalidArgument(f"model={self.model!r} is not a path or the name of a model")

@@ -22,6 +22,7 @@ from fastpage.tokenizer import Tokenizer
 # Of generation_config.json. (Its do_sample counts for nothing, as in vLLM.)
 _RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_QUANTIZED_BYTES = {"int8": 1, "int4": 1}  # at most
 # Without kv_cache_memory, the cache takes this share of the memory left beside the weights ...
 _DEFAULT_CACHE_SHARE = 0.4
 # ... and at most this much.
@@ -38,6 +39,7 @@ class ModelInfo:
     model: str
     architecture: str
     dtype: str
+    quantization: str
     kv_cache_dtype: str
     vocab_size: int
     max_model_len: int
@@ -154,7 +156,7 @@ def _decide(
     block_bytes = _C.CpuExecutor.kv_block_bytes(
         num_layers, num_kv_heads, head_dim, kv_cache_dtype, args.block_size
     )
-    weight_bytes = _ITEM_BYTES[dtype] * sum(
+    weight_bytes = _QUANTIZED_BYTES.get(args.quantization, _ITEM_BYTES[dtype]) * sum(
         math.prod(buffer.shape) for buffer in model.program.buffers if buffer.kind == "weight"
     )
     num_host_kv_blocks = _num_host_kv_blocks(args, block_bytes)
@@ -164,6 +166,7 @@ def _decide(
         model=args.model,
         architecture=(checkpoint.config.get("architectures") or ["unknown"])[0],
         dtype=dtype,
+        quantization=args.quantization,
         kv_cache_dtype=kv_cache_dtype,
         vocab_size=model.program.vocab_size,
         max_model_len=max_model_len,
@@ -247,9 +250,12 @@ def _load_runner(
         **options,
         max_num_tokens=info.max_num_batched_tokens,
         max_num_logits=info.max_num_seqs,
+        quantization="none" if info.quantization == "gguf" else info.quantization,
+        activations="int8" if args.quantize_activations else "float32",
         pool=pool,
     )
-    model.load_weights(checkpoint, executor, progress=progress)
+    keep_blocks = info.quantization == "gguf"
+    model.load_weights(checkpoint, executor, progress=progress, keep_blocks=keep_blocks)
     return _C.ProgramRunner(executor, max_steps_in_flight), executor.weight_bytes
 
 

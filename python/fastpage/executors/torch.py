@@ -59,7 +59,11 @@ class TorchExecutor:
         self._device = torch.device(device)
         self._dtype = _torch_dtype(dtype)
         self._weight_dtype = _torch_dtype(weight_dtype or dtype)
-        cache_dtype = _torch_dtype(kv_cache_dtype or dtype)
+        # int8 is a rounding only: the reference keeps the rounded values as fp32.
+        self._has_int8_cache = kv_cache_dtype == "int8"
+        cache_dtype = (
+            torch.float32 if self._has_int8_cache else _torch_dtype(kv_cache_dtype or dtype)
+        )
         layers, kv_heads, head_dim = program.kv_cache_spec
 
         def allocate(num_blocks: int, device: torch.device) -> torch.Tensor:
@@ -86,6 +90,7 @@ class TorchExecutor:
             "linear": self._linear,
             "rotary": self._rotary,
             "write_cache": self._write_cache,
+            "rotary_write_cache": self._rotary_write_cache,
             "attend": self._attend,
             "activate": self._activate,
             "add": self._add,
@@ -114,6 +119,9 @@ class TorchExecutor:
         else:
             values = values.to(torch.float32)
         self._weights[buffer] = values.to(self._device, copy=True)
+
+    def load_weight_blocks(self, name: str, blocks: Any, format: str) -> None:
+        raise InvalidArgument(f"weight '{name}': TorchExecutor takes values, not {format} blocks")
 
     def finish_loading(self) -> None:
         missing = [name for name, buffer in self._ids.items() if buffer not in self._weights]
@@ -194,17 +202,36 @@ class TorchExecutor:
 
     def _norm(self, op: Op, frame: _Frame) -> torch.Tensor:
         x = self._input(op, 0, frame)
-        groups = x.float().unflatten(1, (-1, int(op.attrs.get("group", x.shape[1]))))
-        scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + float(op.attrs["eps"]))
-        return (groups * scale * self._weight(op, 1)).flatten(1).to(self._dtype)
+        group = int(op.attrs.get("group", x.shape[1]))
+        return self._rms_norm(x, self._weight(op, 1), float(op.attrs["eps"]), group)
+
+    def _rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, group: int
+    ) -> torch.Tensor:
+        groups = x.float().unflatten(1, (-1, group))
+        scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
+        return (groups * scale * weight).flatten(1).to(self._dtype)
 
     def _linear(self, op: Op, frame: _Frame) -> torch.Tensor:
-        bias = self._weight(op, 2).to(self._dtype) if len(op.inputs) == 3 else None
-        return functional.linear(self._input(op, 0, frame), self._weight(op, 1), bias)
+        """What a pass fused into it included: see OpKind::kLinear."""
+        x = self._input(op, 0, frame)
+        has_norm, has_residual = "norm_eps" in op.attrs, "residual" in op.attrs
+        bias = None
+        if len(op.inputs) > 2 + has_norm + has_residual:
+            bias = self._weight(op, 2).to(self._dtype)
+        if has_norm:
+            norm_weight = self._weight(op, 2 if bias is None else 3)
+            x = self._rms_norm(x, norm_weight, float(op.attrs["norm_eps"]), x.shape[1])
+        y = functional.linear(x, self._weight(op, 1), bias)
+        if "activation" in op.attrs:
+            y = self._silu_and_mul(y)
+        return y + self._input(op, len(op.inputs) - 1, frame) if has_residual else y
 
     def _rotary(self, op: Op, frame: _Frame) -> torch.Tensor:
-        x = self._input(op, 0, frame)
-        cos, sin = self._weight(op, 1)[frame.positions].unsqueeze(1).chunk(2, dim=-1)
+        return self._rotate(op, self._input(op, 0, frame), self._weight(op, 1), frame)
+
+    def _rotate(self, op: Op, x: torch.Tensor, table: torch.Tensor, frame: _Frame) -> torch.Tensor:
+        cos, sin = table[frame.positions].unsqueeze(1).chunk(2, dim=-1)
         heads = x.float().unflatten(1, (-1, int(op.attrs["head_dim"])))
         turned, kept = heads.tensor_split([2 * cos.shape[-1]], dim=-1)
         if op.attrs["style"] == "neox":
@@ -216,14 +243,22 @@ class TorchExecutor:
         return torch.cat((turned, kept), dim=-1).flatten(1).to(self._dtype)
 
     def _write_cache(self, op: Op, frame: _Frame) -> None:
+        self._write(op, self._input(op, 0, frame), self._input(op, 1, frame), frame)
+
+    def _rotary_write_cache(self, op: Op, frame: _Frame) -> torch.Tensor:
+        q, k, v = (self._input(op, i, frame) for i in range(3))
+        self._write(op, self._rotate(op, k, self._weight(op, 3), frame), v, frame)
+        return self._rotate(op, q, self._weight(op, 3), frame)
+
+    def _write(self, op: Op, k: torch.Tensor, v: torch.Tensor, frame: _Frame) -> None:
         layer = int(op.attrs["layer"])
         written = frame.slot_mapping >= 0
         slots = frame.slot_mapping[written]
-        for index, cache in ((0, self._keys[layer]), (1, self._values[layer])):
-            x = self._input(op, index, frame)[written]
-            cache.view(-1, *cache.shape[2:])[slots] = x.unflatten(1, cache.shape[2:]).to(
-                cache.dtype
-            )
+        for new, cache in ((k, self._keys[layer]), (v, self._values[layer])):
+            x = new[written].unflatten(1, cache.shape[2:])
+            if self._has_int8_cache:
+                x = _rounded_to_int8(x.float())
+            cache.view(-1, *cache.shape[2:])[slots] = x.to(cache.dtype)
 
     def _attend(self, op: Op, frame: _Frame) -> torch.Tensor:
         q = self._input(op, 0, frame).float()
@@ -250,6 +285,8 @@ class TorchExecutor:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         at = torch.arange(seq_len, device=q.device)
         age = at[seq_len - len(q) :, None] - at[None, :]
+        if len(op.inputs) == 2:
+            scores = scores - self._weight(op, 1)[:, None, None] * age
         hidden = age < 0
         if window > 0:
             hidden |= age >= window
@@ -257,7 +294,11 @@ class TorchExecutor:
         return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(repeat, dim=1)).flatten(1)
 
     def _activate(self, op: Op, frame: _Frame) -> torch.Tensor:
-        gate, up = self._input(op, 0, frame).chunk(2, dim=1)
+        return self._silu_and_mul(self._input(op, 0, frame))
+
+    @staticmethod
+    def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=1)
         return functional.silu(gate) * up
 
     def _add(self, op: Op, frame: _Frame) -> torch.Tensor:
@@ -297,6 +338,13 @@ class TorchRunner(ModelRunner):
             if output.step_id == step_id:
                 return output
         raise InvalidArgument(f"wait for step {step_id}, which is not among the last ones executed")
+
+
+def _rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
+    """Symmetric, with a scale for each vector of the last dimension."""
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0)
+    return torch.round(x * inverse) * (largest / 127)
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -30,6 +30,7 @@ class Executor(Protocol):
     def load_weight(
         self, name: str, weight: npt.NDArray[Any], source_dtype: str | None = None
     ) -> None: ...
+    def load_weight_blocks(self, name: str, blocks: npt.NDArray[np.uint8], format: str) -> None: ...
     def finish_loading(self) -> None: ...
 
 
@@ -44,17 +45,22 @@ class Model:
         checkpoint: Checkpoint,
         executor: Executor,
         progress: Callable[[int, int], None] | None = None,
+        keep_blocks: bool = False,
     ) -> None:
         """Gives every weight to `executor` and finishes its loading.
 
-        progress(done, total) is called after each. Raises CheckpointError, listing all that does
-        not fit, before the first weight is read.
+        keep_blocks: matrices that the checkpoint has in quantised blocks (Checkpoint.blocks) are
+        given as they are, not as the values they stand for. progress(done, total) is called after
+        each. Raises CheckpointError, listing all that does not fit, before the first weight is
+        read.
         """
         shapes = {b.name: tuple(b.shape) for b in self.program.buffers if b.kind == "weight"}
         self._check(checkpoint, shapes)
         for done, name in enumerate(shapes, start=1):
             if name == _COS_SIN:
                 executor.load_weight(name, cos_sin_table(self.spec.rotary, shapes[name][0]))
+            elif blocks := _read_blocks(checkpoint, self.sources[name]) if keep_blocks else None:
+                executor.load_weight_blocks(name, *blocks)
             else:
                 values, dtype = _read(checkpoint, self.sources[name])
                 executor.load_weight(name, values, dtype if dtype == "bfloat16" else None)
@@ -117,6 +123,18 @@ def _read(checkpoint: Checkpoint, parts: Sequence[str]) -> tuple[npt.NDArray[Any
     if len(dtypes) > 1:
         return np.concatenate([_to_float32(*tensor) for tensor in tensors]), "float32"
     return np.concatenate([values for values, _ in tensors]), dtypes.pop()
+
+
+def _read_blocks(
+    checkpoint: Checkpoint, parts: Sequence[str]
+) -> tuple[npt.NDArray[np.uint8], str] | None:
+    """The parts on top of each other, and their format; None unless all have the same."""
+    found = [checkpoint.blocks(part) for part in parts]
+    formats = {part[1] for part in found if part is not None}
+    if None in found or len(formats) != 1:
+        return None
+    blocks = [part[0] for part in found if part is not None]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks), formats.pop()
 
 
 def _to_float32(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:

@@ -131,9 +131,10 @@ def _summary(loaded: LoadedModel, phases: dict[str, float], address: str) -> str
     from fastpage.engine.memory import format_bytes
 
     info = loaded.info
+    weights = info.dtype if info.quantization == "none" else info.quantization
     rows = [
         ("model", f"{info.served_model_name} ({info.architecture})"),
-        ("weights", f"{info.dtype}, {format_bytes(info.weight_bytes)}"),
+        ("weights", f"{weights}, {format_bytes(info.weight_bytes)}"),
         (
             "KV cache",
             f"{info.kv_cache_dtype}, {format_bytes(info.kv_cache_bytes)}: {info.num_kv_blocks} "

@@ -7,54 +7,115 @@
 //
 // A single row tile reads the cache as it is; several share a copy widened to fp32.
 
+// How the cache lies in memory. A step of the scores reads kRowsTogether rows of head_dim, a cache
+// line of a granule: load_k(p, r) is row r of it for the kLanes positions at p, kPositionStride
+// elements apart from each other. load_v(p, c) is vector c of a position's values; where
+// kPairedValues, vectors 2i and 2i + 1 hold the even and the odd ones of their range.
 struct CacheF32 {
-  static constexpr ElementType kType = kF32;
   using Element = float;
+  static constexpr int kRowsTogether = 1;
+  static constexpr int kPositionStride = 1;
+  static constexpr bool kPairedValues = false;
+  static constexpr bool kScaled = false;
+  static inline float value(float x) { return x; }
   static inline V load(const float* p) { return vload(p); }
+  static inline V load_k(const float* p, int) { return load(p); }
+  static inline V load_v(const float* p, int c) { return load(p + c * kLanes); }
 };
 struct CacheBf16 {
-  static constexpr ElementType kType = kBf16;
   using Element = uint16_t;
+  static constexpr int kRowsTogether = 2;
+  static constexpr int kPositionStride = 2;
+  static constexpr bool kPairedValues = true;
+  static constexpr bool kScaled = false;
+  static inline float value(uint16_t x) { return f32_from_bf16(x); }
   static inline V load(const uint16_t* p) { return vload_bf16(p); }
+  static inline V load_half(const uint16_t* p, int odd) {
+    V even_half, odd_half;
+    vload_bf16_pair(p, &even_half, &odd_half);
+    return odd ? odd_half : even_half;
+  }
+  static inline V load_k(const uint16_t* p, int r) { return load_half(p, r); }
+  static inline V load_v(const uint16_t* p, int c) {
+    return load_half(p + c / 2 * 2 * kLanes, c % 2);
+  }
 };
 struct CacheF16 {
-  static constexpr ElementType kType = kF16;
   using Element = uint16_t;
+  static constexpr int kRowsTogether = 2;
+  static constexpr int kPositionStride = 1;
+  static constexpr bool kPairedValues = false;
+  static constexpr bool kScaled = false;
+  static inline float value(uint16_t x) { return f32_from_f16(x); }
   static inline V load(const uint16_t* p) { return vload_f16(p); }
+  static inline V load_k(const uint16_t* p, int r) { return load(p + r * kGranule); }
+  static inline V load_v(const uint16_t* p, int c) { return load(p + c * kLanes); }
+};
+
+// Integers; behind a granule's stand its 16 positions' scales, fp32.
+struct CacheI8 {
+  using Element = int8_t;
+  static constexpr int kRowsTogether = 4;
+  static constexpr int kPositionStride = 1;
+  static constexpr bool kPairedValues = false;
+  static constexpr bool kScaled = true;
+  static inline float value(int8_t x) { return static_cast<float>(x); }
+  static inline V load(const int8_t* p) { return vload_i8(p); }
+  static inline V load_k(const int8_t* p, int r) { return load(p + r * kGranule); }
+  static inline V load_v(const int8_t* p, int c) { return load(p + c * kLanes); }
 };
 
 static inline int padded_head_dim(int d) { return (d + kPanel - 1) / kPanel * kPanel; }
 
-// scores[m][column, column + kPanel) for one row tile. q: [head_dim][M].
-template <int M, typename Cache>
-void score_columns(const float* q, int head_dim, const typename Cache::Element* k0,
-                   const typename Cache::Element* k1, const char* prefetch0, const char* prefetch1,
+// Vectors of columns that M rows take at once: more of them keep the multipliers busy where few
+// rows do not, as long as the sums stay in registers.
+constexpr int kVectorRegisters = kLanes == 16 ? 32 : 16;
+constexpr int wide_columns(int m) { return 4 * m + 5 <= kVectorRegisters ? 4 : 2; }
+
+// scores[m][0, C * kLanes) for one row tile. q: [head_dim][M]; k, prefetch: per vector of columns.
+template <int M, int C, typename Cache>
+void score_columns(const float* q, int head_dim, const void* const* k, const char* const* prefetch,
                    float* scores) {
-  V acc[M][2];
+  using Element = typename Cache::Element;
+  constexpr int kStep = kGranule * Cache::kRowsTogether;
+  V acc[M][C];
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = vzero();
-#pragma GCC unroll 2
-  for (int d = 0; d < head_dim; ++d) {
-    const V b0 = Cache::load(k0);
-    const V b1 = Cache::load(k1);
-    __builtin_prefetch(prefetch0);
-    __builtin_prefetch(prefetch1);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const V x = vset(q[m]);
-      acc[m][0] = vfma(x, b0, acc[m][0]);
-      acc[m][1] = vfma(x, b1, acc[m][1]);
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[m][c] = vzero();
+  }
+  const Element* column[C];
+  const char* ahead[C];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    column[c] = static_cast<const Element*>(k[c]);
+    ahead[c] = prefetch[c];
+  }
+  const int64_t end = static_cast<int64_t>(head_dim) * kGranule;
+  for (int64_t at = 0; at < end; at += kStep) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      // Half granules lie in the same cache lines.
+      if (c * kLanes % kGranule == 0) __builtin_prefetch(ahead[c] + at * sizeof(Element));
     }
-    q += M;
-    k0 += kGranule;
-    k1 += kGranule;
-    prefetch0 += kGranule * sizeof(*k0);
-    prefetch1 += kGranule * sizeof(*k1);
+#pragma GCC unroll 4
+    for (int r = 0; r < Cache::kRowsTogether; ++r) {
+      V b[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) b[c] = Cache::load_k(column[c] + at, r);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const V x = vset(q[m]);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[m][c] = vfma(x, b[c], acc[m][c]);
+      }
+      q += M;
+    }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
-    vstore(scores + m * kKvTile, acc[m][0]);
-    vstore(scores + m * kKvTile + kLanes, acc[m][1]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) vstore(scores + m * kKvTile + c * kLanes, acc[m][c]);
   }
 }
 
@@ -64,17 +125,21 @@ struct ValueRange {
   int begin;                    // columns of the tile: first and past the last
   int end;
   int stride;           // elements between positions of v
-  int head_dim_column;  // first of the kPanel columns of v
+  int head_dim_column;  // first of the C * kLanes columns of v
 };
 
-// out[m][0, kPanel) = out * old_weight[m] + (probabilities . v) * new_weight[m]
-template <int M, typename Cache>
+// out[m][0, C * kLanes) = out * old_weight[m] + (probabilities . v) * new_weight[m]
+template <int M, int C, typename Cache>
 void value_columns(const float* probabilities, const ValueRange& r, const float* old_weight,
                    const float* new_weight, float* out, int64_t out_stride) {
   using Element = typename Cache::Element;
-  V acc[M][2];
+  constexpr int kRowBytes = C * kLanes * static_cast<int>(sizeof(Element));
+  V acc[M][C];
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = vzero();
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[m][c] = vzero();
+  }
   int n = r.begin;
   while (n < r.end) {
     const int granule = n / kGranule;
@@ -86,14 +151,18 @@ void value_columns(const float* probabilities, const ValueRange& r, const float*
     prefetch = prefetch == nullptr ? v : prefetch + offset;
 #pragma GCC unroll 2
     for (; n < end; ++n) {
-      const V b0 = Cache::load(v);
-      const V b1 = Cache::load(v + kLanes);
-      __builtin_prefetch(prefetch);
+#pragma GCC unroll 4
+      for (int byte = 0; byte < kRowBytes; byte += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(prefetch) + byte);
+      }
+      V b[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) b[c] = Cache::load_v(v, c);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const V p = vset(probabilities[m * kKvTile + n]);
-        acc[m][0] = vfma(p, b0, acc[m][0]);
-        acc[m][1] = vfma(p, b1, acc[m][1]);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[m][c] = vfma(p, b[c], acc[m][c]);
       }
       v += r.stride;
       prefetch += r.stride;
@@ -104,61 +173,109 @@ void value_columns(const float* probabilities, const ValueRange& r, const float*
     const V before = vset(old_weight[m]);
     const V now = vset(new_weight[m]);
     float* o = out + m * out_stride;
-    vstore(o, vfma(acc[m][0], now, vmul(vload(o), before)));
-    vstore(o + kLanes, vfma(acc[m][1], now, vmul(vload(o + kLanes), before)));
-  }
-}
-
-// How a state (maximum `a`) and a partial result (maximum `b`) are weighted when they are folded.
-struct FoldWeights {
-  float max;
-  float a;
-  float b;
-};
-static inline FoldWeights fold_weights(float a, float b) {
-  const float max = a > b ? a : b;
-  const float none = -__builtin_inff();
-  if (max == none) return {max, 1.0f, 0.0f};
-  // One of the two is exactly 1, the other e^-|a - b|.
-  const float decay = vreduce_max(vexp_bounded(vset(a > b ? b - a : a - b)));
-  return a > b ? FoldWeights{max, 1.0f, decay} : FoldWeights{max, decay, 1.0f};
-}
-
-// Turns the scores of columns [begin, end), multiples of kPanel, into probabilities; only
-// [first, last) of them are visible. Returns their maximum in *max and their sum in *sum.
-static inline void softmax_row(float* s, int begin, int end, int first, int last, float soft_cap,
-                               float* max, float* sum) {
-  const float none = -__builtin_inff();
-  if (soft_cap > 0.0f) {
-    const V cap = vset(soft_cap);
-    const V inverse = vset(1.0f / soft_cap);
-    for (int n = begin; n < end; n += kLanes) {
-      vstore(s + n, vmul(cap, vtanh(vmul(vload(s + n), inverse))));
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c += 2) {
+      if (Cache::kPairedValues) vinterleave(&acc[m][c], &acc[m][c + 1]);
+#pragma GCC unroll 2
+      for (int i = c; i < c + 2; ++i) {
+        vstore(o + i * kLanes, vfma(acc[m][i], now, vmul(vload(o + i * kLanes), before)));
+      }
     }
   }
-  for (int n = begin; n < first; ++n) s[n] = none;
-  for (int n = last > begin ? last : begin; n < end; ++n) s[n] = none;
-  V highest = vset(none);
-  for (int n = begin; n < end; n += kLanes) highest = vmax(vload(s + n), highest);
-  *max = vreduce_max(highest);
-  const V reference = vset(*max == none ? 0.0f : *max);
+}
+
+// Rows whose maxima are folded at once: a row tile, in whole vectors.
+constexpr int kFoldRows = (kRowTile + kLanes - 1) / kLanes * kLanes;
+
+// How states (maxima `max`) and partial results (maxima `other`) are weighted when they are folded:
+// one of the two by 1, the other by e^-|max - other|. kFoldRows of each; `max` becomes the larger.
+static inline void fold_weights(float* max, const float* other, float* weight,
+                                float* other_weight) {
+  for (int i = 0; i < kFoldRows; i += kLanes) {
+    const V a = vload(max + i);
+    const V b = vload(other + i);
+    const V larger = vmax(a, b);
+    // Minus infinity, where nothing was visible yet: both weights become 0.
+    const V reference = vmax(larger, vset(-__FLT_MAX__));
+    vstore(max + i, larger);
+    vstore(weight + i, vexp_bounded(vsub(a, reference)));
+    vstore(other_weight + i, vexp_bounded(vsub(b, reference)));
+  }
+}
+
+// Columns of the tile.
+struct Columns {
+  int first;
+  int last;  // past the last
+};
+
+// The largest score in [begin, end), multiples of kPanel, of which only `seen` count.
+static inline float row_maximum(float* s, int begin, int end, Columns seen) {
+  const float none = -__builtin_inff();
+  for (int n = begin; n < seen.first; ++n) s[n] = none;
+  for (int n = seen.last > begin ? seen.last : begin; n < end; ++n) s[n] = none;
+  V highest[2] = {vset(none), vset(none)};
+  for (int n = begin; n < end; n += 2 * kLanes) {
+    highest[0] = vmax(vload(s + n), highest[0]);
+    highest[1] = vmax(vload(s + n + kLanes), highest[1]);
+  }
+  return vreduce_max(vmax(highest[0], highest[1]));
+}
+
+// Turns the scores into probabilities relative to their maximum; returns their sum.
+static inline float exponentiate(float* s, int begin, int end, float maximum) {
+  const V reference = vset(maximum == -__builtin_inff() ? 0.0f : maximum);
   V total = vzero();
+#pragma GCC unroll 4
   for (int n = begin; n < end; n += kLanes) {
     const V p = vexp_bounded(vsub(vload(s + n), reference));
     vstore(s + n, p);
     total = vadd(total, p);
   }
-  *sum = vreduce_add(total);
+  return vreduce_add(total);
 }
 
-template <typename Cache>
+static inline void scale_columns(float* s, int begin, int end, const float* const* scales) {
+  for (int n = begin; n < end; n += kLanes) {
+    const float* scale = scales[n / kGranule];
+    if (scale != nullptr) vstore(s + n, vmul(vload(s + n), vload(scale + n % kGranule)));
+  }
+}
+
+static inline void cap_scores(float* s, int begin, int end, float soft_cap) {
+  const V cap = vset(soft_cap);
+  const V inverse = vset(1.0f / soft_cap);
+  for (int n = begin; n < end; n += kLanes) {
+    vstore(s + n, vmul(cap, vtanh(vmul(vload(s + n), inverse))));
+  }
+}
+
+// ALiBi: slope times how far back a position is. `first`: of column 0, relative to the row's own.
+static inline void add_bias(float* s, int begin, int end, float slope, int first) {
+  static constexpr float kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  static_assert(kLanes <= 16, "");
+  const V lanes = vload(kCount);
+  for (int n = begin; n < end; n += kLanes) {
+    const V distance = vadd(vset(static_cast<float>(first + n)), lanes);
+    vstore(s + n, vfma(vset(slope), distance, vload(s + n)));
+  }
+}
+
 struct RowTileKernels {
-  using Element = typename Cache::Element;
-  using Score = void (*)(const float*, int, const Element*, const Element*, const char*,
-                         const char*, float*);
+  using Score = void (*)(const float*, int, const void* const*, const char* const*, float*);
   using Value = void (*)(const float*, const ValueRange&, const float*, const float*, float*,
                          int64_t);
+  int columns;  // vectors of them that the wide ones take; the others take two
+  Score score_wide;
+  Score score;
+  Value value_wide;
+  Value value;
 };
+
+template <int M, typename Cache>
+constexpr RowTileKernels kRowTileKernels = {
+    wide_columns(M), score_columns<M, wide_columns(M), Cache>, score_columns<M, 2, Cache>,
+    value_columns<M, wide_columns(M), Cache>, value_columns<M, 2, Cache>};
 
 #define FASTPAGE_ROW_TILES_4(name, T) name<1, T>, name<2, T>, name<3, T>, name<4, T>
 #define FASTPAGE_ROW_TILES_6(name, T) FASTPAGE_ROW_TILES_4(name, T), name<5, T>, name<6, T>
@@ -172,19 +289,11 @@ struct RowTileKernels {
   {FASTPAGE_CONCAT(FASTPAGE_ROW_TILES_, FASTPAGE_ROW_TILE)(name, T)}
 
 template <typename Cache>
-constexpr typename RowTileKernels<Cache>::Score kScoreColumns[] =
-    FASTPAGE_ROW_TILES(score_columns, Cache);
-template <typename Cache>
-constexpr typename RowTileKernels<Cache>::Value kValueColumns[] =
-    FASTPAGE_ROW_TILES(value_columns, Cache);
+constexpr RowTileKernels kKernelsByRows[] = FASTPAGE_ROW_TILES(kRowTileKernels, Cache);
 
-// The columns of the tile that token `position` sees.
-struct Visible {
-  int first;
-  int last;
-};
-static inline Visible visible_columns(const AttentionTile& t, int64_t position) {
-  const int64_t last = position + 1 - t.tile_position;
+// The columns of the tile that a row sees.
+static inline Columns visible_columns(const AttentionTile& t, int row) {
+  const int64_t last = int64_t{t.positions[row]} + 1 - t.tile_position;
   const int64_t first = t.sliding_window > 0 ? last - t.sliding_window : 0;
   const auto clamp = [](int64_t x) {
     return x < 0 ? 0 : x > kKvTile ? kKvTile : static_cast<int>(x);
@@ -192,56 +301,93 @@ static inline Visible visible_columns(const AttentionTile& t, int64_t position) 
   return {clamp(first), clamp(last)};
 }
 
-template <typename Cache>
-void attend_row_tile(const AttentionTile& t, int row, int m, const void* const* k,
-                     const void* const* v, int v_stride, const void* const* prefetch_v,
-                     const void* const* prefetch_k, float* scores) {
+// A tile's granules as the row tiles read them, which may be a widened copy.
+struct Granules {
+  const void* k[kTileGranules];
+  const void* v[kTileGranules];
+  const void* next_k[kTileGranules];  // to be fetched ahead
+  const void* next_v[kTileGranules];
+  int v_stride;
+  const float* k_scales[kTileGranules];  // of positions, if the cache is scaled
+  const float* v_scales[kTileGranules];
+};
+
+// Scores of rows [row, row + m) to probabilities relative to each row's maximum in the tile.
+// Returns in *_weight how the rows' states and the tile's results are to be folded.
+template <bool kScaled>
+void attend_softmax(const AttentionTile& t, const Granules& g, int row, int m, int begin, int end,
+                    float* scores, float* old_weight, float* new_weight) {
+  float maximum[kFoldRows];
+  float state_maximum[kFoldRows];
+  for (int i = m; i < kFoldRows; ++i) maximum[i] = state_maximum[i] = 0.0f;
+  for (int i = 0; i < m; ++i) {
+    float* s = scores + i * kKvTile;
+    const Columns seen = visible_columns(t, row + i);
+    if (kScaled) scale_columns(s, begin, end, g.k_scales);
+    if (t.soft_cap > 0.0f) cap_scores(s, begin, end, t.soft_cap);
+    if (t.slopes != nullptr) {
+      add_bias(s, begin, end, t.slopes[row + i],
+               static_cast<int>(t.tile_position - t.positions[row + i]));
+    }
+    state_maximum[i] = t.row_max[row + i];
+    maximum[i] = end - begin == kKvTile ? row_maximum(s, 0, kKvTile, seen)
+                                        : row_maximum(s, begin, end, seen);
+  }
+  fold_weights(state_maximum, maximum, old_weight, new_weight);
+  for (int i = 0; i < m; ++i) {
+    float* s = scores + i * kKvTile;
+    const float sum = end - begin == kKvTile ? exponentiate(s, 0, kKvTile, maximum[i])
+                                             : exponentiate(s, begin, end, maximum[i]);
+    t.row_max[row + i] = state_maximum[i];
+    t.row_sum[row + i] = t.row_sum[row + i] * old_weight[i] + sum * new_weight[i];
+    if (kScaled) scale_columns(s, begin, end, g.v_scales);
+  }
+}
+
+template <typename Cache, bool kScaled>
+void attend_row_tile(const AttentionTile& t, const Granules& g, int row, int m, float* scores) {
   using Element = typename Cache::Element;
-  const int64_t first_position = t.first_position + row / t.group;
-  const int64_t last_position = t.first_position + (row + m - 1) / t.group;
-  const int seen_first = visible_columns(t, first_position).first;
-  const int seen_last = visible_columns(t, last_position).last;
-  if (seen_first >= seen_last) return;
-  const int begin = seen_first / kPanel * kPanel;
-  const int end = (seen_last + kPanel - 1) / kPanel * kPanel;
+  Columns seen = visible_columns(t, row);
+  for (int i = 1; i < m; ++i) {
+    const Columns other = visible_columns(t, row + i);
+    if (other.first < seen.first) seen.first = other.first;
+    if (other.last > seen.last) seen.last = other.last;
+  }
+  if (seen.first >= seen.last) return;
+  const int begin = seen.first / kPanel * kPanel;
+  const int end = (seen.last + kPanel - 1) / kPanel * kPanel;
+  const RowTileKernels& kernels = kKernelsByRows<Cache>[m - 1];
 
   const float* q = t.q + static_cast<int64_t>(row) * t.head_dim;
-  for (int n = begin; n < end; n += kPanel) {
-    const auto column = [n](const void* const* granules, int lane) -> const Element* {
-      const int c = n + lane;
-      const auto* granule = static_cast<const Element*>(granules[c / kGranule]);
-      return granule == nullptr ? nullptr : granule + c % kGranule;
-    };
-    // A granule that is not there has no visible column: whatever stands in for it is masked below.
-    const auto either = [](const Element* p, const Element* stand_in) {
-      return p == nullptr ? stand_in : p;
-    };
-    const Element* k0 = either(column(k, 0), column(k, kLanes));
-    const Element* k1 = either(column(k, kLanes), k0);
-    const auto* prefetch0 = reinterpret_cast<const char*>(either(column(prefetch_v, 0), k0));
-    const auto* prefetch1 = reinterpret_cast<const char*>(either(column(prefetch_v, kLanes), k1));
-    kScoreColumns<Cache>[m - 1](q, t.head_dim, k0, k1, prefetch0, prefetch1, scores + n);
+  for (int n = begin, columns; n < end; n += columns * kLanes) {
+    columns = end - n >= kernels.columns * kLanes ? kernels.columns : 2;
+    const void* from[4];
+    const char* ahead[4];
+    for (int c = 0; c < columns; ++c) {
+      const int granule = (n + c * kLanes) / kGranule;
+      const int64_t offset = static_cast<int64_t>((n + c * kLanes) % kGranule) *
+                             Cache::kPositionStride * static_cast<int64_t>(sizeof(Element));
+      // A granule that is not there has no visible column: whatever stands in for it is masked
+      // below.
+      const void* there = g.k[granule] != nullptr ? g.k[granule] : g.k[seen.first / kGranule];
+      from[c] = static_cast<const char*>(there) + offset;
+      const void* next = g.next_v[granule] != nullptr ? g.next_v[granule] : there;
+      ahead[c] = static_cast<const char*>(next) + offset;
+    }
+    (columns > 2 ? kernels.score_wide : kernels.score)(q, t.head_dim, from, ahead, scores + n);
   }
 
-  float old_weight[kRowTile];
-  float new_weight[kRowTile];
-  for (int i = 0; i < m; ++i) {
-    const Visible seen = visible_columns(t, t.first_position + (row + i) / t.group);
-    float max, sum;
-    softmax_row(scores + i * kKvTile, begin, end, seen.first, seen.last, t.soft_cap, &max, &sum);
-    const FoldWeights w = fold_weights(t.row_max[row + i], max);
-    t.row_max[row + i] = w.max;
-    t.row_sum[row + i] = t.row_sum[row + i] * w.a + sum * w.b;
-    old_weight[i] = w.a;
-    new_weight[i] = w.b;
-  }
+  float old_weight[kFoldRows];
+  float new_weight[kFoldRows];
+  attend_softmax<kScaled>(t, g, row, m, begin, end, scores, old_weight, new_weight);
 
   const int padded = padded_head_dim(t.head_dim);
-  ValueRange range{v, prefetch_k, seen_first, seen_last, v_stride, 0};
+  ValueRange range{g.v, g.next_k, seen.first, seen.last, g.v_stride, 0};
   float* out = t.out + static_cast<int64_t>(row) * padded;
-  for (; range.head_dim_column < padded; range.head_dim_column += kPanel) {
-    kValueColumns<Cache>[m - 1](scores, range, old_weight, new_weight, out + range.head_dim_column,
-                                padded);
+  for (int columns; range.head_dim_column < padded; range.head_dim_column += columns * kLanes) {
+    columns = padded - range.head_dim_column >= kernels.columns * kLanes ? kernels.columns : 2;
+    (columns > 2 ? kernels.value_wide : kernels.value)(scores, range, old_weight, new_weight,
+                                                       out + range.head_dim_column, padded);
   }
 }
 
@@ -250,55 +396,141 @@ size_t attention_scratch(int head_dim) {
   return tile + static_cast<size_t>(kKvTile) * (head_dim + padded_head_dim(head_dim));
 }
 
+// One granule of keys to [head_dim][16] fp32.
+template <typename Cache>
+void widen_keys(const typename Cache::Element* from, int head_dim, float* wide) {
+  constexpr int kRows = Cache::kRowsTogether;
+  int d = 0;
+  for (; d + kRows <= head_dim; d += kRows) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int n = 0; n < kGranule; n += kLanes) {
+        vstore(wide + r * kGranule + n, Cache::load_k(from + n * Cache::kPositionStride, r));
+      }
+    }
+    from += kRows * kGranule;
+    wide += kRows * kGranule;
+  }
+  for (; d < head_dim; ++d) {  // a last row without its pair lies as it would alone
+    for (int n = 0; n < kGranule; n += kLanes) vstore(wide + n, Cache::load(from + n));
+    from += kGranule;
+    wide += kGranule;
+  }
+}
+
+// One granule of values to [16][padded] fp32.
+template <typename Cache>
+void widen_values(const typename Cache::Element* from, int head_dim, int padded, float* wide) {
+  for (int n = 0; n < kGranule; ++n) {
+    int d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes) vstore(wide + d, Cache::load(from + d));
+    for (; d < head_dim; ++d) wide[d] = Cache::value(from[d]);
+    for (; d < padded; ++d) wide[d] = 0.0f;
+    from += head_dim;
+    wide += padded;
+  }
+}
+
+static inline void fetch_ahead(const void* memory, size_t bytes) {
+  if (memory == nullptr) return;
+  for (size_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(memory) + i);
+  }
+}
+
+// A row tile reads the cache as it is, and fetches what the next half of the work will read.
+template <typename Cache>
+Granules granules_in_place(const AttentionTile& t) {
+  Granules g = {};
+  g.v_stride = t.head_dim;
+  for (int i = 0; i < kTileGranules; ++i) {
+    g.k[i] = t.k[i];
+    g.v[i] = t.v[i];
+    g.next_k[i] = t.next_k[i];
+    g.next_v[i] = t.v[i];
+    if (Cache::kScaled && t.k[i] != nullptr) {
+      const int elements = kGranule * t.head_dim;
+      g.k_scales[i] = static_cast<const float*>(
+          static_cast<const void*>(static_cast<const char*>(t.k[i]) + elements));
+      g.v_scales[i] = static_cast<const float*>(
+          static_cast<const void*>(static_cast<const char*>(t.v[i]) + elements));
+      __builtin_prefetch(g.v_scales[i]);
+      if (t.next_k[i] != nullptr) {
+        __builtin_prefetch(static_cast<const char*>(t.next_k[i]) + elements);
+      }
+    }
+  }
+  return g;
+}
+
 template <typename Cache>
 void attention_tile(const AttentionTile& t) {
   using Element = typename Cache::Element;
   const int tiles = (t.rows + kRowTile - 1) / kRowTile;
   const int padded = padded_head_dim(t.head_dim);
   float* scores = t.scratch;
+  Granules g = granules_in_place<Cache>(t);
   if (tiles == 1 && padded == t.head_dim) {
-    attend_row_tile<Cache>(t, 0, t.rows, t.k, t.v, t.head_dim, t.v, t.next_k, scores);
+    attend_row_tile<Cache, Cache::kScaled>(t, g, 0, t.rows, scores);
     return;
   }
-  const void* k[kTileGranules] = {};
-  const void* v[kTileGranules] = {};
   float* wide_k = scores + kKvTile * kRowTile;
   float* wide_v = wide_k + kKvTile * t.head_dim;
-  for (int g = 0; g < kTileGranules; ++g) {
-    if (t.k[g] == nullptr) continue;
-    const auto* from_k = static_cast<const Element*>(t.k[g]);
-    const auto* from_v = static_cast<const Element*>(t.v[g]);
-    k[g] = wide_k;
-    v[g] = wide_v;
-    for (int d = 0; d < t.head_dim; ++d) {
-      for (int n = 0; n < kGranule; n += kLanes) vstore(wide_k + n, Cache::load(from_k + n));
-      from_k += kGranule;
-      wide_k += kGranule;
-    }
-    for (int n = 0; n < kGranule; ++n) {
-      int d = 0;
-      for (; d + kLanes <= t.head_dim; d += kLanes) vstore(wide_v + d, Cache::load(from_v + d));
-      for (; d < t.head_dim; ++d) convert_to_f32(Cache::kType, from_v + d, 1, wide_v + d);
-      for (; d < padded; ++d) wide_v[d] = 0.0f;
-      from_v += t.head_dim;
-      wide_v += padded;
-    }
+  g.v_stride = padded;
+  for (int i = 0; i < kTileGranules; ++i) {
+    if (t.k[i] == nullptr) continue;
+    const size_t bytes = static_cast<size_t>(kGranule) * t.head_dim * sizeof(Element);
+    fetch_ahead(t.v[i], bytes);
+    widen_keys<Cache>(static_cast<const Element*>(t.k[i]), t.head_dim, wide_k);
+    fetch_ahead(t.next_k[i], bytes);
+    widen_values<Cache>(static_cast<const Element*>(t.v[i]), t.head_dim, padded, wide_v);
+    g.k[i] = g.next_k[i] = wide_k;
+    g.v[i] = g.next_v[i] = wide_v;
+    wide_k += kGranule * t.head_dim;
+    wide_v += kGranule * padded;
   }
   for (int i = 0; i < tiles; ++i) {
     const int row = static_cast<int>(static_cast<int64_t>(t.rows) * i / tiles);
     const int next = static_cast<int>(static_cast<int64_t>(t.rows) * (i + 1) / tiles);
-    attend_row_tile<CacheF32>(t, row, next - row, k, v, padded, v, k, scores);
+    attend_row_tile<CacheF32, Cache::kScaled>(t, g, row, next - row, scores);
   }
 }
 
-void attention_merge(float* out, float* row_max, float* row_sum, const float* other,
-                     float other_max, float other_sum, int d) {
-  const FoldWeights w = fold_weights(*row_max, other_max);
-  const V before = vset(w.a);
-  const V now = vset(w.b);
-  *row_max = w.max;
-  *row_sum = *row_sum * w.a + other_sum * w.b;
-  for (int i = 0; i < d; i += kLanes) {
-    vstore(out + i, vfma(vload(other + i), now, vmul(vload(out + i), before)));
+void attention_merge(int rows, int d, float* out, float* row_max, float* row_sum,
+                     const float* other, const float* other_max, const float* other_sum) {
+  for (int first = 0; first < rows; first += kFoldRows) {
+    const int m = rows - first < kFoldRows ? rows - first : kFoldRows;
+    float max[kFoldRows] = {};
+    float new_max[kFoldRows] = {};
+    float weight[kFoldRows];
+    float new_weight[kFoldRows];
+    for (int i = 0; i < m; ++i) max[i] = row_max[first + i];
+    for (int i = 0; i < m; ++i) new_max[i] = other_max[first + i];
+    fold_weights(max, new_max, weight, new_weight);
+    for (int i = 0; i < m; ++i) {
+      const int r = first + i;
+      row_max[r] = max[i];
+      row_sum[r] = row_sum[r] * weight[i] + other_sum[r] * new_weight[i];
+      const V before = vset(weight[i]);
+      const V now = vset(new_weight[i]);
+      float* o = out + static_cast<int64_t>(r) * d;
+      const float* p = other + static_cast<int64_t>(r) * d;
+      for (int j = 0; j < d; j += kLanes) {
+        vstore(o + j, vfma(vload(p + j), now, vmul(vload(o + j), before)));
+      }
+    }
   }
+}
+
+float quantize_i8(const float* x, int64_t n, int8_t* y) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = x[i] < 0.0f ? -x[i] : x[i];
+    largest = a > largest ? a : largest;
+  }
+  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the lowest bits.
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] = static_cast<int8_t>(float_bits(x[i] * inverse + 12582912.0f));
+  }
+  return largest / 127.0f;
 }

@@ -7,6 +7,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "ops/cpu/quant_format.h"
+
 namespace fastpage::ops::cpu {
 
 // Stored element types, in the order of DType.
@@ -17,39 +19,62 @@ inline constexpr int kGranule = 16;  // positions that lie together in a KV bloc
 inline constexpr int kKvTile = 128;  // positions of an attention tile
 inline constexpr int kTileGranules = kKvTile / kGranule;
 
-// y[0..m)[0..n) = a^T panel: rows of one row tile times one panel, over `k` of the summed
-// dimension.
+// y[0..m)[0..n) = a^T panel: rows of one row tile times one panel, over `k` steps of the summed
+// dimension: in_features, or groups of them where the weights are quantized.
 struct LinearTile {
-  const float* a;     // [k][m]
+  const void* a;      // [k][m], or what quantize_rows gives
   const void* panel;  // [k][panel_width] in the panel's own order
   int64_t k;
   float* y;
   int64_t y_stride;
   int n;                  // columns of the panel that exist, <= panel_width
   bool accumulate;        // go on from what y holds
-  const float* bias;      // [n], added at the very end, or null
+  const float* scale;     // [panel_width], times the sums at the very end; null but for kInt8
+  const float* bias;      // [n], added after that, or null
   const char* prefetch;   // memory needed soon, touched step by step
   int64_t prefetch_step;  // bytes per k
 };
 
-// One KV tile's contribution to the rows of an item (one sequence, one KV head).
+// How keys and values are stored, in the order of attention_tile.
+enum CacheType : int { kCacheF32, kCacheBf16, kCacheF16, kCacheI8, kNumCacheTypes };
+
+// One KV tile's contribution to the rows of an item: tokens of one or several sequences, times the
+// query heads of one KV head.
 struct AttentionTile {
   const float* q;  // scaled; row tiles one after the other, each [head_dim][m]
   int rows;
-  int group;  // row r is query head r % group of token r / group
   int head_dim;
-  int64_t first_position;             // of token 0
-  int64_t tile_position;              // of column 0 of the tile
-  int sliding_window;                 // 0 = none
-  float soft_cap;                     // 0 = none
-  const void* k[kTileGranules];       // [head_dim][16] each; null if nothing there is visible
-  const void* v[kTileGranules];       // [16][head_dim] each
+  const int32_t* positions;      // [rows]
+  const float* slopes;           // [rows], ALiBi, or null
+  int64_t tile_position;         // of column 0 of the tile
+  int sliding_window;            // 0 = none
+  float soft_cap;                // 0 = none
+  const void* k[kTileGranules];  // as KvCacheView says; null if nothing there is visible
+  const void* v[kTileGranules];
   const void* next_k[kTileGranules];  // what will be read next, or null
   float* scratch;                     // attention_scratch(head_dim) floats, 64-byte aligned
   // The fold of all tiles so far; updated.
   float* out;      // [rows][padded head_dim]
   float* row_max;  // [rows]
   float* row_sum;  // [rows]
+};
+
+// Linear layers over quantized weights.
+struct QuantKernels {
+  int row_tile;   // rows per register tile
+  int int8_zero;  // what is added to int8 weights where they are stored
+
+  // Rows [0, m) of k fp32 activations -> one tile of int8 ones; `zero`: that of the weights.
+  void (*quantize_rows)(const float* const* rows, int m, int64_t k, int zero, void* out);
+
+  // n weights of one out_feature -> their quants; returns the scale, not finite if a weight is not.
+  float (*quantize_int8)(const float* x, int64_t n, int8_t* q);
+  // The same into blocks of kQ4_1; returns the largest magnitude, not finite if a weight is not.
+  float (*quantize_q4_1)(const float* x, int64_t n, void* blocks);
+
+  // With the activations of quantize_rows, and with fp32 ones as pack_rows gives.
+  void (*tile[kNumQuantFormats][kMaxRowTile])(const LinearTile&);
+  void (*widened_tile[kNumQuantFormats][kMaxRowTile])(const LinearTile&);
 };
 
 struct KernelTable {
@@ -78,15 +103,21 @@ struct KernelTable {
   void (*add)(const float* a, const float* b, int64_t n, float* y);
 
   size_t (*attention_scratch)(int head_dim);
-  void (*attention_tile[kNumElementTypes])(const AttentionTile&);
-  // Folds `other` (of later positions) into the state of one row; d is the padded head_dim.
-  void (*attention_merge)(float* out, float* row_max, float* row_sum, const float* other,
-                          float other_max, float other_sum, int d);
+  void (*attention_tile[kNumCacheTypes])(const AttentionTile&);
+  // Folds `other` (of later positions) into the state of `rows` rows; d is the padded head_dim.
+  void (*attention_merge)(int rows, int d, float* out, float* row_max, float* row_sum,
+                          const float* other, const float* other_max, const float* other_sum);
+  // y = round(x / scale), |y| <= 127; returns the scale.
+  float (*quantize_i8)(const float* x, int64_t n, int8_t* y);
   void (*scale)(const float* x, float factor, int64_t n, float* y);
+
+  QuantKernels quant;
 };
 
 const KernelTable* portable_kernels();
-const KernelTable* avx2_kernels();    // null where not compiled in
-const KernelTable* avx512_kernels();  // null where not compiled in
+const KernelTable* avx2_kernels();         // null where not compiled in
+const KernelTable* avx2_vnni_kernels();    // null where not compiled in
+const KernelTable* avx512_kernels();       // null where not compiled in
+const KernelTable* avx512_vnni_kernels();  // null where not compiled in
 
 }  // namespace fastpage::ops::cpu

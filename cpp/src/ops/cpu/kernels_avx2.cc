@@ -4,11 +4,14 @@
 #include <immintrin.h>
 
 #define FASTPAGE_ROW_TILE 6
+#define FASTPAGE_QUANT_ROW_TILE 4
 
 namespace fastpage::ops::cpu {
 namespace {
 #include "ops/cpu/convert_scalar.h"
 #include "ops/cpu/vec_avx2.h"
+//
+#include "ops/cpu/dot_avx2.h"
 //
 #include "ops/cpu/kernels_impl.h"
 }  // namespace

@@ -9,11 +9,14 @@
 #include <immintrin.h>
 
 #define FASTPAGE_ROW_TILE 12
+#define FASTPAGE_QUANT_ROW_TILE 6
 
 namespace fastpage::ops::cpu {
 namespace {
 #include "ops/cpu/convert_scalar.h"
 #include "ops/cpu/vec_avx512.h"
+//
+#include "ops/cpu/dot_avx512.h"
 //
 #include "ops/cpu/kernels_impl.h"
 }  // namespace

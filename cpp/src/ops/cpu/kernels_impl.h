@@ -1,10 +1,12 @@
 // The kernels, over the vector type V that was defined before; included once per instruction set,
 // inside a namespace of its own. See kernel_table.h on what may be included here.
-// FASTPAGE_ROW_TILE is kRowTile for the preprocessor.
+// FASTPAGE_ROW_TILE is kRowTile for the preprocessor, FASTPAGE_QUANT_ROW_TILE kQuantRowTile.
 #include "ops/cpu/elementwise_impl.h"
 #include "ops/cpu/linear_impl.h"
 //
 #include "ops/cpu/attention_impl.h"
+//
+#include "ops/cpu/quant_impl.h"
 
 static_assert(kRowTile == FASTPAGE_ROW_TILE && kRowTile <= kMaxRowTile, "");
 static_assert(kKvTile % kPanel == 0 && kGranule % kLanes == 0, "");
@@ -27,9 +29,12 @@ constexpr KernelTable make_table(const char* name) {
       silu_and_mul,
       add,
       attention_scratch,
-      {attention_tile<CacheF32>, attention_tile<CacheBf16>, attention_tile<CacheF16>},
+      {attention_tile<CacheF32>, attention_tile<CacheBf16>, attention_tile<CacheF16>,
+       attention_tile<CacheI8>},
       attention_merge,
+      quantize_i8,
       scale,
+      make_quant_kernels(),
   };
   return t;
 }

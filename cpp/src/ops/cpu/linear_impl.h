@@ -61,7 +61,7 @@ void linear_tile(const LinearTile& t) {
     for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = vzero();
   }
 
-  const float* a = t.a;
+  const auto* a = static_cast<const float*>(t.a);
   const auto* b = static_cast<const typename Panel::Element*>(t.panel);
   const char* prefetch = t.prefetch;
   const int64_t prefetch_step = t.prefetch_step;

@@ -56,6 +56,9 @@ static inline V vload_bf16(const uint16_t* p) {
 static inline V vload_f16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
+static inline V vload_i8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
 static inline void vload_bf16_pair(const uint16_t* p, V* even, V* odd) {
   const __m256i u = _mm256_loadu_si256((const __m256i*)p);
   *even = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
@@ -68,4 +71,11 @@ static inline void narrow_f16(const float* x, int64_t n, uint16_t* y) {
                      _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
   }
   for (; i < n; ++i) y[i] = _cvtss_sh(x[i], _MM_FROUND_TO_NEAREST_INT);
+}
+// Lanes of a and b by turns: the first half to *a, the second to *b.
+static inline void vinterleave(V* a, V* b) {
+  const V low = _mm256_unpacklo_ps(*a, *b);
+  const V high = _mm256_unpackhi_ps(*a, *b);
+  *a = _mm256_permute2f128_ps(low, high, 0x20);
+  *b = _mm256_permute2f128_ps(low, high, 0x31);
 }

@@ -45,6 +45,9 @@ static inline V vload_bf16(const uint16_t* p) {
 static inline V vload_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
+static inline V vload_i8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 static inline void vload_bf16_pair(const uint16_t* p, V* even, V* odd) {
   const __m512i u = _mm512_loadu_si512(p);
   *even = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
@@ -57,4 +60,12 @@ static inline void narrow_f16(const float* x, int64_t n, uint16_t* y) {
                         _mm512_cvtps_ph(_mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
   }
   for (; i < n; ++i) y[i] = _cvtss_sh(x[i], _MM_FROUND_TO_NEAREST_INT);
+}
+// Lanes of a and b by turns: the first half to *a, the second to *b.
+static inline void vinterleave(V* a, V* b) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const V low = _mm512_permutex2var_ps(*a, first, *b);
+  *b = _mm512_permutex2var_ps(*a, second, *b);
+  *a = low;
 }

@@ -60,6 +60,10 @@ static inline V vload_bf16(const uint16_t* p) {
 static inline V vload_f16(const uint16_t* p) {
   return V{f32_from_f16(p[0]), f32_from_f16(p[1]), f32_from_f16(p[2]), f32_from_f16(p[3])};
 }
+static inline V vload_i8(const int8_t* p) {
+  return V{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+           static_cast<float>(p[3])};
+}
 static inline void vload_bf16_pair(const uint16_t* p, V* even, V* odd) {
   VI u;
   __builtin_memcpy(&u, p, sizeof(u));
@@ -68,4 +72,10 @@ static inline void vload_bf16_pair(const uint16_t* p, V* even, V* odd) {
 }
 static inline void narrow_f16(const float* x, int64_t n, uint16_t* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = f16_from_f32(x[i]);
+}
+// Lanes of a and b by turns: the first half to *a, the second to *b.
+static inline void vinterleave(V* a, V* b) {
+  const V low = {(*a)[0], (*b)[0], (*a)[1], (*b)[1]};
+  *b = V{(*a)[2], (*b)[2], (*a)[3], (*b)[3]};
+  *a = low;
 }
