@@ -107,6 +107,7 @@ void Scheduler::State::begin(Sequence* leader, SequenceRequest request) {
     group->stop_token_ids.insert(group->stop_token_ids.end(), config.eos_token_ids.begin(),
                                  config.eos_token_ids.end());
   }
+  std::sort(group->stop_token_ids.begin(), group->stop_token_ids.end());
   leader->stop_token_ids = group->stop_token_ids;
   group->params = std::move(request.params);
   if (group->params.beam_width > 0) {

@@ -86,7 +86,7 @@ struct SequenceGroup {
   bool announce = false;            // its blocks, in the KV events
   uint64_t seed = 0;
   BlockHash root;
-  std::vector<TokenId> stop_token_ids;  // all that end it
+  std::vector<TokenId> stop_token_ids;  // all that end it, ascending
   SamplingParams params;
   std::vector<Sequence*> samples;  // by index, null if not alive; empty for beams
   std::vector<int32_t> unborn;     // samples that begin where the prompt ends

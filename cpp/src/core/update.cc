@@ -7,7 +7,10 @@ namespace fastpage {
 
 namespace {
 
+// Ascending `ids`.
 bool contains(Span<const TokenId> ids, TokenId id) {
+  constexpr size_t kFew = 16;
+  if (ids.size() > kFew) return std::binary_search(ids.begin(), ids.end(), id);
   return std::find(ids.begin(), ids.end(), id) != ids.end();
 }
 
