@@ -210,8 +210,8 @@ class LLM:
                         self._processor.step_failed(item)
                         continue
                     changed, aborts = self._processor.process(item)
-                    for core_id, sample in aborts:
-                        self._core.abort(core_id, sample)
+                    for abort in aborts:
+                        abort.tell(self._core)
                     progress.update(changed)
         finally:
             thread.stop()

@@ -1,5 +1,5 @@
-// Replaces the global operator new and delete of a test program by ones that count. To be included
-// by one source file of the program.
+// Replaces the global operator new and delete of a test program by ones that count, and that fail
+// when they are told to. To be included by one source file of the program.
 #pragma once
 
 #include <atomic>
@@ -8,11 +8,14 @@
 #include <new>
 
 inline std::atomic<int64_t> num_allocations{0};
+// So many more succeed in this thread, then one fails. Negative: none fails.
+inline thread_local int64_t num_until_failure = -1;
 
 // None is inlined, or GCC sees malloc and delete, new and free, and warns of a mismatch. All forms
 // are there, or a sanitizer's own ones meet them.
 [[gnu::noinline]] void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
   num_allocations.fetch_add(1, std::memory_order_relaxed);
+  if (num_until_failure >= 0 && num_until_failure-- == 0) return nullptr;
   return std::malloc(size);
 }
 [[gnu::noinline]] void* operator new(std::size_t size) {

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "scheduler_harness.h"
 
 namespace fastpage {
@@ -47,6 +49,18 @@ TEST(Admission, NamesTheNumbers) {
   EXPECT_EQ(error_of(&scheduler, request(tokens_from(1, 32), 1)), "");
   EXPECT_EQ(error_of(&scheduler, request({1})),
             "exhausted: the queue is full: 1 waiting, max_num_waiting 1: try again later");
+}
+
+TEST(Schedule, AnyOfManyStopTokensEndsASequence) {
+  for (const TokenId token : {0, 100, 137, 199, 200}) {
+    Harness h(small_config());
+    SequenceRequest r = request({1, 2});
+    r.params.stop_token_ids = tokens_from(100, 100);
+    std::reverse(r.params.stop_token_ids.begin(), r.params.stop_token_ids.end());
+    h.add(std::move(r));
+    EXPECT_EQ(h.step(token)[0].finish_reason,
+              token == 200 ? FinishReason::kNone : FinishReason::kStop);
+  }
 }
 
 TEST(Schedule, ChunksAPromptWithinTheBudget) {

@@ -476,3 +476,18 @@ def test_an_engine_that_was_not_shut_down_does_not_crash_the_interpreters_exit()
     script = [sys.executable, "-c", LEAVES_ITS_THREAD_RUNNING]
     result = subprocess.run(script, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_an_output_that_cannot_be_taken_in_costs_its_request_and_ends_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        async with AsyncEngine(load_alphabet(lambda: time.sleep(0.001))) as engine:
+            monkeypatch.setattr(engine._processor, "_token_text", lambda _: 1 // 0)
+            params = SamplingParams(n=1, best_of=3, max_tokens=100, prompt_logprobs=1)
+            with pytest.raises(ZeroDivisionError):
+                await last_of(engine, "abc", params)
+            await wait_until_idle(engine)
+            assert engine.stats().num_steps < 50
+
+    asyncio.run(main())

@@ -144,6 +144,7 @@ class Scheduler {
   // points to stays valid until update() or discard().
   bool abort(RequestId id);
   bool abort(RequestId id, int32_t index);
+  bool has(RequestId id) const;  // not all of it has ended
   bool has_unfinished() const;
 
   // Adds a sample to the request, which continues what sample `index` has so far, sharing its
@@ -168,7 +169,8 @@ class Scheduler {
   // none for those aborted meanwhile. `logprobs`: one per sampling row, or empty if no beam is
   // among them; a beam's row holds what SamplingRow::params->logprobs asked for. The result is
   // valid until the next call. Throws InvalidArgument for another number of tokens, or if `step`
-  // is not the oldest one under way.
+  // is not the oldest one under way. If memory runs out (std::bad_alloc) the step is over, and its
+  // requests are aborted.
   const std::vector<SequenceUpdate>& update(const SchedulerOutput& step,
                                             Span<const TokenId> sampled_token_ids,
                                             Span<const TokenLogprobs> logprobs = {});

@@ -45,18 +45,26 @@ void Scheduler::State::advance_beams(SequenceGroup* group, int32_t entry) {
 void Scheduler::State::replace_beams(SequenceGroup* group,
                                      const std::vector<BeamContinuation>& next) {
   BeamGroup& beams = *group->beams;
-  std::vector<int32_t> num_uses(beams.beams.size(), 0);
+  const std::vector<Sequence*> parents = beams.beams;
+  std::vector<int32_t> num_uses(parents.size(), 0);
   for (const BeamContinuation& each : next) ++num_uses[each.parent];
-  for (size_t i = 0; i < beams.beams.size(); ++i) {
+  // At any time `beams.beams` are those alive, should memory run out.
+  for (size_t i = 0; i < parents.size(); ++i) {
     if (num_uses[i] > 0) continue;
-    leave_queues(beams.beams[i]);
-    bury(beams.beams[i]);
+    beams.beams.erase(std::find(beams.beams.begin(), beams.beams.end(), parents[i]));
+    leave_queues(parents[i]);
+    bury(parents[i]);
   }
   std::vector<Sequence*> children;
+  children.reserve(next.size());
+  beams.beams.reserve(parents.size() + next.size());
   for (const BeamContinuation& each : next) {
-    Sequence* parent = beams.beams[each.parent];
-    const bool is_last_use = --num_uses[each.parent] == 0;
-    children.push_back(is_last_use ? parent : fork(parent, beams.next_index++));
+    Sequence* seq = parents[each.parent];
+    if (--num_uses[each.parent] > 0) {
+      seq = fork(seq, beams.next_index++);
+      beams.beams.push_back(seq);
+    }
+    children.push_back(seq);
   }
   for (size_t i = 0; i < children.size(); ++i) {
     Sequence* seq = children[i];

@@ -98,8 +98,9 @@ bool BlockManager::make_writable(int32_t row, int32_t index) {
   BlockId& entry = row_of(row)[index];
   if (pool_.block(entry).ref_count == 1) return true;
   if (pool_.num_free() == 0) return false;
-  const BlockCopy copy{entry, take_block()};
-  transfers_->block_copies.push_back(copy);
+  const BlockCopy copy{entry, pool_.first_free()};
+  transfers_->block_copies.push_back(copy);  // before anything that has to be undone without memory
+  take_block();
   ++stats_.num_copied;
   pool_.release(copy.src);
   entry = copy.dst;
@@ -174,10 +175,10 @@ void BlockManager::offload(BlockId id) {
     if (host_pool_.block(host).announced) {
       announce_removed(KvTier::kHost, host_pool_.block(host).hash);
     }
+    transfers_->swap_outs.push_back({id, host});
+    pins_.push_back({kNoBlock, host});
     host_pool_.allocate();
     host_pool_.publish(host, block.hash);
-    pins_.push_back({kNoBlock, host});
-    transfers_->swap_outs.push_back({id, host});
     ++stats_.num_swapped_out;
   }
   if (block.announced && !host_pool_.block(host).announced) {

@@ -114,6 +114,7 @@ struct Engine::State {
   bool begin_step();
   void end_step(StepOutput* out);
   void fail();
+  void abort_lost();
   void wait_for(int32_t first) noexcept;
   void collect(const InputBatch& batch, const std::vector<SequenceUpdate>& updates,
                const ModelRunnerOutput& result, StepOutput* out);
@@ -213,7 +214,11 @@ void Engine::State::help() noexcept {
     }
     std::unique_lock<std::mutex> step_lock(step_mutex, std::try_to_lock);
     if (!step_lock.owns_lock()) return;
-    drain();
+    try {
+      drain();
+    } catch (const std::bad_alloc&) {
+      return;  // the next step() tries again
+    }
     refresh_snapshot();
   }
 }
@@ -237,8 +242,15 @@ void Engine::State::drain() {
       abort_group(arrival.group);
     }
   }
-  for (const Abort& abort : new_aborts) {
-    if (Group* group = find(abort.id)) abort_group(group, abort.index);
+  auto abort = new_aborts.begin();
+  try {
+    for (; abort != new_aborts.end(); ++abort) {
+      if (Group* group = find(abort->id)) abort_group(group, abort->index);
+    }
+  } catch (...) {  // memory ran out: another time
+    std::lock_guard<std::mutex> lock(mutex);
+    aborts.insert(aborts.end(), abort, new_aborts.end());
+    throw;
   }
 }
 
@@ -259,11 +271,6 @@ void Engine::State::admit(Arrival* arrival) {
 }
 
 void Engine::State::abort_group(Group* group, int32_t index) {
-  if (index == kAllSamples) {
-    scheduler.abort(group->scheduler_id);
-  } else {
-    scheduler.abort(group->scheduler_id, index);
-  }
   std::vector<RequestOutput> news;
   for (int32_t i = 0; i < static_cast<int32_t>(group->samples.size()); ++i) {
     if (group->samples[i].finished || (index != kAllSamples && i != index)) continue;
@@ -273,8 +280,15 @@ void Engine::State::abort_group(Group* group, int32_t index) {
   for (const RequestOutput& output : news) ended.push_back(output.index);
   {
     std::lock_guard<std::mutex> lock(mutex);
-    std::move(news.begin(), news.end(), std::back_inserter(pending));
+    pending.insert(pending.end(), std::make_move_iterator(news.begin()),
+                   std::make_move_iterator(news.end()));
     work.notify_all();
+  }
+  // Nothing from here on needs memory.
+  if (index == kAllSamples) {
+    scheduler.abort(group->scheduler_id);
+  } else {
+    scheduler.abort(group->scheduler_id, index);
   }
   for (const int32_t i : ended) finish(group, i);  // the last one takes the group with it
 }
@@ -355,12 +369,33 @@ void Engine::State::end_step(StepOutput* out) {
 void Engine::State::fail() {
   const int32_t num_lost = num_under_way;
   wait_for(1);
-  scheduler.discard(*steps[oldest].step);
+  num_under_way = 0;
+  for (int32_t i = 0; i < num_lost; ++i) {
+    try {
+      scheduler.discard(*steps[(oldest + i) % steps.size()].step);
+      break;                            // and with it those after it
+    } catch (const InvalidArgument&) {  // memory ran out in update() or later: the step is over
+    }
+  }
   for (int32_t i = 0; i < num_lost; ++i) {
     abort_requests_of(*steps[(oldest + i) % steps.size()].step);
   }
-  num_under_way = 0;
+  abort_lost();
   refresh_snapshot();
+}
+
+// Requests that the scheduler has ended and whose end has not got here.
+void Engine::State::abort_lost() {
+  std::vector<Group*> lost;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (const auto& [id, group] : live) {
+      if (group->scheduler_id != 0 && !scheduler.has(group->scheduler_id)) {
+        lost.push_back(group.get());
+      }
+    }
+  }
+  for (Group* group : lost) abort_group(group);
 }
 
 // The steps under way from the first-th on. Failed or not, nobody needs their results.

@@ -38,15 +38,25 @@ const SchedulerOutput& Scheduler::State::schedule() {
   committed_blocks = 0;
   num_partial = 0;
 
-  schedule_running();
-  // Whoever was just pushed out must not be let in again in the same breath.
-  if (output.num_preempted == 0) schedule_waiting(/*force=*/false);
-  if (output.sequences.empty() && num_steps == 0) schedule_by_force();
+  try {
+    fill_step();
+  } catch (...) {  // memory ran out: nobody is to wait for a step that never comes
+    ++num_steps;
+    discard_newest();
+    throw;
+  }
   if (!output.sequences.empty()) {
     ++num_steps;
     count_slots();
   }
   return output;
+}
+
+void Scheduler::State::fill_step() {
+  schedule_running();
+  // Whoever was just pushed out must not be let in again in the same breath.
+  if (step->output.num_preempted == 0) schedule_waiting(/*force=*/false);
+  if (step->output.sequences.empty() && num_steps == 0) schedule_by_force();
 }
 
 // Would it, were all that are less urgent gone?
@@ -156,6 +166,9 @@ Scheduler::State::Admission Scheduler::State::admit(Sequence* seq, bool force) {
   const int32_t reserved = running.empty() || force ? 0 : committed_blocks + watermark;
   if (needed > blocks.pool().num_free() - reserved) return Admission::kNoRoom;
 
+  // Nothing more is allocated for it until it ends.
+  seq->tokens.reserve(seq->final_length);
+  seq->hashes.reserve(seq->uses_hashes ? seq->final_length / config.block_size : 0);
   waiting.erase(seq);
   enter_running(seq);
   seq->num_published_blocks = blocks.take_cached(seq->row, prefix.blocks);
@@ -169,9 +182,6 @@ Scheduler::State::Admission Scheduler::State::admit(Sequence* seq, bool force) {
     stats.preempted_cache_queries += seq->num_tokens;
     stats.preempted_cache_hits += num_cached;
   }
-  // Nothing more is allocated for it until it ends.
-  seq->tokens.reserve(seq->final_length);
-  seq->hashes.reserve(seq->uses_hashes ? seq->final_length / config.block_size : 0);
   seq->num_cached_tokens = group->num_cached_tokens;
   blocks.grow(seq->row, num_cached + n);
   push(seq, n, 0, /*needs_transfers=*/prefix.num_on_host > 0);
@@ -303,20 +313,20 @@ void Scheduler::State::expect_result(Sequence* seq, bool must_be_known) {
 
 void Scheduler::State::preempt_last() {
   Sequence* seq = running.back();
-  running.pop_back();
   const bool swaps = config.num_host_blocks > 0 && swap_is_cheaper(*seq);
   lose_blocks(seq, swaps ? Keep::kOffload : Keep::kCache);
+  running.pop_back();
   ++step->output.num_preempted;
   ++stats.num_preemptions;
   stats.num_preemptions_swap += swaps;
 }
 
 void Scheduler::State::lose_blocks(Sequence* seq, Keep keep) {
+  waiting.insert(seq);  // first: memory may run out
   release_row(seq, keep);
   seq->num_computed_tokens = 0;
   seq->num_in_flight_tokens = 0;
   seq->num_published_blocks = 0;
-  waiting.insert(seq);
 }
 
 // Of the blocks that go with it. What is on the host already need only come back.

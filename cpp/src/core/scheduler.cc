@@ -59,6 +59,23 @@ RequestId Scheduler::State::add(SequenceRequest request) {
   const int32_t num_samples = request.params.num_samples();
   check_queue(config, num_never_admitted, num_samples);
   SequenceGroup* group = new_group();
+  Sequence* leader = nullptr;
+  try {
+    leader = new_sequence(group, 0);
+    begin(leader, std::move(request));
+    waiting.insert(leader);
+  } catch (...) {  // memory ran out
+    group->num_alive = 0;
+    leader != nullptr ? recycle(leader) : recycle(group);
+    throw;
+  }
+  num_never_admitted += num_samples;
+  return group->id;
+}
+
+void Scheduler::State::begin(Sequence* leader, SequenceRequest request) {
+  SequenceGroup* group = leader->group;
+  const int32_t num_samples = request.params.num_samples();
   const bool is_private = !config.enable_prefix_caching;
   group->seed = request.seed;
   group->num_alive = num_samples;
@@ -71,7 +88,6 @@ RequestId Scheduler::State::add(SequenceRequest request) {
     group->root = hasher.next(group->root, {serial, 2});
   }
 
-  Sequence* leader = new_sequence(group, 0);
   leader->tag = request.tag;
   // Without a shared cache, blocks are still found again by their own request: by its samples, and
   // on the host.
@@ -91,6 +107,7 @@ RequestId Scheduler::State::add(SequenceRequest request) {
     group->stop_token_ids.insert(group->stop_token_ids.end(), config.eos_token_ids.begin(),
                                  config.eos_token_ids.end());
   }
+  std::sort(group->stop_token_ids.begin(), group->stop_token_ids.end());
   leader->stop_token_ids = group->stop_token_ids;
   group->params = std::move(request.params);
   if (group->params.beam_width > 0) {
@@ -100,9 +117,6 @@ RequestId Scheduler::State::add(SequenceRequest request) {
     group->samples[0] = leader;
     for (int32_t i = 1; i < num_samples; ++i) group->unborn.push_back(i);
   }
-  waiting.insert(leader);
-  num_never_admitted += num_samples;
-  return group->id;
 }
 
 bool Scheduler::State::abort(RequestId id) {
@@ -112,8 +126,7 @@ bool Scheduler::State::abort(RequestId id) {
     end_beams(group);
   } else {
     while (!group->unborn.empty()) end_unborn(group, group->unborn.back());
-    const std::vector<Sequence*> samples = group->samples;
-    for (Sequence* seq : samples) {
+    for (Sequence* seq : group->samples) {
       if (seq != nullptr) end_sample(seq);
     }
   }
@@ -159,9 +172,10 @@ int32_t Scheduler::State::fork(RequestId id, int32_t index, uint64_t seed) {
   if (seq->num_steps_in_flight > 0) refuse("it is in a step under way: update() first");
   if (seq->num_output_tokens() == 0) refuse("its first token is not out yet");
   const int32_t child_index = static_cast<int32_t>(group->samples.size());
+  group->samples.push_back(nullptr);
   Sequence* child = fork(seq, child_index);
   child->seed = seed;
-  group->samples.push_back(child);
+  group->samples[child_index] = child;
   ++group->num_alive;
   return child_index;
 }
@@ -199,9 +213,16 @@ Sequence* Scheduler::State::find(RequestId id, int32_t index) const {
 
 SequenceGroup* Scheduler::State::new_group() {
   if (free_slots.empty()) {
-    free_slots.push_back(static_cast<int32_t>(groups.size()));
-    groups.push_back(std::make_unique<SequenceGroup>());
-    groups.back()->slot = free_slots.back();
+    groups.push_back(nullptr);  // in its place only once there is room in free_slots, too
+    try {
+      free_slots.reserve(groups.capacity());
+      groups.back() = std::make_unique<SequenceGroup>();
+    } catch (...) {
+      groups.pop_back();
+      throw;
+    }
+    groups.back()->slot = static_cast<int32_t>(groups.size()) - 1;
+    free_slots.push_back(groups.back()->slot);
   }
   SequenceGroup* group = groups[free_slots.back()].get();
   free_slots.pop_back();
@@ -211,7 +232,15 @@ SequenceGroup* Scheduler::State::new_group() {
 
 Sequence* Scheduler::State::new_sequence(SequenceGroup* group, int32_t index) {
   if (free_sequences.empty()) {
-    sequences.push_back(std::make_unique<Sequence>());
+    sequences.push_back(nullptr);
+    try {
+      free_sequences.reserve(sequences.capacity());
+      dead.reserve(sequences.capacity());
+      sequences.back() = std::make_unique<Sequence>();
+    } catch (...) {
+      sequences.pop_back();
+      throw;
+    }
     free_sequences.push_back(sequences.back().get());
   }
   Sequence* seq = free_sequences.back();
@@ -237,14 +266,19 @@ Sequence* Scheduler::State::fork(Sequence* parent, int32_t index) {
   child->num_cached_tokens = parent->num_cached_tokens;
   child->min_length = parent->min_length;
   child->stop_token_ids = parent->stop_token_ids;
-  child->tokens.reserve(parent->final_length);
-  child->tokens.assign(parent->tokens.begin(), parent->tokens.begin() + parent->num_tokens);
-  child->hashes.reserve(parent->hashes.capacity());
-  child->hashes.assign(parent->hashes.begin(), parent->hashes.end());
-  if (parent->row == kNoRow || free_rows.empty()) {
-    waiting.insert(child);
-    return child;
+  const bool waits = parent->row == kNoRow || free_rows.empty();
+  try {
+    // Who waits gets the rest of its memory when it is admitted.
+    child->tokens.reserve(waits ? parent->num_tokens + 1 : parent->final_length);
+    child->tokens.assign(parent->tokens.begin(), parent->tokens.begin() + parent->num_tokens);
+    if (!waits) child->hashes.reserve(parent->hashes.capacity());
+    child->hashes.assign(parent->hashes.begin(), parent->hashes.end());
+    if (waits) waiting.insert(child);
+  } catch (...) {  // memory ran out
+    recycle(child);
+    throw;
   }
+  if (waits) return child;
   enter_running(child);
   child->num_computed_tokens = parent->num_computed_tokens;
   child->num_published_blocks = parent->num_published_blocks;
@@ -320,7 +354,10 @@ void Scheduler::State::recycle(Sequence* seq) {
   SequenceGroup* group = seq->group;
   *seq = Sequence();
   free_sequences.push_back(seq);
-  if (--group->num_sequences > 0 || group->num_alive > 0) return;
+  if (--group->num_sequences == 0 && group->num_alive == 0) recycle(group);
+}
+
+void Scheduler::State::recycle(SequenceGroup* group) {
   const int32_t slot = group->slot;
   *group = SequenceGroup();
   group->slot = slot;
@@ -412,6 +449,7 @@ void Scheduler::take_kv_events(std::vector<KvEvent>* events) {
   s_->recorder ? s_->recorder->take_kv_events(*events, run) : run();
 }
 
+bool Scheduler::has(RequestId id) const { return s_->find(id) != nullptr; }
 bool Scheduler::has_unfinished() const { return !s_->running.empty() || !s_->waiting.empty(); }
 SchedulerStats Scheduler::stats() const { return s_->current_stats(); }
 const SchedulerConfig& Scheduler::config() const { return s_->config; }

@@ -86,7 +86,7 @@ struct SequenceGroup {
   bool announce = false;            // its blocks, in the KV events
   uint64_t seed = 0;
   BlockHash root;
-  std::vector<TokenId> stop_token_ids;  // all that end it
+  std::vector<TokenId> stop_token_ids;  // all that end it, ascending
   SamplingParams params;
   std::vector<Sequence*> samples;  // by index, null if not alive; empty for beams
   std::vector<int32_t> unborn;     // samples that begin where the prompt ends
@@ -122,6 +122,7 @@ struct Scheduler::State {
 
   // scheduler.cc
   RequestId add(SequenceRequest request);
+  void begin(Sequence* leader, SequenceRequest request);
   bool abort(RequestId id);
   bool abort(RequestId id, int32_t index);
   int32_t fork(RequestId id, int32_t index, uint64_t seed);
@@ -140,11 +141,13 @@ struct Scheduler::State {
   void count_down(SequenceGroup* group);
   void bury(Sequence* seq);
   void recycle(Sequence* seq);
+  void recycle(SequenceGroup* group);
   bool reset_prefix_cache();
   SchedulerStats current_stats() const;
 
   // schedule.cc
   const SchedulerOutput& schedule();
+  void fill_step();
   void schedule_running();
   size_t admit_more_urgent(size_t next);
   void schedule_waiting(bool force);
@@ -186,6 +189,8 @@ struct Scheduler::State {
   void bear_samples(Sequence* leader, int32_t row, Span<const TokenId> sampled);
   void publish(Sequence* seq);
   void drop_dead();
+  void end_oldest();
+  void give_up_oldest(size_t num_taken_in);
 
   // beams.cc
   void start_beams(SequenceGroup* group, Sequence* leader);

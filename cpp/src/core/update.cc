@@ -7,7 +7,10 @@ namespace fastpage {
 
 namespace {
 
+// Ascending `ids`.
 bool contains(Span<const TokenId> ids, TokenId id) {
+  constexpr size_t kFew = 16;
+  if (ids.size() > kFew) return std::binary_search(ids.begin(), ids.end(), id);
   return std::find(ids.begin(), ids.end(), id) != ids.end();
 }
 
@@ -33,19 +36,39 @@ const std::vector<SequenceUpdate>& Scheduler::State::update(const SchedulerOutpu
   logprobs = results;
   updates.clear();
   finished_hypotheses.clear();
-  int32_t row = 0;
-  for (size_t i = 0; i < step.entries.size(); ++i) {
-    const int32_t num_rows = step.output.sequences[i].num_sampling_rows;
-    Sequence* seq = step.entries[i].seq;
-    --seq->num_steps_in_flight;
-    // An aborted one: nobody wants its tokens.
-    if (!seq->dead) take_in(step, i, row, sampled.subspan(row, num_rows));
-    row += num_rows;
+  size_t i = 0;
+  try {
+    for (int32_t row = 0; i < step.entries.size(); ++i) {
+      const int32_t num_rows = step.output.sequences[i].num_sampling_rows;
+      Sequence* seq = step.entries[i].seq;
+      --seq->num_steps_in_flight;
+      // An aborted one: nobody wants its tokens.
+      if (!seq->dead) take_in(step, i, row, sampled.subspan(row, num_rows));
+      row += num_rows;
+    }
+  } catch (...) {
+    give_up_oldest(i + 1);
+    throw;
   }
+  end_oldest();
+  return updates;
+}
+
+void Scheduler::State::end_oldest() {
   oldest_step = (oldest_step + 1) % kMaxStepsInFlight;
   --num_steps;
   drop_dead();
-  return updates;
+}
+
+// Memory ran out in the midst of its results.
+void Scheduler::State::give_up_oldest(size_t num_taken_in) {
+  const Step& step = oldest();
+  for (size_t i = num_taken_in; i < step.entries.size(); ++i) {
+    --step.entries[i].seq->num_steps_in_flight;
+  }
+  updates.clear();
+  for (const ScheduledSequence& scheduled : step.output.sequences) abort(scheduled.id);
+  end_oldest();
 }
 
 void Scheduler::State::check_results(const Step& step, Span<const TokenId> sampled,
@@ -161,14 +184,15 @@ void Scheduler::State::take_tokens(const ScheduledEntry& entry, int32_t position
 // The samples of a prompt that has been computed: each continues it with a token of its own.
 void Scheduler::State::bear_samples(Sequence* leader, int32_t row, Span<const TokenId> sampled) {
   SequenceGroup* group = leader->group;
-  const std::vector<int32_t> unborn = std::move(group->unborn);
-  group->unborn.clear();
   SequenceUpdate news = updates.back();
-  for (const int32_t index : unborn) {
+  std::vector<int32_t>& unborn = group->unborn;  // ascending
+  while (!unborn.empty()) {
+    const int32_t index = unborn.front();
     const TokenId token = sampled[index];
     Sequence* seq = fork(leader, index);
     seq->seed = sample_seed(group->seed, index);
     seq->tokens.back() = token;
+    unborn.erase(unborn.begin());
     group->samples[index] = seq;
     news.index = index;
     news.sampling_row = row + index;
@@ -225,8 +249,8 @@ void Scheduler::State::discard_newest() {
     if (seq->row == kNoRow) continue;
     seq->num_in_flight_tokens -= scheduled.num_scheduled_tokens;
     if (entry.needs_transfers) {
-      running.erase(std::lower_bound(running.begin(), running.end(), seq, ComesFirst()));
       lose_blocks(seq, Keep::kCache);
+      running.erase(std::lower_bound(running.begin(), running.end(), seq, ComesFirst()));
     }
   }
   blocks.discard_step(step.output.transfers);

@@ -235,8 +235,8 @@ class AsyncEngine:
 
     def _process(self, outputs: list[_C.RequestOutput]) -> None:
         changed, aborts = self._processor.process(outputs)
-        for core_id, sample in aborts:
-            self._core.abort(core_id, sample)
+        for abort in aborts:
+            abort.tell(self._core)
         for state in changed:
             stream = self._streams.get(state.core_id)
             if stream is None:

@@ -32,8 +32,8 @@ class PreemptionLog:
         self._num_preemptions = stats.num_preemptions
         self._num_swapped = stats.num_preemptions_swap
         _logger.warning(
-            "sequences made room for others: %d preempted (%d by swapping to the host cache, %d to be "
-            "computed again); %d of %d blocks are free now. Nothing is lost but time: give more "
+            "sequences made room for others: %d preempted (%d by swapping to the host cache, %d to "
+            "be computed again); %d of %d blocks are free now. Nothing is lost but time: give more "
             "kv_cache_memory (num_kv_blocks)%s, or lower max_num_seqs; where many blocks are free, "
             "more urgent requests or beams took their places: raise max_num_seqs",
             num_new,

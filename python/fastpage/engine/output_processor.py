@@ -27,10 +27,17 @@ class EngineStepError(FastpageError):
 
 
 class SampleAbort(NamedTuple):
-    """A sample that the core still computes but nobody needs: its stop string has come."""
+    """What the core still computes but nobody needs: a sample whose stop string has come, or all of
+    a request that failed."""
 
     core_id: int
-    sample: int
+    sample: int | None  # None: all
+
+    def tell(self, core: _C.Engine) -> None:
+        if self.sample is None:
+            core.abort(self.core_id)
+        else:
+            core.abort(self.core_id, self.sample)
 
 
 class _Sample:
@@ -240,7 +247,7 @@ class OutputProcessor:
                 self._take_in(state, output, now)
             except Exception as error:  # costs this request, nobody else
                 state.error = error
-                aborts += [SampleAbort(state.core_id, i) for i in range(len(state.samples))]
+                aborts.append(SampleAbort(state.core_id, None))
             changed[state.core_id] = state
             still_computed = output.finish_reason == _C.FinishReason.NONE
             if still_computed and state.samples[output.index].finished:
