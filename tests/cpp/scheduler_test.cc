@@ -254,6 +254,24 @@ TEST(PrefixCache, SaltsAndOffKeepPrefixesApart) {
   }
 }
 
+// Whoever reads the KV events knows hashes: the bytes of one, and the tokens after it, are no way
+// in.
+TEST(PrefixCache, NoSaltStandsForABlock) {
+  SchedulerConfig config = small_config();
+  config.enable_kv_events = true;
+  Harness h(config);
+  h.add(request(tokens_from(1, 12), 1));
+  h.run_until_idle();
+  std::vector<KvEvent> events;
+  h.scheduler.take_kv_events(&events);
+  const std::vector<TokenId> second = tokens_from(5, 4);
+  SequenceRequest r = request(tokens_from(9, 8), 1);
+  r.cache_salt.append(reinterpret_cast<const char*>(&events.at(0).hash), 16);
+  r.cache_salt.append(reinterpret_cast<const char*>(second.data()), 16);
+  h.add(std::move(r));
+  EXPECT_EQ(h.begin().sequences[0].num_computed_tokens, 0);
+}
+
 // Invariant 5.
 TEST(PrefixCache, NothingIsFoundBeforeItIsComputed) {
   Harness h(small_config());

@@ -29,8 +29,8 @@ struct SchedulerConfig {
   // Fairness among prompts: of one sequence at most that many tokens a step, 0 = no cap; ...
   int32_t long_prefill_token_threshold = 0;
   // ... and at most that many sequences with a prompt partly computed, 0 = no cap. Prompts that fit
-  // into what is left of a step go past those that wait for such a place, and so do prompts that
-  // are more urgent than those that have one.
+  // into what is left of a step go past those that wait for such a place (past 32 of them), and so
+  // do prompts that are more urgent than those that have one.
   int32_t max_num_partial_prefills = 0;
   bool enable_prefix_caching = true;
   SchedulingPolicy policy = SchedulingPolicy::kFcfs;

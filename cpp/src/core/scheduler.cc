@@ -33,6 +33,14 @@ uint64_t mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
+// What a block's hash is made of is 16 bytes and 4 a token; a root is never made of a multiple of
+// 4, so that no salt can be made up to stand for somebody's block.
+std::string padded(std::string salt) {
+  salt.push_back('\x80');
+  while (salt.size() % 4 != 1) salt.push_back('\0');
+  return salt;
+}
+
 }  // namespace
 
 uint64_t sample_seed(uint64_t seed, int32_t index) {
@@ -81,7 +89,7 @@ void Scheduler::State::begin(Sequence* leader, SequenceRequest request) {
   group->num_alive = num_samples;
   // Blocks of requests with a salt are nobody else's to hit.
   group->announce = config.enable_kv_events && !is_private && request.cache_salt.empty();
-  group->root = hasher.root(request.cache_salt);
+  group->root = hasher.root(padded(request.cache_salt));
   if (is_private) {
     const TokenId serial[] = {static_cast<TokenId>(group->id),
                               static_cast<TokenId>(group->id >> 32)};
