@@ -150,7 +150,9 @@ def run(
 def assert_same(beams: Beams, expected: Beams, tolerance: float = 1e-4) -> None:
     assert [tokens for tokens, _ in beams] == [tokens for tokens, _ in expected]
     for (_, score), (_, reference) in zip(beams, expected, strict=True):
-        assert score == pytest.approx(reference, rel=1e-6, abs=tolerance)
+        # A negative length_penalty multiplies the sum, and its float32 error, by the length: other
+        # orders of summation (AVX2's) end 1.1e-6 away.
+        assert score == pytest.approx(reference, rel=1e-5, abs=tolerance)
 
 
 # ---- tiny models
