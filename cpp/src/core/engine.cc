@@ -14,20 +14,13 @@
 
 #include "core/admission.h"
 #include "core/engine_requests.h"
+#include "core/splitmix.h"
 
 namespace fastpage {
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-// SplitMix64's output function (Steele et al., OOPSLA 2014): neighbours in, strangers out.
-uint64_t mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return x ^ (x >> 31);
-}
 
 uint64_t random_word() {
   static std::mutex mutex;

@@ -4,6 +4,7 @@
 
 #include "core/admission.h"
 #include "core/scheduler_state.h"
+#include "core/splitmix.h"
 
 namespace fastpage {
 
@@ -23,14 +24,6 @@ BlockManagerConfig block_manager_config(const SchedulerConfig& config) {
 const SchedulerConfig& validated(const SchedulerConfig& config) {
   config.validate();
   return config;
-}
-
-// SplitMix64's output function (Steele et al., OOPSLA 2014): neighbours in, strangers out.
-uint64_t mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return x ^ (x >> 31);
 }
 
 // What a block's hash is made of is 16 bytes and 4 a token; a root is never made of a multiple of
