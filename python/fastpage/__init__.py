@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fastpage.engine.args import EngineArgs as EngineArgs
     from fastpage.engine.async_engine import AsyncEngine as AsyncEngine
     from fastpage.llm import LLM as LLM
+    from fastpage.models.registry import register_architecture as register_architecture
     from fastpage.outputs import CompletionOutput as CompletionOutput
     from fastpage.outputs import RequestOutput as RequestOutput
     from fastpage.sampling_params import SamplingParams as SamplingParams
@@ -26,6 +27,7 @@ _MODULES = {
     "RequestOutput": "fastpage.outputs",
     "SamplingParams": "fastpage.sampling_params",
     "__version__": "fastpage._C",
+    "register_architecture": "fastpage.models.registry",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "EngineArgs",
     "RequestOutput",
     "SamplingParams",
+    "register_architecture",
 ]
 
 

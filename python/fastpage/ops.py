@@ -107,9 +107,28 @@ def embed(table: Weight) -> Tensor:
     return _append("embed", [table], "tokens", table.shape[1])
 
 
-def norm(x: Tensor, weight: Weight, eps: float) -> Tensor:
-    """RMSNorm over groups of columns as wide as `weight` [group]: x's shape."""
-    return _append("norm", [x, weight], x.rows, x.cols, kind="rms", eps=eps, group=weight.shape[0])
+def embed_positions(table: Weight, offset: int = 0) -> Tensor:
+    """Rows of `table` [entries, hidden], by position plus `offset`: [tokens, hidden]."""
+    return _append("embed_positions", [table], "tokens", table.shape[1], offset=offset)
+
+
+def norm(
+    x: Tensor,
+    weight: Weight,
+    eps: float,
+    bias: Weight | None = None,
+    *,
+    kind: str = "rms",
+    group: int | None = None,
+) -> Tensor:
+    """RMSNorm (kind "rms") or LayerNorm ("layer") over groups of columns: x's shape.
+
+    weight, bias: [group], the same for every group, or [columns of x]. group: weight's width unless
+    given.
+    """
+    inputs: list[Tensor | Weight] = [x, weight] if bias is None else [x, weight, bias]
+    group = weight.shape[0] if group is None else group
+    return _append("norm", inputs, x.rows, x.cols, kind=kind, eps=eps, group=group)
 
 
 def linear(x: Tensor, weight: Weight, bias: Weight | None = None) -> Tensor:
@@ -166,8 +185,56 @@ def attend(
 
 
 def activate(x: Tensor, kind: str = "silu_and_mul") -> Tensor:
-    """silu(gate) * up, x being gate | up side by side [rows, 2 * width]: [rows, width]."""
-    return _append("activate", [x], x.rows, x.cols // 2, kind=kind)
+    """An activation function of each element, or of a gate.
+
+    kind: "silu", "gelu", "gelu_tanh" (GELU's approximation by tanh) or "relu": x's shape. The same
+    with "_and_mul": f(gate) * up, x being gate | up side by side [rows, 2 * width]: [rows, width].
+    """
+    cols = x.cols // 2 if kind.endswith("_and_mul") else x.cols
+    return _append("activate", [x], x.rows, cols, kind=kind)
+
+
+def scale(x: Tensor, factor: float) -> Tensor:
+    """x * factor."""
+    return _append("scale", [x], x.rows, x.cols, factor=factor)
+
+
+def clamp(x: Tensor, limit: float) -> Tensor:
+    """x, held within [-limit, limit]."""
+    return _append("clamp", [x], x.rows, x.cols, limit=limit)
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap)."""
+    return _append("soft_cap", [x], x.rows, x.cols, cap=cap)
+
+
+def moe(
+    x: Tensor,
+    router_logits: Tensor,
+    experts: Sequence[tuple[Weight, Weight]],
+    *,
+    top_k: int,
+    renormalize: bool,
+    kind: str = "silu_and_mul",
+) -> Tensor:
+    """A mixture of experts (Shazeer et al. 2017) of x [rows, hidden]: x's shape.
+
+    router_logits: [rows, experts]. Each row goes to the top_k experts of the largest softmax
+    probability, whose results are summed with these probabilities as weights (divided by their sum
+    if renormalize). experts: of each, gate and up on top of each other [2 * width, hidden], and
+    down [hidden, width]. kind: the gated activation between them, as in `activate`.
+    """
+    weights = [weight for expert in experts for weight in expert]
+    return _append(
+        "moe",
+        [x, router_logits, *weights],
+        x.rows,
+        x.cols,
+        top_k=top_k,
+        renormalize=int(renormalize),
+        kind=kind,
+    )
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:

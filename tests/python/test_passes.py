@@ -219,7 +219,7 @@ def test_quantized(quantization: str, activations: str) -> None:
 
 def test_query_and_key_norms() -> None:
     """They stay between the linear layer and rotary, which is then of q and of k apart."""
-    program = decoder(spec(qk_norm=True, num_layers=2))
+    program = decoder(spec(qk_norm="head", num_layers=2))
     assert kinds(apply_passes(program)).count("norm") == 4
     assert kinds(apply_passes(program)).count("rotary_write_cache") == 2
     assert_same_bits(program, [], weight_dtype="float32")

@@ -13,6 +13,7 @@ from fastpage import ops
 from fastpage._C import CpuExecutor, Operand, Program
 from fastpage.errors import InvalidArgument, ResourceExhausted
 from fastpage.models import DecoderSpec, RotarySpec, decoder
+from fastpage.models.constants import alibi_slopes
 from fastpage.models.rotary import cos_sin_table
 
 TorchExecutor = pytest.importorskip("fastpage.executors.torch").TorchExecutor
@@ -197,25 +198,61 @@ def test_op_by_op(name: str) -> None:
 def random_spec(random: np.random.Generator) -> DecoderSpec:
     num_layers = int(random.integers(1, 4))
     num_kv_heads = int(random.integers(1, 4))
+    num_heads = num_kv_heads * int(random.integers(1, 5))
     head_dim = 2 * int(random.integers(2, 20))
     windows = tuple(int(w) for w in random.choice([0, 5, 30], num_layers))
-    coin = lambda: bool(random.random() < 0.5)  # noqa: E731
+
+    def coin() -> bool:
+        return bool(random.random() < 0.5)
+
+    def one_of(values: Sequence[str]) -> str:
+        return str(random.choice(values))
+
+    def rotary() -> RotarySpec:
+        dim = 2 * int(random.integers(1, head_dim // 2 + 1))
+        return RotarySpec(dim=dim, style=one_of(["neox", "interleaved"]))
+
+    def number(usual: float) -> float:
+        return usual if coin() else float(random.uniform(0.5, 2))
+
+    norm_place = one_of(DecoderSpec.NORM_PLACES)
     return DecoderSpec(
         vocab_size=VOCAB,
         hidden_size=int(random.integers(5, 90)),
         intermediate_size=int(random.integers(5, 150)),
         num_layers=num_layers,
-        num_heads=num_kv_heads * int(random.integers(1, 5)),
+        num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         norm_eps=1e-5,
         max_position_embeddings=MAX_POSITION,
-        rotary=RotarySpec(dim=2 * int(random.integers(1, head_dim // 2 + 1))),
+        rotary=rotary() if coin() else None,
+        local_rotary=rotary() if coin() else None,
+        alibi_slopes=alibi_slopes(num_heads) if coin() else (),
+        learned_positions=coin(),
+        position_offset=int(random.integers(0, 3)),
+        norm_kind=one_of(DecoderSpec.NORM_KINDS),
+        norm_bias=coin(),
+        norm_place=norm_place,
+        embed_norm=coin(),
+        final_norm=coin(),
+        qk_norm=one_of(DecoderSpec.QK_NORMS),
+        residual=one_of(DecoderSpec.RESIDUALS) if norm_place == "pre" else "sequential",
+        activation=one_of(DecoderSpec.ACTIVATIONS),
+        gated_mlp=coin(),
         qkv_bias=coin(),
         o_bias=coin(),
         mlp_bias=coin(),
-        qk_norm=coin(),
+        lm_head_bias=coin(),
         tie_embeddings=coin(),
+        embed_size=int(random.integers(5, 60)) if coin() else 0,
+        embed_scale=number(1),
+        residual_scale=number(1),
+        logits_scale=number(1),
+        logits_soft_cap=number(0),
+        attention_soft_cap=number(0),
+        attention_scales=tuple(random.uniform(0.1, 1, num_layers)) if coin() else (),
+        qkv_clip=number(0),
         sliding_windows=windows if coin() else (),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -13,15 +14,11 @@ from fastpage._C import Program
 from fastpage.checkpoints import Checkpoint
 from fastpage.errors import CheckpointError, InvalidArgument
 from fastpage.models.architectures.config import Config
-from fastpage.models.decoder import decoder
 from fastpage.models.registry import find_architecture
-from fastpage.models.rotary import cos_sin_table
-from fastpage.models.spec import DecoderSpec
+from fastpage.models.sources import Source, Sources
 
-# Computed at load, not read.
-_COS_SIN = "rotary.cos_sin"
 # Tensors that old checkpoints carry and no model reads.
-_HARMLESS_SUFFIXES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_HARMLESS_SUFFIXES = ("rotary_emb.inv_freq",)
 
 
 class Executor(Protocol):
@@ -36,9 +33,11 @@ class Executor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    spec: DecoderSpec
+    spec: Any  # a DecoderSpec, unless the architecture has a program of its own
     program: Program
-    sources: dict[str, tuple[str, ...]]  # canonical name: the checkpoint's tensors that make it
+    sources: Sources
+    constants: Callable[[], dict[str, npt.NDArray[np.float32]]]
+    ignored: tuple[str, ...] = ()  # endings of names of tensors that are no fault
 
     def load_weights(
         self,
@@ -55,45 +54,46 @@ class Model:
         read.
         """
         shapes = {b.name: tuple(b.shape) for b in self.program.buffers if b.kind == "weight"}
-        self._check(checkpoint, shapes)
+        sources = _as_named_there(self.sources, checkpoint)
+        self._check(checkpoint, shapes, sources)
+        constants = self.constants()
         for done, name in enumerate(shapes, start=1):
-            if name == _COS_SIN:
-                executor.load_weight(name, cos_sin_table(self.spec.rotary, shapes[name][0]))
-            elif blocks := _read_blocks(checkpoint, self.sources[name]) if keep_blocks else None:
+            if name in constants:
+                executor.load_weight(name, constants[name])
+            elif blocks := _read_blocks(checkpoint, sources[name]) if keep_blocks else None:
                 executor.load_weight_blocks(name, *blocks)
             else:
-                values, dtype = _read(checkpoint, self.sources[name])
+                values, dtype = _read(checkpoint, sources[name])
                 executor.load_weight(name, values, dtype if dtype == "bfloat16" else None)
             if progress is not None:
                 progress(done, len(shapes))
         executor.finish_loading()
 
-    def _check(self, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    def _check(
+        self, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], sources: Sources
+    ) -> None:
         available = set(checkpoint.names())
-        wanted = {part for parts in self.sources.values() for part in parts}
+        wanted = {tensor for source in sources.values() for tensor in source.tensors}
         faults = [f"missing {name}" for name in sorted(wanted - available)]
         faults += [
-            f"surplus {name}" for name in sorted(available - wanted - self._ignored(available))
+            f"surplus {name}"
+            for name in sorted(available - wanted)
+            if not name.endswith((*_HARMLESS_SUFFIXES, *self.ignored))
         ]
-        for name, parts in self.sources.items():
-            if not available.issuperset(parts):
+        for name, source in sources.items():
+            if not available.issuperset(source.tensors):
                 continue
-            found = [tuple(checkpoint.shape(part)) for part in parts]
-            fits = sum(shape[0] for shape in found if shape) == shapes[name][0] and all(
-                shape[1:] == shapes[name][1:] for shape in found
-            )
-            if not fits:
-                listed = ", ".join(f"{p} {list(s)}" for p, s in zip(parts, found, strict=True))
+            stored = [tuple(checkpoint.shape(tensor)) for tensor in source.tensors]
+            if not _makes(source, stored, shapes[name]):
+                listed = ", ".join(
+                    f"{t} {list(s)}" for t, s in zip(source.tensors, stored, strict=True)
+                )
                 faults.append(f"{listed} should make {name} {list(shapes[name])}")
         if faults:
             listed = "; ".join(faults[:20]) + ("; ..." if len(faults) > 20 else "")
             raise CheckpointError(
                 f"the checkpoint does not fit its config: {len(faults)} fault(s): {listed}"
             )
-
-    def _ignored(self, available: set[str]) -> set[str]:
-        ignored = {name for name in available if name.endswith(_HARMLESS_SUFFIXES)}
-        return ignored | {"lm_head.weight"} if self.spec.tie_embeddings else ignored
 
 
 def build_model(config: Config, max_model_len: int | None = None) -> Model:
@@ -103,7 +103,7 @@ def build_model(config: Config, max_model_len: int | None = None) -> Model:
     UnsupportedArchitecture, CheckpointError for a config that lacks a field, InvalidArgument.
     """
     architecture = find_architecture(config)
-    spec: DecoderSpec = architecture.spec(config)
+    spec = architecture.spec(config)
     if max_model_len is not None:
         if not 1 <= max_model_len <= spec.max_position_embeddings:
             raise InvalidArgument(
@@ -111,29 +111,64 @@ def build_model(config: Config, max_model_len: int | None = None) -> Model:
                 f"{spec.max_position_embeddings} tokens"
             )
         spec = dataclasses.replace(spec, max_position_embeddings=max_model_len)
-    return Model(spec, decoder(spec), architecture.sources(spec))
+    ignored = architecture.ignored
+    if getattr(spec, "tie_embeddings", False):
+        ignored = (*ignored, "lm_head.weight")
+    return Model(
+        spec,
+        architecture.program(spec),
+        architecture.sources(spec),
+        functools.partial(architecture.constants, spec),
+        ignored,
+    )
 
 
-def _read(checkpoint: Checkpoint, parts: Sequence[str]) -> tuple[npt.NDArray[Any], str]:
-    """The parts on top of each other, and their dtype."""
-    tensors = [checkpoint.tensor(part) for part in parts]
+def _as_named_there(sources: Sources, checkpoint: Checkpoint) -> Sources:
+    """Checkpoints of a bare base model lack the first part of its tensors' names."""
+    names = set(checkpoint.names())
+
+    def find(name: str) -> str:
+        bare = name.partition(".")[2]
+        return bare if name not in names and bare in names else name
+
+    return {
+        name: dataclasses.replace(source, tensors=tuple(map(find, source.tensors)))
+        for name, source in sources.items()
+    }
+
+
+def _makes(source: Source, stored: Sequence[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:
+    """True if tensors of shapes `stored` make a weight of shape `wanted`."""
+    try:
+        shapes = [source.transform.shape(shape) for shape in stored]
+    except ValueError:
+        return False
+    return sum(shape[0] for shape in shapes if shape) == wanted[0] and all(
+        shape[1:] == wanted[1:] for shape in shapes
+    )
+
+
+def _read(checkpoint: Checkpoint, source: Source) -> tuple[npt.NDArray[Any], str]:
+    """The source's values, and their dtype."""
+    tensors = [checkpoint.tensor(name) for name in source.tensors]
     dtypes = {dtype for _, dtype in tensors}
-    if len(tensors) == 1:
-        return tensors[0]
-    if len(dtypes) > 1:
-        return np.concatenate([_to_float32(*tensor) for tensor in tensors]), "float32"
-    return np.concatenate([values for values, _ in tensors]), dtypes.pop()
+    if source.transform.is_arithmetic or len(dtypes) > 1:
+        tensors = [(_to_float32(*tensor), "float32") for tensor in tensors]
+    arrays = [source.transform.apply(values) for values, _ in tensors]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays), tensors[0][1]
 
 
 def _read_blocks(
-    checkpoint: Checkpoint, parts: Sequence[str]
+    checkpoint: Checkpoint, source: Source
 ) -> tuple[npt.NDArray[np.uint8], str] | None:
-    """The parts on top of each other, and their format; None unless all have the same."""
-    found = [checkpoint.blocks(part) for part in parts]
+    """The source in quantised blocks, and their format; None unless all tensors have the same."""
+    if not source.transform.moves_rows:
+        return None
+    found = [checkpoint.blocks(name) for name in source.tensors]
     formats = {part[1] for part in found if part is not None}
     if None in found or len(formats) != 1:
         return None
-    blocks = [part[0] for part in found if part is not None]
+    blocks = [source.transform.apply(part[0]) for part in found if part is not None]
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks), formats.pop()
 
 

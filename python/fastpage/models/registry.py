@@ -1,33 +1,114 @@
-"""From the `architectures` entry of a config to the module that describes it."""
+"""From the `architectures` entry of a config to what describes it.
+
+Those that come with fastpage are modules of fastpage.models.architectures. Others are registered
+by `register_architecture`, or found through the entry point group "fastpage.architectures" of
+installed packages: the entry point's name is the architecture's, its object an Architecture.
+"""
 
 from __future__ import annotations
 
-from types import ModuleType
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from fastpage.errors import UnsupportedArchitecture
-from fastpage.models.architectures import llama, mistral, qwen2, qwen3
+import numpy as np
+import numpy.typing as npt
+
+from fastpage._C import Program
+from fastpage.errors import InvalidArgument, UnsupportedArchitecture
 from fastpage.models.architectures.config import Config
+from fastpage.models.constants import constants
+from fastpage.models.decoder import decoder
+from fastpage.models.sources import Sources
 
-_ARCHITECTURES: dict[str, ModuleType] = {
-    "LlamaForCausalLM": llama,
-    "MistralForCausalLM": mistral,
-    "Qwen2ForCausalLM": qwen2,
-    "Qwen3ForCausalLM": qwen3,
+_ENTRY_POINTS = "fastpage.architectures"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a model is built from a Hugging Face config.
+
+    spec: the config, a dict -> a DecoderSpec; with a `program` of one's own, any frozen dataclass
+    that has a field max_position_embeddings, which fastpage may lower.
+    sources: the spec -> where each weight comes from, by canonical name.
+    program: the spec -> a Program traced over fastpage.ops, one KV cache layer per attend.
+    constants: the spec -> the values of weights that are computed, not read.
+    ignored: endings of names of tensors that checkpoints may carry and no model reads.
+    """
+
+    spec: Callable[[Config], Any]
+    sources: Callable[[Any], Sources]
+    program: Callable[[Any], Program] = decoder
+    constants: Callable[[Any], dict[str, npt.NDArray[np.float32]]] = constants
+    ignored: tuple[str, ...] = ()
+
+
+# Name in `architectures`: module of fastpage.models.architectures, imported when it is wanted.
+_BUILT_IN: Mapping[str, str] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
 }
+_registered: dict[str, Architecture] = {}
 
 
 def supported_architectures() -> list[str]:
-    return sorted(_ARCHITECTURES)
+    return sorted({*_BUILT_IN, *_registered, *_entry_points()})
 
 
-def find_architecture(config: Config) -> ModuleType:
+def register_architecture(name: str, architecture: Architecture) -> None:
+    """Makes configs whose `architectures` has `name` load as `architecture` says.
+
+    It goes before one of the same name that comes with fastpage. Raises InvalidArgument if the name
+    is registered already.
+    """
+    if name in _registered:
+        raise InvalidArgument(f"architecture {name!r} is registered already")
+    _registered[name] = architecture
+
+
+def find_architecture(config: Config) -> Architecture:
     """The first of the config's `architectures` that is known. Raises UnsupportedArchitecture."""
     given = config.get("architectures") or []
     names = [str(name) for name in given] if isinstance(given, list) else [str(given)]
     for name in names:
-        if name in _ARCHITECTURES:
-            return _ARCHITECTURES[name]
+        if name in _registered:
+            return _registered[name]
+        if name in _BUILT_IN:
+            return _built_in(_BUILT_IN[name])
+    entry_points = _entry_points()
+    for name in names:
+        if name in entry_points:
+            return _load(name, entry_points[name])
     raise UnsupportedArchitecture(
         f"architecture {', '.join(names) or '(none given in its config)'} is not supported; "
         f"supported: {', '.join(supported_architectures())}"
     )
+
+
+def _built_in(module_name: str) -> Architecture:
+    module = importlib.import_module(f"fastpage.models.architectures.{module_name}")
+    return Architecture(module.spec, module.sources, ignored=getattr(module, "IGNORED", ()))
+
+
+def _entry_points() -> dict[str, Any]:
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group=_ENTRY_POINTS)}
+
+
+def _load(name: str, entry_point: Any) -> Architecture:
+    try:
+        architecture = entry_point.load()
+    except Exception as error:  # a stranger's module: anything may happen
+        raise UnsupportedArchitecture(
+            f"architecture {name}: its entry point {entry_point.value} failed: {error!r:.200}"
+        ) from error
+    if not isinstance(architecture, Architecture):
+        raise UnsupportedArchitecture(
+            f"architecture {name}: its entry point {entry_point.value} is a "
+            f"{type(architecture).__name__}, not a fastpage.models.Architecture"
+        )
+    return architecture

@@ -19,6 +19,7 @@ class RotarySpec:
 
     dim: int
     theta: float = 10000.0
+    style: str = "neox"  # or "interleaved": see ops.rotary
     scaling: str = "default"
     factor: float = 1.0
     original_max_position: int = 0  # llama3, yarn: the length trained on before it was extended

@@ -12,6 +12,16 @@ from fastpage.models.spec import DecoderSpec
 
 Config = Mapping[str, Any]
 
+# As transformers names them; several names of GELU's approximation by tanh.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
 _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 10_000
 
@@ -46,11 +56,18 @@ def number(config: Config, name: str, default: float, above: float = 0) -> float
     return float(value)
 
 
+def activation(config: Config, name: str, default: str) -> str:
+    """The field `name` as DecoderSpec.activation. Raises UnsupportedArchitecture."""
+    given = config.get(name) or default
+    if not isinstance(given, str) or given not in _ACTIVATIONS:
+        raise UnsupportedArchitecture(
+            f"{name} is {given!r:.40}: one of {', '.join(_ACTIVATIONS)} is supported"
+        )
+    return _ACTIVATIONS[given]
+
+
 def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> DecoderSpec:
     """The fields that are the same in the Llama family; `more` adds an architecture's own."""
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedArchitecture(f"hidden_act is {activation!r}: only 'silu' is supported")
     hidden_size = size(config, "hidden_size")
     num_heads = size(config, "num_attention_heads")
     head_dim = size(config, "head_dim", head_dim or max(hidden_size // num_heads, 1))
@@ -66,6 +83,7 @@ def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> De
         norm_eps=number(config, "rms_norm_eps", 1e-6),
         max_position_embeddings=max_position,
         rotary=rotary_spec(config, head_dim, max_position),
+        activation=activation(config, "hidden_act", "silu"),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         **more,
     )

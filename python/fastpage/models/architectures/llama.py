@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastpage.models.architectures.config import Config, base_spec
+from fastpage.models.sources import Sources, source
 from fastpage.models.spec import DecoderSpec
 
 
@@ -16,33 +17,33 @@ def spec(config: Config) -> DecoderSpec:
     )
 
 
-def sources(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:
-    names: dict[str, tuple[str, ...]] = {
-        "embed": ("model.embed_tokens.weight",),
-        "final_norm": ("model.norm.weight",),
+def sources(spec: DecoderSpec) -> Sources:
+    names = {
+        "embed": source("model.embed_tokens.weight"),
+        "final_norm": source("model.norm.weight"),
     }
     if not spec.tie_embeddings:
-        names["lm_head"] = ("lm_head.weight",)
+        names["lm_head"] = source("lm_head.weight")
     for layer in range(spec.num_layers):
         names.update(_layer_sources(spec, f"layers.{layer}", f"model.layers.{layer}"))
     return names
 
 
-def _layer_sources(spec: DecoderSpec, ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
-    names: dict[str, tuple[str, ...]] = {
-        f"{ours}.attn_norm": (f"{theirs}.input_layernorm.weight",),
-        f"{ours}.mlp_norm": (f"{theirs}.post_attention_layernorm.weight",),
+def _layer_sources(spec: DecoderSpec, ours: str, theirs: str) -> Sources:
+    names = {
+        f"{ours}.attn_norm": source(f"{theirs}.input_layernorm.weight"),
+        f"{ours}.mlp_norm": source(f"{theirs}.post_attention_layernorm.weight"),
     }
     if spec.qk_norm:
-        names[f"{ours}.attn.q_norm"] = (f"{theirs}.self_attn.q_norm.weight",)
-        names[f"{ours}.attn.k_norm"] = (f"{theirs}.self_attn.k_norm.weight",)
+        names[f"{ours}.attn.q_norm"] = source(f"{theirs}.self_attn.q_norm.weight")
+        names[f"{ours}.attn.k_norm"] = source(f"{theirs}.self_attn.k_norm.weight")
     for linear, parts, has_bias in (
         ("attn.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), spec.qkv_bias),
         ("attn.o", ("self_attn.o_proj",), spec.o_bias),
         ("mlp.gate_up", ("mlp.gate_proj", "mlp.up_proj"), spec.mlp_bias),
         ("mlp.down", ("mlp.down_proj",), spec.mlp_bias),
     ):
-        names[f"{ours}.{linear}"] = tuple(f"{theirs}.{part}.weight" for part in parts)
+        names[f"{ours}.{linear}"] = source(*(f"{theirs}.{part}.weight" for part in parts))
         if has_bias:
-            names[f"{ours}.{linear}.bias"] = tuple(f"{theirs}.{part}.bias" for part in parts)
+            names[f"{ours}.{linear}.bias"] = source(*(f"{theirs}.{part}.bias" for part in parts))
     return names

@@ -12,7 +12,7 @@ def spec(config: Config) -> DecoderSpec:
     return base_spec(
         config,
         head_dim=128,
-        qk_norm=True,
+        qk_norm="head",
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         sliding_windows=qwen_sliding_windows(config),
