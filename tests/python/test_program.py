@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -229,9 +229,10 @@ def random_spec(random: np.random.Generator) -> DecoderSpec:
         rotary=rotary() if coin() else None,
         local_rotary=rotary() if coin() else None,
         alibi_slopes=alibi_slopes(num_heads) if coin() else (),
-        learned_positions=coin(),
+        learned_positions=MAX_POSITION + 2 if coin() else 0,
         position_offset=int(random.integers(0, 3)),
         norm_kind=one_of(DecoderSpec.NORM_KINDS),
+        norm_weight=coin(),
         norm_bias=coin(),
         norm_place=norm_place,
         embed_norm=coin(),

@@ -12,6 +12,7 @@ from fastpage.models.spec import DecoderSpec
 
 COS_SIN, LOCAL_COS_SIN = "rotary.cos_sin", "rotary.local_cos_sin"
 ALIBI_SLOPES = "alibi.slopes"
+NORM_ONES = "norm.ones"
 
 
 def constants(spec: DecoderSpec) -> dict[str, npt.NDArray[np.float32]]:
@@ -22,6 +23,8 @@ def constants(spec: DecoderSpec) -> dict[str, npt.NDArray[np.float32]]:
             values[name] = cos_sin_table(rotary, spec.max_position_embeddings)
     if spec.alibi_slopes:
         values[ALIBI_SLOPES] = np.asarray(spec.alibi_slopes, np.float32)
+    if not spec.norm_weight:
+        values[NORM_ONES] = np.ones(spec.hidden_size, np.float32)
     return values
 
 

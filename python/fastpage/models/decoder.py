@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastpage import ops
 from fastpage._C import Program
-from fastpage.models.constants import ALIBI_SLOPES, COS_SIN, LOCAL_COS_SIN
+from fastpage.models.constants import ALIBI_SLOPES, COS_SIN, LOCAL_COS_SIN, NORM_ONES
 from fastpage.models.spec import DecoderSpec
 
 
@@ -28,6 +28,7 @@ class _Decoder:
         self.alibi_slopes = (
             ops.weight(ALIBI_SLOPES, (spec.num_heads,)) if spec.alibi_slopes else None
         )
+        self.norm_ones = None if spec.norm_weight else ops.weight(NORM_ONES, (spec.hidden_size,))
         self.table = ops.weight("embed", (spec.vocab_size, spec.embed_size or spec.hidden_size))
 
     def trace(self) -> None:
@@ -44,8 +45,7 @@ class _Decoder:
         if spec.embed_size:
             x = self._linear(x, "embed_in", spec.hidden_size, bias=False)
         if spec.learned_positions:
-            rows = spec.max_position_embeddings + spec.position_offset
-            table = ops.weight("positions", (rows, spec.hidden_size))
+            table = ops.weight("positions", (spec.learned_positions, spec.hidden_size))
             x = ops.add(x, ops.embed_positions(table, spec.position_offset))
         return self._norm(x, "embed_norm") if spec.embed_norm else x
 
@@ -166,10 +166,9 @@ class _Decoder:
             x = self._norm(x, "final_norm")
         if spec.embed_size:
             x = self._linear(x, "embed_out", spec.embed_size, bias=False)
-        if spec.tie_embeddings:
-            x = ops.linear(x, self.table)
-        else:
-            x = self._linear(x, "lm_head", spec.vocab_size, spec.lm_head_bias)
+        table = ops.weight("lm_head", self.table.shape) if not spec.tie_embeddings else self.table
+        bias = ops.weight("lm_head.bias", (spec.vocab_size,)) if spec.lm_head_bias else None
+        x = ops.linear(x, table, bias)
         if spec.logits_scale != 1:
             x = ops.scale(x, spec.logits_scale)
         return ops.soft_cap(x, spec.logits_soft_cap) if spec.logits_soft_cap else x
@@ -181,6 +180,6 @@ class _Decoder:
 
     def _norm(self, x: ops.Tensor, name: str) -> ops.Tensor:
         spec = self.spec
-        weight = ops.weight(name, (x.cols,))
+        weight = self.norm_ones or ops.weight(name, (x.cols,))
         bias = ops.weight(f"{name}.bias", (x.cols,)) if spec.norm_bias else None
         return ops.norm(x, weight, spec.norm_eps, bias, kind=spec.norm_kind)

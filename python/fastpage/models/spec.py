@@ -39,12 +39,13 @@ class DecoderSpec:
     rotary: RotarySpec | None = None
     local_rotary: RotarySpec | None = None  # of layers with a sliding window, if theirs differs
     alibi_slopes: tuple[float, ...] = ()  # one a head
-    learned_positions: bool = False  # a table, added to the embedding
+    learned_positions: int = 0  # rows of a table that is added to the embedding; 0: there is none
     position_offset: int = 0  # the table's row of position 0
 
     # Norms. place: "pre": x + f(norm(x)); "post": norm(x + f(x)); "output": x + norm(f(x));
     # "sandwich": x + norm(f(norm(x))).
     norm_kind: str = "rms"  # or "layer" (LayerNorm)
+    norm_weight: bool = True  # False: norms only normalise
     norm_bias: bool = False
     norm_place: str = "pre"
     embed_norm: bool = False  # of the embedding
