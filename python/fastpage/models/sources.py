@@ -87,3 +87,14 @@ Sources = dict[str, Source]  # by canonical weight name
 
 def source(*tensors: str, transform: Transform = AS_IS) -> Source:
     return Source(tensors, transform)
+
+
+def affine(ours: str, *theirs: str, bias: bool, transform: Transform = AS_IS) -> Sources:
+    """The weight `ours`, of the modules `theirs`, and its bias where `bias`."""
+    parts = ("weight", "bias") if bias else ("weight",)
+    return {
+        ours if part == "weight" else f"{ours}.{part}": source(
+            *(f"{module}.{part}" for module in theirs), transform=transform
+        )
+        for part in parts
+    }

@@ -56,6 +56,25 @@ def number(config: Config, name: str, default: float, above: float = 0) -> float
     return float(value)
 
 
+def flag(config: Config, name: str, default: bool) -> bool:
+    """true or false; `default` if the field is absent or null. Raises CheckpointError."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise CheckpointError(f"the model's config has {name} {value!r:.40}: true or false needed")
+    return value
+
+
+def refuse_other(config: Config, name: str, *supported: Any) -> None:
+    """For options that change the maths: UnsupportedArchitecture unless the field is absent, null
+    or one of `supported`."""
+    value = config.get(name)
+    if value is not None and value not in supported:
+        listed = ", ".join(repr(one) for one in supported) or "null"
+        raise UnsupportedArchitecture(f"{name} is {value!r:.40}: only {listed} is supported")
+
+
 def activation(config: Config, name: str, default: str) -> str:
     """The field `name` as DecoderSpec.activation. Raises UnsupportedArchitecture."""
     given = config.get(name) or default

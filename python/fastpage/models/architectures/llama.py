@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastpage.models.architectures.config import Config, base_spec
-from fastpage.models.sources import Sources, source
+from fastpage.models.sources import Sources, affine, source
 from fastpage.models.spec import DecoderSpec
 
 
@@ -43,7 +43,6 @@ def _layer_sources(spec: DecoderSpec, ours: str, theirs: str) -> Sources:
         ("mlp.gate_up", ("mlp.gate_proj", "mlp.up_proj"), spec.mlp_bias),
         ("mlp.down", ("mlp.down_proj",), spec.mlp_bias),
     ):
-        names[f"{ours}.{linear}"] = source(*(f"{theirs}.{part}.weight" for part in parts))
-        if has_bias:
-            names[f"{ours}.{linear}.bias"] = source(*(f"{theirs}.{part}.bias" for part in parts))
+        modules = (f"{theirs}.{part}" for part in parts)
+        names.update(affine(f"{ours}.{linear}", *modules, bias=has_bias))
     return names
