@@ -85,6 +85,16 @@ def activation(config: Config, name: str, default: str) -> str:
     return _ACTIVATIONS[given]
 
 
+def head_size(hidden_size: int, num_heads: int) -> int:
+    """Columns of a head, an equal share of the hidden state. Raises CheckpointError."""
+    if hidden_size % num_heads:
+        raise CheckpointError(
+            f"the model's config has {num_heads} heads, which do not divide a hidden size of "
+            f"{hidden_size}"
+        )
+    return hidden_size // num_heads
+
+
 def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> DecoderSpec:
     """The fields that are the same in the Llama family; `more` adds an architecture's own."""
     hidden_size = size(config, "hidden_size")
@@ -108,8 +118,8 @@ def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> De
     )
 
 
-def num_layers(config: Config) -> int:
-    return size(config, "num_hidden_layers", maximum=_MAX_LAYERS)
+def num_layers(config: Config, name: str = "num_hidden_layers", default: int | None = None) -> int:
+    return size(config, name, default, maximum=_MAX_LAYERS)
 
 
 def rotary_spec(config: Config, head_dim: int, max_position: int) -> RotarySpec:
