@@ -163,7 +163,7 @@ def generate(path: Path, prompts: list[list[int]], max_tokens: int) -> list[list
                 max_num_batched_tokens=24,
                 max_model_len=NUM_BLOCKS * BLOCK_SIZE,
             ),
-            vocab_size=open_checkpoint(path).config["vocab_size"],
+            vocab_size=executor.program.vocab_size,
         ),
         _C.ProgramRunner(executor),
     )

@@ -207,8 +207,8 @@ def test_unsupported_options_are_named() -> None:
     config = {**SMALL, "architectures": ["LlamaForCausalLM"]}
     with pytest.raises(UnsupportedArchitecture, match="hidden_act is 'mish'"):
         build_model({**config, "hidden_act": "mish"})
-    with pytest.raises(UnsupportedArchitecture, match="rope_type is 'longrope'"):
-        build_model({**config, "rope_scaling": {"rope_type": "longrope"}})
+    with pytest.raises(UnsupportedArchitecture, match="rope_type is 'proportional'"):
+        build_model({**config, "rope_scaling": {"rope_type": "proportional"}})
     with pytest.raises(CheckpointError, match="no hidden_size"):
         build_model({**config, "hidden_size": None})
 

@@ -14,7 +14,8 @@ class RotarySpec:
     """Rotary embedding (Su et al. 2021) of the first `dim` columns of a head, and its scaling.
 
     scaling: "default"; "linear" (positions divided by factor); "llama3" (Llama 3.1: low frequencies
-    divided by factor); "yarn" (Peng et al. 2023).
+    divided by factor); "yarn" (Peng et al. 2023); "longrope" (Ding et al. 2024: each frequency
+    divided by a factor of its own).
     """
 
     dim: int
@@ -22,30 +23,33 @@ class RotarySpec:
     style: str = "neox"  # or "interleaved": see ops.rotary
     scaling: str = "default"
     factor: float = 1.0
-    original_max_position: int = 0  # llama3, yarn: the length trained on before it was extended
+    original_max_position: int = 0  # all but linear: the length trained on before it was extended
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: the bounds of the ramp are whole dimensions
-    magnitude: float = 1.0  # yarn: cosines and sines are multiplied by it
+    magnitude: float = 1.0  # yarn, longrope: cosines and sines are multiplied by it
+    short_factors: tuple[float, ...] = ()  # longrope, [dim / 2]: if original_max_position suffices
+    long_factors: tuple[float, ...] = ()  # longrope, [dim / 2]: if it does not
 
-    SCALINGS = ("default", "linear", "llama3", "yarn")
+    SCALINGS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def cos_sin_table(spec: RotarySpec, num_positions: int) -> npt.NDArray[np.float32]:
     """[num_positions, dim]: cosines in the first half of a row, sines in the second.
 
-    In float32 throughout, as models are trained.
+    In float32 throughout, as models are trained. LongRoPE's factors are chosen by num_positions,
+    once for all sequences, as vLLM does: keys in the cache would not bear a change half-way.
     """
     positions = np.arange(num_positions, dtype=np.float32)
-    angles = np.outer(positions, inverse_frequencies(spec))
+    angles = np.outer(positions, inverse_frequencies(spec, num_positions))
     table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     return (table * np.float32(spec.magnitude)).astype(np.float32)
 
 
-def inverse_frequencies(spec: RotarySpec) -> npt.NDArray[np.float32]:
-    """Radians per position, [dim / 2]."""
+def inverse_frequencies(spec: RotarySpec, num_positions: int) -> npt.NDArray[np.float32]:
+    """Radians per position, [dim / 2], for sequences of up to num_positions tokens."""
     exponents = np.arange(0, spec.dim, 2, dtype=np.float32) / np.float32(spec.dim)
     plain = (1.0 / np.float32(spec.theta) ** exponents).astype(np.float32)
     if spec.scaling == "linear":
@@ -54,12 +58,22 @@ def inverse_frequencies(spec: RotarySpec) -> npt.NDArray[np.float32]:
         plain = _llama3(spec, plain)
     elif spec.scaling == "yarn":
         plain = _yarn(spec, plain)
+    elif spec.scaling == "longrope":
+        is_long = num_positions > spec.original_max_position
+        plain = plain / np.asarray(spec.long_factors if is_long else spec.short_factors)
     return plain.astype(np.float32)
 
 
 def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
     """YaRN's attention temperature, sqrt(1 / t) of equation 22."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def longrope_magnitude(factor: float, original_max_position: int) -> float:
+    """LongRoPE's attention temperature."""
+    if factor <= 1 or original_max_position <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(factor) / math.log(original_max_position))
 
 
 def _llama3(spec: RotarySpec, plain: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastpage.errors import CheckpointError, UnsupportedArchitecture
-from fastpage.models.rotary import RotarySpec, yarn_magnitude
+from fastpage.models.rotary import RotarySpec, longrope_magnitude, yarn_magnitude
 from fastpage.models.spec import DecoderSpec
 
 Config = Mapping[str, Any]
@@ -96,26 +96,28 @@ def head_size(hidden_size: int, num_heads: int) -> int:
 
 
 def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> DecoderSpec:
-    """The fields that are the same in the Llama family; `more` adds an architecture's own."""
+    """The fields that are the same in the Llama family; `more` adds an architecture's own, which
+    go before those read here."""
     hidden_size = size(config, "hidden_size")
     num_heads = size(config, "num_attention_heads")
     head_dim = size(config, "head_dim", head_dim or max(hidden_size // num_heads, 1))
     max_position = size(config, "max_position_embeddings")
-    return DecoderSpec(
-        vocab_size=size(config, "vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=size(config, "intermediate_size"),
-        num_layers=num_layers(config),
-        num_heads=num_heads,
-        num_kv_heads=size(config, "num_key_value_heads", num_heads),
-        head_dim=head_dim,
-        norm_eps=number(config, "rms_norm_eps", 1e-6),
-        max_position_embeddings=max_position,
-        rotary=rotary_spec(config, head_dim, max_position),
-        activation=activation(config, "hidden_act", "silu"),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        **more,
-    )
+    rotary = rotary_spec(config, head_dim, max_position) if "rotary" not in more else None
+    fields: dict[str, Any] = {
+        "vocab_size": size(config, "vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": size(config, "intermediate_size"),
+        "num_layers": num_layers(config),
+        "num_heads": num_heads,
+        "num_kv_heads": size(config, "num_key_value_heads", num_heads),
+        "head_dim": head_dim,
+        "norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "max_position_embeddings": _longest(max_position, rotary),
+        "rotary": rotary,
+        "activation": activation(config, "hidden_act", "silu"),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+    }
+    return DecoderSpec(**{**fields, **more})
 
 
 def num_layers(config: Config, name: str = "num_hidden_layers", default: int | None = None) -> int:
@@ -127,37 +129,73 @@ def rotary_spec(config: Config, head_dim: int, max_position: int) -> RotarySpec:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise CheckpointError(f"the model's config has rope parameters {rope!r:.40}: no mapping")
-    scaling = rope.get("rope_type") or rope.get("type") or "default"
-    if scaling not in RotarySpec.SCALINGS:
-        raise UnsupportedArchitecture(
-            f"rope_type is {scaling!r:.40}: one of {', '.join(RotarySpec.SCALINGS)} is supported"
-        )
+    scaling = _scaling(rope)
     partial = number(rope, "partial_rotary_factor", number(config, "partial_rotary_factor", 1.0))
+    dim = int(head_dim * partial)
     original = size(rope, "original_max_position_embeddings", max_position)
+    original = size(config, "original_max_position_embeddings", original)
     low_freq_factor = number(rope, "low_freq_factor", 1.0)
+    is_extended = scaling in ("yarn", "longrope")
+    factor = number(rope, "factor", max_position / original if is_extended else 1.0)
+    is_longrope = scaling == "longrope"
     return RotarySpec(
-        dim=int(head_dim * partial),
+        dim=dim,
         theta=number(rope, "rope_theta", number(config, "rope_theta", 10000.0, above=1), above=1),
         scaling=scaling,
-        factor=number(rope, "factor", 1.0),
-        original_max_position=size(config, "original_max_position_embeddings", original),
+        factor=factor,
+        original_max_position=original,
         low_freq_factor=low_freq_factor,
         high_freq_factor=number(rope, "high_freq_factor", 4 * low_freq_factor, low_freq_factor),
         beta_fast=number(rope, "beta_fast", 32.0),
         beta_slow=number(rope, "beta_slow", 1.0),
         truncate=bool(rope.get("truncate", True)),
-        magnitude=_magnitude(rope) if scaling == "yarn" else 1.0,
+        magnitude=_magnitude(rope, scaling, factor, original),
+        short_factors=_factors(rope, "short_factor", dim // 2) if is_longrope else (),
+        long_factors=_factors(rope, "long_factor", dim // 2) if is_longrope else (),
     )
 
 
-def _magnitude(rope: Config) -> float:
-    factor = number(rope, "factor", 1.0)
-    default = yarn_magnitude(factor)
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        default = yarn_magnitude(factor, number(rope, "mscale", 1.0)) / yarn_magnitude(
-            factor, number(rope, "mscale_all_dim", 1.0)
+def _scaling(rope: Config) -> str:
+    scaling = rope.get("rope_type") or rope.get("type") or "default"
+    # "dynamic" begins to scale beyond max_position_embeddings, and that is where we end. "su" is
+    # LongRoPE's first name.
+    scaling = {"dynamic": "default", "su": "longrope"}.get(str(scaling), scaling)
+    if scaling not in RotarySpec.SCALINGS:
+        raise UnsupportedArchitecture(
+            f"rope_type is {scaling!r:.40}: one of {', '.join(RotarySpec.SCALINGS)}, dynamic is "
+            "supported"
         )
+    return str(scaling)
+
+
+def _magnitude(rope: Config, scaling: str, factor: float, original: int) -> float:
+    if scaling == "yarn":
+        default = yarn_magnitude(factor)
+        if rope.get("mscale") and rope.get("mscale_all_dim"):
+            default = yarn_magnitude(factor, number(rope, "mscale", 1.0)) / yarn_magnitude(
+                factor, number(rope, "mscale_all_dim", 1.0)
+            )
+    elif scaling == "longrope":
+        default = longrope_magnitude(factor, original)
+    else:
+        return 1.0
     return number(rope, "attention_factor", default)
+
+
+def _factors(rope: Config, name: str, count: int) -> tuple[float, ...]:
+    values = rope.get(name)
+    if not isinstance(values, list) or len(values) != count or None in values:
+        raise CheckpointError(f"the model's config has no {name} of {count} numbers for longrope")
+    return tuple(number({name: value}, name, 0.0) for value in values)
+
+
+def _longest(max_position: int, rotary: RotarySpec | None) -> int:
+    """max_position_embeddings of the extended model; configs give that of the one before, as vLLM
+    reads them, too."""
+    if rotary is None or rotary.scaling not in ("linear", "yarn"):
+        return max_position
+    start = max_position if rotary.scaling == "linear" else rotary.original_max_position
+    return min(max(max_position, int(start * rotary.factor)), _MAX_SIZE)
 
 
 def qwen_sliding_windows(config: Config) -> tuple[int, ...]:
