@@ -7,6 +7,7 @@ import copy
 import json
 import random
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from fastpage.checkpoints import open_checkpoint
 from fastpage.checkpoints.gguf_file import GgufFile
 from fastpage.errors import CheckpointError, InvalidArgument
-from fastpage.tokenizer import Tokenizer
+from fastpage.tokenizer import Tokenizer, bounded_jinja
 
 TEXTS = [
     "",
@@ -489,7 +490,7 @@ def test_messages_that_make_no_sense(smollm2, messages, words):
         (
             "{% for i in range(99999) %}{% for j in range(999) %}" + "x" * 9999 + "{% endfor %}"
             "{% endfor %}",
-            "writes over",
+            "takes over 33554432 characters",
         ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "rejects the messages"),
     ],
@@ -500,6 +501,89 @@ def test_templates_that_fail(smollm2, template, words):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+BOMBS = {
+    "loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loop over a string": "{% for c in 'ab' * 9999999 %}{% endfor %}",
+    "recursive loop": "{% for i in [[]] recursive %}{{ loop([[]]) ~ loop([[]]) }}{% endfor %}",
+    "macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(60) }}",
+    "call block": "{% macro m() %}{% for i in range(99999) %}{{ caller() }}{% endfor %}"
+    "{% endmacro %}{% call m() %}" + "x" * 999 + "{% endcall %}",
+    "times": "{{ 'x' * 10**10 }}",
+    "times, a list": "{{ ([0] * 10**10) | length }}",
+    "times, the other way": "{{ 10**10 * 'x' }}",
+    "power": "{{ 10**(10**10) }}",
+    "product": "{% set ns = namespace(n=3) %}{% for i in range(99) %}{% set ns.n = ns.n * ns.n %}"
+    "{% endfor %}",
+    "tilde": "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}"
+    "{% endfor %}",
+    "plus": "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}"
+    "{% endfor %}",
+    "lists": "{% set ns = namespace(s=[0]) %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}"
+    "{% endfor %}",
+    "nested lists": "{% set ns = namespace(s=[]) %}{% for i in range(99) %}"
+    "{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}",
+    "nested lists to JSON": "{% set ns = namespace(s=[]) %}{% for i in range(99) %}"
+    "{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s | tojson }}",
+    "set blocks": "{% set a = 'x' %}" + "{% set a %}{{ a }}{{ a }}{% endset %}" * 60,
+    "slices": "{% set s = 'x' * 999999 %}{% set ns = namespace(l=[]) %}{% for i in range(99999) %}"
+    "{% set ns.l = ns.l + [s[1:]] %}{% endfor %}",
+    "replace": "{% set s = 'x' * 99999 %}{{ s.replace('', s) }}",
+    "filter replace": "{% set s = 'x' * 99999 %}{{ s | replace('', s) }}",
+    "replace, named": "{% set s = 'x' * 99999 %}{{ s | replace(new=s, old='') }}",
+    "join": "{% set s = 'x' * 99999 %}{{ s.join(s) }}",
+    "filter join": "{% set s = 'x' * 99999 %}{{ range(99999) | join(s) }}",
+    "filter join of a generator": "{% set s = 'x' * 99999 %}"
+    "{{ range(99999) | map('string') | join(s) }}",
+    "ljust": "{{ 'x'.ljust(10**10) }}",
+    "center": "{{ 'x' | center(10**10) }}",
+    "indent": "{{ 'x\n' | indent(10**10, true) }}",
+    "json indent": "{{ [[[]]] | tojson(indent=10**10) }}",
+    "expandtabs": "{{ ('\t' * 999999).expandtabs(999) }}",
+    "round": "{{ 1.5 | round(10**10, 'ceil') }}",
+    "%": "{{ '%10000000000d' % 1 }}",
+    "% *": "{{ '%*d' % (10**10, 1) }}",
+    "filter format": "{{ '%10000000000d' | format(1) }}",
+    "format": "{{ '{:>10000000000}'.format(1) }}",
+    "format, nested": "{{ '{:>{}}'.format(1, 10**10) }}",
+    "format, repeated": "{{ ('{0}' * 99999).format('x' * 99999) }}",
+    "lipsum": "{{ lipsum(10**9) }}",
+    "bytes": "{{ 'x'.encode() * 10**10 }}",
+    "int": "{{ (1).to_bytes(10**10, 'big') }}",
+    "date": "{{ strftime_now('%10000000000d') }}",
+    "split": "{{ ('Āā ' * 4999999).split() | length }}",
+    "characters": "{{ ('Ā' * 4999999) | list | length }}",
+    "source": "x" * (1 << 20) + "x",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_templates_cannot_take_time_or_memory(smollm2, name, monkeypatch):
+    """One that does would run into pytest's time limit, or take the machine's memory."""
+    monkeypatch.setattr(bounded_jinja, "_MAX_SECONDS", 0.2)
+    tokenizer = with_template(smollm2, BOMBS[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidArgument) as error:
+            tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+        assert tracemalloc.get_traced_memory()[1] < 300 << 20
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(error.value)
+    chat = [{"role": "user", "content": "y"}]
+    assert with_template(smollm2, "{{ messages[0].content }}").apply_chat_template(chat) == "y"
+
+
+def test_long_conversations_render(smollm2):
+    turn = {"role": "user", "content": "word " * 200}
+    chat = [turn, {**turn, "role": "assistant"}] * 1000  # 2 million characters
+    assert len(smollm2.apply_chat_template(chat)) > 2_000_000
+    quadratic = (
+        "{% for m in messages %}{% for n in messages[:loop.index] %}{% endfor %}{% endfor %}ok"
+    )
+    assert with_template(smollm2, quadratic).apply_chat_template(chat[:500]) == "ok"
 
 
 def test_templates_of_a_directory(saved):

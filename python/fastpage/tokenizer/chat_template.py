@@ -13,7 +13,8 @@ from fastpage.errors import InvalidArgument
 if TYPE_CHECKING:
     import jinja2
 
-_MAX_CHARS = 1 << 26
+    from fastpage.tokenizer.bounded_jinja import BoundedEnvironment
+
 _MAX_DEPTH = 64
 
 
@@ -22,7 +23,7 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self._compiled: jinja2.Template | None = None
+        self._compiled: tuple[BoundedEnvironment, jinja2.Template] | None = None
         self._lock = threading.Lock()
 
     def render(
@@ -33,49 +34,45 @@ class ChatTemplate:
         variables: Mapping[str, Any],
     ) -> str:
         """The prompt. Raises InvalidArgument, with the template's own words if it objects."""
-        template = self._compile()
-        conversation = [_check_message(index, message) for index, message in enumerate(messages)]
-        pieces: list[str] = []
-        length = 0
+        environment, template = self._compile()
+        context = _plain(variables)
+        context |= {
+            "messages": [_check_message(i, message) for i, message in enumerate(messages)],
+            "tools": _plain(tools),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            for piece in template.generate(
-                **_plain(variables),
-                messages=conversation,
-                tools=_plain(tools),
-                add_generation_prompt=add_generation_prompt,
-            ):
-                pieces.append(piece)
-                length += len(piece)
-                if length > _MAX_CHARS:
-                    raise InvalidArgument(f"the chat template writes over {_MAX_CHARS} characters")
-        except InvalidArgument:
-            raise
+            with environment.bounded():
+                return template.render(context)
         except Exception as error:  # anything the template's code can do
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise InvalidArgument(
-                f"the chat template rejects the messages: {reason:.400}"
+                f"the chat template rejects the messages: {_reason(error)}"
             ) from None
-        return "".join(pieces)
 
-    def _compile(self) -> jinja2.Template:
+    def _compile(self) -> tuple[BoundedEnvironment, jinja2.Template]:
         with self._lock:
             if self._compiled is None:
-                import jinja2
-
+                environment = _environment()
                 try:
-                    self._compiled = _environment().from_string(self.source)
-                except (jinja2.TemplateError, RecursionError) as error:
+                    with environment.bounded():
+                        self._compiled = (environment, environment.from_string(self.source))
+                except Exception as error:  # constants are computed here
                     raise InvalidArgument(
-                        f"the model's chat template is broken: {error!s:.400}"
+                        f"the model's chat template is broken: {_reason(error)}"
                     ) from None
             return self._compiled
 
 
-def _environment() -> jinja2.Environment:
-    """Sandboxed, since templates come with models; otherwise as transformers sets it up."""
+def _reason(error: Exception) -> str:
+    return f"{' '.join(str(error).split()) or type(error).__name__:.400}"
+
+
+def _environment() -> BoundedEnvironment:
+    """As transformers sets it up, but bounded."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from fastpage.tokenizer.bounded_jinja import BoundedEnvironment, check_format
 
     class GenerationTag(Extension):
         """{% generation %}...{% endgeneration %} marks text for training; here it is only text."""
@@ -88,6 +85,10 @@ def _environment() -> jinja2.Environment:
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
+
+    def strftime_now(form: str) -> str:
+        check_format(form)
+        return datetime.now().strftime(form)
 
     def tojson(
         value: Any,
@@ -104,12 +105,12 @@ def _environment() -> jinja2.Environment:
             sort_keys=sort_keys,
         )
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
-    environment.filters["tojson"] = tojson  # Jinja's own escapes HTML
+    environment.add_filter("tojson", tojson)  # Jinja's own escapes HTML
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = strftime_now
     return environment
 
 
