@@ -27,7 +27,7 @@ GXX ?= g++
 CLANGXX ?= $(firstword $(foreach c,clang++ clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,\
   $(shell command -v $(c) 2>/dev/null)))
 
-.PHONY: help demo test format check-format bench bench-kernels bench-scheduler sanitize fuzz clean cpp-gcc cpp-clang pytest googletest
+.PHONY: help demo test format check-format bench bench-kernels bench-scheduler check-model sanitize fuzz clean cpp-gcc cpp-clang pytest googletest
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/' | expand -t 22
@@ -144,6 +144,11 @@ endif
 bench: $(DEV_DONE)  ## offline throughput, one stream and a long prompt, against transformers
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
 	@$(PY) benchmarks/offline.py --peers transformers
+
+check-model: $(DEV_DONE)  ## the real model against transformers in fp32: 50 prompts of 128 greedy tokens, perplexity
+	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
+	@$(PY) benchmarks/greedy.py
+	@$(PY) benchmarks/perplexity.py --transformers --tokens 24576 --cases fp32
 
 bench-kernels: $(PACKAGE_DONE)  ## the CPU kernels against this machine's bandwidth and FMA limits
 	@$(PY) benchmarks/kernels_cpu.py

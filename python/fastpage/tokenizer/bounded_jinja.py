@@ -140,13 +140,25 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif name in ("split", "rsplit", "splitlines"):
             separators = owner.count(args[0]) if args and args[0] else len(owner) // 2
             self.spend(_ITEM_CHARS * separators)
-        elif name in ("format", "format_map"):
-            check_format(owner)
-            self.spend(owner.count("{") * size)
         elif name == "join":
             self.spend(len(owner) * sum(map(_size, args)))
         elif name == "replace":
             self.spend((len(owner) + 1) * max(len(str(part)) for part in (*args, "")))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """str.format and format_map, which Jinja puts functions of its own in the place of."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+        form: str = value.__self__
+
+        def formatted(*args: Any, **kwargs: Any) -> str:
+            check_format(form)
+            size = sum(map(self._written_size, (*args, *kwargs.values())))
+            self.spend(len(form) + form.count("{") * size)
+            return wrapped(*args, **kwargs)
+
+        return formatted
 
     # ------------------------------------------------------------ inside
 
