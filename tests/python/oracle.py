@@ -10,7 +10,7 @@ def test_...(case, checkpoint):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from paging import relative_error, run_in_chunks
 
 from fastpage import _C
 from fastpage.checkpoints import open_checkpoint
+from fastpage.errors import FastpageError
 from fastpage.models import Model, build_model
 
 NUM_BLOCKS, BLOCK_SIZE = 12, 16
@@ -44,11 +45,15 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny model of `family`, as transformers' {family}Config and {family}ForCausalLM name it."""
+    """A tiny model of `family`, as transformers' {family}Config names it.
+
+    model: transformers' class, {family}ForCausalLM unless given.
+    """
 
     family: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=lambda: SMALL)
+    model: str = ""
 
     def make(self, seed: int) -> Any:
         """transformers' model, in fp32 and eval mode. Every parameter is random: biases start at
@@ -59,7 +64,7 @@ class Case:
         config = getattr(transformers, f"{self.family}Config")(**{**self.base, **self.changes})
         config._attn_implementation = "eager"
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{self.family}ForCausalLM")(config).eval()
+        model = getattr(transformers, self.model or f"{self.family}ForCausalLM")(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.3 / parameter.shape[-1] ** 0.5))
@@ -174,3 +179,25 @@ def generate(path: Path, prompts: list[list[int]], max_tokens: int) -> list[list
             tokens[output.request_id] += output.new_token_ids
     assert engine.stats().scheduler.num_preemptions > 0
     return list(tokens.values())
+
+
+RUBBISH = (None, "x", "", -1, 0, 1, 1.5, 10**30, float("nan"), True, [], [1], {}, {"x": 1})
+
+
+def check_rubbish(config: Mapping[str, Any]) -> None:
+    """Whatever is in one of its fields, the model is built, or the error is one line."""
+    build_model(config)
+    for tampered in _tampered(config):
+        try:
+            build_model(tampered, max_model_len=1).constants()
+        except FastpageError as error:
+            assert "\n" not in str(error)
+
+
+def _tampered(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for name, given in config.items():
+        for value in RUBBISH:
+            yield {**config, name: value}
+        if isinstance(given, dict):
+            for inner in _tampered(given):
+                yield {**config, name: inner}
