@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 
 #include "dlpack.h"
 #include "fastpage/ops.h"
@@ -122,17 +123,27 @@ Array embed(ThreadPool& pool, py::object ids_arg, py::object table_arg) {
   return y;
 }
 
-Array rms_norm(ThreadPool& pool, py::object x_arg, py::object weight_arg, float eps,
-               int64_t group) {
+Array norm(ThreadPool& pool, py::object x_arg, py::object weight_arg, float eps,
+           py::object bias_arg, int64_t group, const std::string& kind) {
+  if (kind != "rms" && kind != "layer") {
+    throw InvalidArgument("norm kind '" + kind + "': one of rms, layer");
+  }
   const ImportedTensor x(x_arg, "x");
   const ImportedTensor weight(weight_arg, "weight");
   const Matrix<const float> xm = x.matrix();
-  if (group == 0) group = xm.cols;
-  const float* w = weight.vector(group);
+  ops::NormParams params;
+  params.kind = kind == "rms" ? ops::NormKind::kRms : ops::NormKind::kLayer;
+  params.eps = eps;
+  params.group = group == 0 ? xm.cols : group;
+  params.is_per_column = weight.view().numel() == xm.cols;
+  const int64_t width = params.is_per_column ? xm.cols : params.group;
+  params.weight = weight.vector(width);
+  std::optional<ImportedTensor> bias;
+  if (!bias_arg.is_none()) params.bias = bias.emplace(bias_arg, "bias").vector(width);
   Array y = new_array(xm.rows, xm.cols);
   const Matrix<float> ym = matrix(y);
   py::gil_scoped_release release;
-  ops::rms_norm(pool, xm, w, eps, group, ym);
+  ops::norm(pool, xm, params, ym);
   return y;
 }
 
@@ -155,14 +166,30 @@ Array rotary(ThreadPool& pool, py::object x_arg, py::object positions_arg, py::o
   return y;
 }
 
-Array silu_and_mul(ThreadPool& pool, py::object x_arg) {
+Array activate(ThreadPool& pool, py::object x_arg, const std::string& kind) {
+  const ops::Activation activation = ops::activation_from_name(kind);
   const ImportedTensor x(x_arg, "x");
   const Matrix<const float> xm = x.matrix();
-  if (xm.cols % 2 != 0) throw InvalidArgument("x must have an even number of columns");
-  Array y = new_array(xm.rows, xm.cols / 2);
+  if (activation.is_gated && xm.cols % 2 != 0) {
+    throw InvalidArgument("x must have an even number of columns");
+  }
+  Array y = new_array(xm.rows, activation.is_gated ? xm.cols / 2 : xm.cols);
   const Matrix<float> ym = matrix(y);
   py::gil_scoped_release release;
-  ops::silu_and_mul(pool, xm, ym);
+  ops::activate(pool, xm, activation, ym);
+  return y;
+}
+
+using Map = void (*)(ThreadPool&, Matrix<const float>, float, Matrix<float>);
+
+template <Map f>
+Array map(ThreadPool& pool, py::object x_arg, float argument) {
+  const ImportedTensor x(x_arg, "x");
+  const Matrix<const float> xm = x.matrix();
+  Array y = new_array(xm.rows, xm.cols);
+  const Matrix<float> ym = matrix(y);
+  py::gil_scoped_release release;
+  f(pool, xm, argument, ym);
   return y;
 }
 
@@ -348,11 +375,14 @@ void bind_ops(py::module_& m) {
         py::arg("bias") = py::none(), py::arg("out").noconvert() = py::none(),
         py::arg("activations") = "int8");
   o.def("embed", &embed, py::arg("pool"), py::arg("ids"), py::arg("table"));
-  o.def("rms_norm", &rms_norm, py::arg("pool"), py::arg("x"), py::arg("weight"), py::arg("eps"),
-        py::arg("group") = 0);
+  o.def("norm", &norm, py::arg("pool"), py::arg("x"), py::arg("weight"), py::arg("eps"),
+        py::arg("bias") = py::none(), py::arg("group") = 0, py::arg("kind") = "rms");
   o.def("rotary", &rotary, py::arg("pool"), py::arg("x"), py::arg("positions"), py::arg("cos_sin"),
         py::arg("head_dim"), py::arg("style") = "neox");
-  o.def("silu_and_mul", &silu_and_mul, py::arg("pool"), py::arg("x"));
+  o.def("activate", &activate, py::arg("pool"), py::arg("x"), py::arg("kind"));
+  o.def("scale", &map<ops::scale>, py::arg("pool"), py::arg("x"), py::arg("factor"));
+  o.def("clamp", &map<ops::clamp>, py::arg("pool"), py::arg("x"), py::arg("limit"));
+  o.def("soft_cap", &map<ops::soft_cap>, py::arg("pool"), py::arg("x"), py::arg("cap"));
   o.def("add", &add, py::arg("pool"), py::arg("a"), py::arg("b"));
   o.def("gather_rows", &gather_rows, py::arg("pool"), py::arg("x"), py::arg("indices"));
   o.def("reshape_and_cache", &reshape_and_cache, py::arg("pool"), py::arg("k"), py::arg("v"),

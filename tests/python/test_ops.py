@@ -171,13 +171,13 @@ def test_rms_norm(pools, shape):
         grouped = x.astype(np.float64).reshape(rows, cols // group, group)
         want = grouped / np.sqrt((grouped**2).mean(-1, keepdims=True) + 1e-5) * w
         want = want.reshape(shape)
-        results = [ops.rms_norm(pool, x, w, 1e-5, group) for pool in pools]
+        results = [ops.norm(pool, x, w, 1e-5, group=group) for pool in pools]
         for got in results:
             assert_close(got, want, np.abs(want) + 1e-6)
             np.testing.assert_array_equal(got, results[0])
         for i in range(rows):
             np.testing.assert_array_equal(
-                ops.rms_norm(pools[0], x[i : i + 1], w, 1e-5, group)[0], results[0][i]
+                ops.norm(pools[0], x[i : i + 1], w, 1e-5, group=group)[0], results[0][i]
             )
 
 
@@ -214,7 +214,7 @@ def test_silu_add_gather(pools, shape):
     gate, up = x[:, :cols].astype(np.float64), x[:, cols:].astype(np.float64)
     want = gate / (1 + np.exp(-gate)) * up
     for pool in pools:
-        assert_close(ops.silu_and_mul(pool, x), want, np.abs(want) + 1e-30, 2e-6)
+        assert_close(ops.activate(pool, x, "silu_and_mul"), want, np.abs(want) + 1e-30, 2e-6)
         a, b = x[:, :cols], x[:, cols:]
         np.testing.assert_array_equal(ops.add(pool, a, b), a + b)
         indices = rng.integers(0, rows, 50) if rows else np.zeros(0, np.int32)
@@ -225,7 +225,7 @@ def test_silu_at_the_ends(pool):
     gate = np.array([-3e38, -200, -88, -87.2, -1e-30, 0, 1e-30, 88, 200, 3e38], np.float32)
     x = np.concatenate([gate, np.ones_like(gate)])[None, :]
     want = gate.astype(np.float64) / (1 + np.exp(-np.clip(gate.astype(np.float64), -700, 700)))
-    got = ops.silu_and_mul(pool, x)[0]
+    got = ops.activate(pool, x, "silu_and_mul")[0]
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-35)
 
 
@@ -583,7 +583,7 @@ def test_errors_name_the_argument(pool):
         (lambda: ops.PackedWeight(x, "float8", pool), ["float8"]),
         (lambda: ops.embed(pool, np.array([4]), w), ["ids", "4"]),
         (lambda: ops.embed(pool, np.array([2**40]), w), ["ids", "32 bits"]),
-        (lambda: ops.rms_norm(pool, x, np.zeros(3, np.float32), 1e-5, 3), ["3", "8"]),
+        (lambda: ops.norm(pool, x, np.zeros(3, np.float32), 1e-5, group=3), ["3", "8"]),
         (lambda: ops.KvCache(2, 1, 8, 8, "float32"), ["block_size", "16"]),
         (lambda: ops.copy_blocks(pool, ops.KvCache(2, 1, 8, 16, "float32"), np.array([[0, 2]])),
          ["0 -> 2"]),

@@ -59,12 +59,28 @@ enum class Activations : uint8_t {
 
 Activations activations_from_name(const std::string& name);  // "int8", "float32"
 
+// A function of single activations.
+enum class ActivationKind : uint8_t {
+  kNone,
+  kSilu,      // x / (1 + e^-x)
+  kGelu,      // x times the normal distribution's cumulative function (Hendrycks & Gimpel 2016)
+  kGeluTanh,  // the same by x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+  kRelu
+};
+struct Activation {
+  ActivationKind kind = ActivationKind::kNone;
+  bool is_gated = false;  // of the left half of the columns, times the right half
+};
+
+// "silu", "gelu", "gelu_tanh" or "relu", or one of these with "_and_mul" behind it, which is gated.
+Activation activation_from_name(const std::string& name);
+
 // What a linear layer does besides, without a pass of its own over the activations; to the bit what
-// rms_norm, silu_and_mul and add would have made of them.
+// norm, activate and add would have made of them.
 struct LinearFusion {
-  const float* norm_weight = nullptr;  // [in]: x is normed first, over all its columns; null: not
+  const float* norm_weight = nullptr;  // [in]: RMSNorm of x first, over all its columns; null: not
   float norm_eps = 0.0f;
-  bool silu_and_mul = false;     // y is [rows][out / 2]: silu of the left half, times the right one
+  Activation activation;         // gated: y is [rows][out / 2]
   Matrix<const float> residual;  // like y, which it must not overlap: added last; no data: nothing
 };
 
@@ -83,11 +99,21 @@ void embed(ThreadPool& pool, Span<const TokenId> ids, const TensorView& table, M
 // The same from a weight packed for `linear` (tied embeddings share one copy).
 void embed(ThreadPool& pool, Span<const TokenId> ids, const PackedWeight& table, Matrix<float> y);
 
-// RMSNorm (Zhang & Sennrich 2019) over groups of `group` columns (cols % group == 0; group = cols
-// for the usual norm, head_dim for a per-head norm): y = x / sqrt(mean(x^2) + eps) * weight.
-// weight: [group]. y may be x.
-void rms_norm(ThreadPool& pool, Matrix<const float> x, const float* weight, float eps,
-              int64_t group, Matrix<float> y);
+enum class NormKind : uint8_t {
+  kRms,   // x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019)
+  kLayer  // (x - mean(x)) / sqrt(variance(x) + eps) (Ba et al. 2016)
+};
+struct NormParams {
+  NormKind kind = NormKind::kRms;
+  const float* weight = nullptr;  // what comes out is multiplied by it
+  const float* bias = nullptr;    // added to it then; or null
+  float eps = 0.0f;
+  int64_t group = 0;           // columns that are normed together: cols, or the width of a head
+  bool is_per_column = false;  // weight and bias are [cols]; else [group], the same for each group
+};
+
+// Normalizes groups of columns; cols % group == 0. y may be x.
+void norm(ThreadPool& pool, Matrix<const float> x, const NormParams& params, Matrix<float> y);
 
 enum class RotaryStyle : uint8_t {
   kNeox,        // rotates (x[i], x[i + rotary_dim/2]): GPT-NeoX, and Llama in Hugging Face layout
@@ -100,8 +126,17 @@ enum class RotaryStyle : uint8_t {
 void rotary(ThreadPool& pool, Matrix<const float> x, Span<const int32_t> positions,
             Matrix<const float> cos_sin, int64_t head_dim, RotaryStyle style, Matrix<float> y);
 
-// y = silu(x[:, :d]) * x[:, d:], d = y.cols.
-void silu_and_mul(ThreadPool& pool, Matrix<const float> x, Matrix<float> y);
+// y = f(x), or if gated y = f(x[:, :d]) * x[:, d:], d = y.cols. y may be x if not gated.
+void activate(ThreadPool& pool, Matrix<const float> x, Activation activation, Matrix<float> y);
+
+// y = x * factor. y may be x.
+void scale(ThreadPool& pool, Matrix<const float> x, float factor, Matrix<float> y);
+
+// y = x held within [-limit, limit]. y may be x.
+void clamp(ThreadPool& pool, Matrix<const float> x, float limit, Matrix<float> y);
+
+// y = cap * tanh(x / cap). y may be x.
+void soft_cap(ThreadPool& pool, Matrix<const float> x, float cap, Matrix<float> y);
 
 // y = a + b. y may be a or b.
 void add(ThreadPool& pool, Matrix<const float> a, Matrix<const float> b, Matrix<float> y);

@@ -37,10 +37,12 @@ struct Operand {
 
 enum class OpKind : uint8_t {
   //              inputs                   outputs  attributes
-  kEmbed,  // weight                   y        -                      ids come from the batch
-  kNorm,   // x, weight                y        kind="rms", eps, group
-  // Fused (by passes): a norm weight after the bias, and norm_eps: x is normed first; activation:
-  // of what comes out; residual=1: another input, the last one, is added in the end.
+  kEmbed,           // weight             y      -                    ids come from the batch
+  kEmbedPositions,  // table              y      offset               rows: positions + offset
+  kNorm,            // x, weight [, bias] y      kind="rms"|"layer", eps, group; weight and bias:
+                    //                           [group] or [columns of x]
+  // Fused (by passes): an RMSNorm's weight after the bias, and norm_eps: x is normed first;
+  // activation: of what comes out; residual=1: another input, the last one, is added in the end.
   kLinear,      // x, weight [, bias]       y        [norm_eps] [activation] [residual]
   kRotary,      // x, cos_sin               y        head_dim, style="neox"|"interleaved"
   kWriteCache,  // k, v                     -        layer
@@ -48,7 +50,10 @@ enum class OpKind : uint8_t {
   kRotaryWriteCache,  // q, k, v, cos_sin    rotated q  layer, head_dim, style
   kAttend,    // q [, alibi_slopes]       y        layer, num_heads, num_kv_heads, head_dim, scale,
               // sliding_window, soft_cap
-  kActivate,  // x (gate | up)            y        kind="silu_and_mul"
+  kActivate,  // x, or gate | up          y        kind: see ops::activation_from_name
+  kScale,     // x                        y        factor
+  kClamp,     // x                        y        limit
+  kSoftCap,   // x                        y        cap
   kAdd,       // a, b                     y        -
   kGatherRows,  // x (kTokens)              y (kLogits)
 };

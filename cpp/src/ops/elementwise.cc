@@ -28,6 +28,25 @@ void check_shape(const char* op, const char* name, int64_t rows, int64_t cols, i
 
 int64_t clamp_index(int64_t i, int64_t n) { return i < 0 ? 0 : i >= n ? n - 1 : i; }
 
+void norm_group(const NormParams& params, const float* x, const float* weight, const float* bias,
+                float* y) {
+  if (params.kind == NormKind::kLayer) {
+    return kernels().layer_norm(x, weight, bias, params.eps, params.group, y);
+  }
+  kernels().rms_norm(x, weight, params.eps, params.group, y);
+  if (bias != nullptr) kernels().add(y, bias, params.group, y);
+}
+
+// kernel(x, argument, columns, y) of every row.
+template <typename Kernel>
+void map_rows(ThreadPool& pool, const char* op, Matrix<const float> x, Matrix<float> y,
+              Kernel kernel, float argument) {
+  check_shape(op, "y", y.rows, y.cols, x.rows, x.cols);
+  for_rows(pool, x.rows, x.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernel(x.row(i), argument, x.cols, y.row(i));
+  });
+}
+
 }  // namespace
 
 void embed(ThreadPool& pool, Span<const TokenId> ids, const TensorView& table, Matrix<float> y) {
@@ -61,17 +80,19 @@ void embed(ThreadPool& pool, Span<const TokenId> ids, const PackedWeight& table,
   });
 }
 
-void rms_norm(ThreadPool& pool, Matrix<const float> x, const float* weight, float eps,
-              int64_t group, Matrix<float> y) {
-  check_shape("rms_norm", "y", y.rows, y.cols, x.rows, x.cols);
+void norm(ThreadPool& pool, Matrix<const float> x, const NormParams& params, Matrix<float> y) {
+  check_shape("norm", "y", y.rows, y.cols, x.rows, x.cols);
+  const int64_t group = params.group;
   if (group <= 0 || x.cols % group != 0) {
-    throw InvalidArgument("rms_norm: groups of " + std::to_string(group) + " do not divide " +
+    throw InvalidArgument("norm: groups of " + std::to_string(group) + " do not divide " +
                           std::to_string(x.cols) + " columns");
   }
   for_rows(pool, x.rows, x.cols, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t c = 0; c < x.cols; c += group) {
-        kernels().rms_norm(x.row(i) + c, weight, eps, group, y.row(i) + c);
+        const int64_t at = params.is_per_column ? c : 0;
+        const float* bias = params.bias == nullptr ? nullptr : params.bias + at;
+        norm_group(params, x.row(i) + c, params.weight + at, bias, y.row(i) + c);
       }
     }
   });
@@ -115,13 +136,47 @@ void rotary(ThreadPool& pool, Matrix<const float> x, Span<const int32_t> positio
   });
 }
 
-void silu_and_mul(ThreadPool& pool, Matrix<const float> x, Matrix<float> y) {
-  check_shape("silu_and_mul", "x", x.rows, x.cols, y.rows, 2 * y.cols);
+ActivationKernel activation_kernel(ActivationKind kind) {
+  return kernels().activate[static_cast<int>(kind) - 1];
+}
+
+Activation activation_from_name(const std::string& name) {
+  constexpr const char* kNames[] = {"silu", "gelu", "gelu_tanh", "relu"};
+  const std::string gate = "_and_mul";
+  std::string known;
+  for (size_t i = 0; i < std::size(kNames); ++i) {
+    const auto kind = static_cast<ActivationKind>(i + 1);
+    if (name == kNames[i]) return {kind, false};
+    if (name == kNames[i] + gate) return {kind, true};
+    known +=
+        std::string(kNames[i]) + ", " + kNames[i] + gate + (i + 1 < std::size(kNames) ? ", " : "");
+  }
+  throw InvalidArgument("activation '" + name + "': one of " + known);
+}
+
+void activate(ThreadPool& pool, Matrix<const float> x, Activation activation, Matrix<float> y) {
+  check_shape("activate", "x", x.rows, x.cols, y.rows, activation.is_gated ? 2 * y.cols : y.cols);
+  if (activation.kind == ActivationKind::kNone) {
+    throw InvalidArgument("activate: no activation is given");
+  }
+  const auto kernel = activation_kernel(activation.kind);
   for_rows(pool, y.rows, y.cols, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      kernels().silu_and_mul(x.row(i), x.row(i) + y.cols, y.cols, y.row(i));
+      kernel(x.row(i), activation.is_gated ? x.row(i) + y.cols : nullptr, y.cols, y.row(i));
     }
   });
+}
+
+void scale(ThreadPool& pool, Matrix<const float> x, float factor, Matrix<float> y) {
+  map_rows(pool, "scale", x, y, kernels().scale, factor);
+}
+
+void clamp(ThreadPool& pool, Matrix<const float> x, float limit, Matrix<float> y) {
+  map_rows(pool, "clamp", x, y, kernels().clamp, limit);
+}
+
+void soft_cap(ThreadPool& pool, Matrix<const float> x, float cap, Matrix<float> y) {
+  map_rows(pool, "soft_cap", x, y, kernels().soft_cap, cap);
 }
 
 void add(ThreadPool& pool, Matrix<const float> a, Matrix<const float> b, Matrix<float> y) {

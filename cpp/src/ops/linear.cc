@@ -136,7 +136,7 @@ void pack_alone(const Layer& layer, RowTiles* tiles) {
   tiles->data = packed;
 }
 
-// A share of the output: row tiles times panels. Of a fused silu_and_mul the panels are those of
+// A share of the output: row tiles times panels. Of a gated activation the panels are those of
 // the left half.
 struct Share {
   int64_t tile_begin, tile_end;
@@ -185,8 +185,9 @@ void compute_gated_panel(const Layer& layer, const RowTiles& tiles, int64_t t0, 
   const Matrix<float> up(room + out.rows * out.cols, out.rows, out.cols);
   compute_panel(layer, tiles, t0, t1, p, gate);
   compute_panel(layer, tiles, t0, t1, p + layer.w.num_panels / 2, up);
+  const auto activate = activation_kernel(layer.fusion.activation.kind);
   for (int64_t i = 0; i < out.rows; ++i) {
-    kernels().silu_and_mul(gate.row(i), up.row(i), out.cols, out.row(i));
+    activate(gate.row(i), up.row(i), out.cols, out.row(i));
   }
 }
 
@@ -194,6 +195,7 @@ void compute_share(const Layer& layer, const RowTiles& tiles, const Matrix<float
                    const Share& share) {
   const int64_t width = kernels().panel_width;
   const int64_t tiles_per_block = std::max<int64_t>(1, kRowBlock / layer.method.row_tile);
+  const Activation& activation = layer.fusion.activation;
   const Matrix<const float>& residual = layer.fusion.residual;
   for (int64_t t0 = share.tile_begin; t0 < share.tile_end; t0 += tiles_per_block) {
     const int64_t t1 = std::min(share.tile_end, t0 + tiles_per_block);
@@ -202,8 +204,14 @@ void compute_share(const Layer& layer, const RowTiles& tiles, const Matrix<float
       const int64_t column = p * width;
       const Matrix<float> out(y.row(first) + column, tiles.first(t1) - first,
                               std::min(width, y.cols - column), y.stride);
-      const auto compute = layer.fusion.silu_and_mul ? compute_gated_panel : compute_panel;
+      const auto compute = activation.is_gated ? compute_gated_panel : compute_panel;
       compute(layer, tiles, t0, t1, p, out);
+      if (activation.kind != ActivationKind::kNone && !activation.is_gated) {
+        const auto activate = activation_kernel(activation.kind);
+        for (int64_t i = 0; i < out.rows; ++i) {
+          activate(out.row(i), nullptr, out.cols, out.row(i));
+        }
+      }
       if (residual.data == nullptr) continue;
       for (int64_t i = 0; i < out.rows; ++i) {
         kernels().add(residual.row(first + i) + column, out.row(i), out.cols, out.row(i));
@@ -244,14 +252,14 @@ std::string shape(int64_t rows, int64_t cols) {
 
 void check_shapes(const Matrix<const float>& x, const PackedWeight::Impl& w,
                   const LinearFusion& fusion, const Matrix<float>& y) {
-  const int64_t out = fusion.silu_and_mul ? w.out_features / 2 : w.out_features;
+  const int64_t out = fusion.activation.is_gated ? w.out_features / 2 : w.out_features;
   if (x.cols != w.in_features || y.cols != out || x.rows != y.rows ||
-      (fusion.silu_and_mul && w.out_features % 2 != 0)) {
+      (fusion.activation.is_gated && w.out_features % 2 != 0)) {
     throw InvalidArgument("linear: x is " + shape(x.rows, x.cols) + " and y " +
                           shape(y.rows, y.cols) + ", the weight takes " +
                           std::to_string(w.in_features) + " columns and gives " +
                           std::to_string(w.out_features) +
-                          (fusion.silu_and_mul ? ", of which silu_and_mul makes half" : ""));
+                          (fusion.activation.is_gated ? ", of which a gate makes half" : ""));
   }
   const Matrix<const float>& residual = fusion.residual;
   if (residual.data != nullptr && (residual.rows != y.rows || residual.cols != y.cols)) {
@@ -261,7 +269,7 @@ void check_shapes(const Matrix<const float>& x, const PackedWeight::Impl& w,
 }
 
 void compute(ThreadPool& pool, const Layer& layer, const Matrix<float>& y) {
-  const int64_t panels = layer.w.num_panels / (layer.fusion.silu_and_mul ? 2 : 1);
+  const int64_t panels = layer.w.num_panels / (layer.fusion.activation.is_gated ? 2 : 1);
   RowTiles tiles = cut_rows(layer);
   if (layer.x.rows * layer.w.in_features * layer.w.out_features < kSerialElements) {
     pack_alone(layer, &tiles);
@@ -292,7 +300,7 @@ void linear(ThreadPool& pool, Matrix<const float> x, const PackedWeight& weight,
   check_shapes(x, w, fusion, y);
   if (x.rows == 0 || w.num_panels == 0) return;
   const Method method = choose_method(w, activations);
-  if (!fusion.silu_and_mul || w.out_features % (2 * kernels().panel_width) == 0) {
+  if (!fusion.activation.is_gated || w.out_features % (2 * kernels().panel_width) == 0) {
     return compute(pool, {x, w, bias, fusion, method}, y);
   }
   // The halves meet within a panel: both go the long way.
@@ -303,7 +311,7 @@ void linear(ThreadPool& pool, Matrix<const float> x, const PackedWeight& weight,
   first.norm_weight = fusion.norm_weight;
   first.norm_eps = fusion.norm_eps;
   compute(pool, {x, w, bias, first, method}, both);
-  silu_and_mul(pool, both, y);
+  activate(pool, both, fusion.activation, y);
   if (fusion.residual.data != nullptr) add(pool, fusion.residual, y, y);
 }
 

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <limits>
+
+#include "fastpage/ops.h"
 
 namespace fastpage {
 
@@ -17,6 +20,8 @@ class OpChecker {
     switch (op_.kind) {
       case OpKind::kEmbed:
         return check_embed();
+      case OpKind::kEmbedPositions:
+        return check_embed_positions();
       case OpKind::kNorm:
         return check_norm();
       case OpKind::kLinear:
@@ -31,6 +36,12 @@ class OpChecker {
         return check_attend();
       case OpKind::kActivate:
         return check_activate();
+      case OpKind::kScale:
+        return check_map("factor");
+      case OpKind::kClamp:
+        return check_map("limit");
+      case OpKind::kSoftCap:
+        return check_map("cap");
       case OpKind::kAdd:
         return check_add();
       case OpKind::kGatherRows:
@@ -164,6 +175,14 @@ class OpChecker {
     fail(std::string("attribute ") + name + " is '" + value + "': one of " + known);
   }
 
+  ops::Activation activation_of(const char* name) const {
+    try {
+      return ops::activation_from_name(op_.attr_string(name, ""));
+    } catch (const InvalidArgument& error) {
+      fail(std::string("attribute ") + name + ": " + error.what());
+    }
+  }
+
   // ---- the kinds
 
   void check_embed() const {
@@ -172,16 +191,29 @@ class OpChecker {
     check_output(Rows::kTokens, weight(0, 2).shape[1]);
   }
 
+  void check_embed_positions() const {
+    check_counts(1, 1, 1);
+    check_attrs({"offset"});
+    const Buffer& table = weight(0, 2);
+    require(non_negative("offset") < table.shape[0],
+            "offset lies past the rows of " + describe(op_.inputs[0]));
+    check_output(Rows::kTokens, table.shape[1]);
+  }
+
   void check_norm() const {
-    check_counts(2, 2, 1);
+    check_counts(2, 3, 1);
     check_attrs({"kind", "eps", "group"});
-    one_of("kind", {"rms"});
+    one_of("kind", {"rms", "layer"});
     const Operand& x = activation(0);
     const int64_t group = op_.attr_int("group", x.cols);
     require(group > 0 && x.cols % group == 0,
             "group " + std::to_string(group) + " does not divide the columns of " + describe(x));
-    require(weight(1, 1).shape[0] == group,
-            "weight " + describe(op_.inputs[1]) + " must be [" + std::to_string(group) + "]");
+    const int64_t width = weight(1, 1).shape[0];
+    require(width == group || width == x.cols, "weight " + describe(op_.inputs[1]) + " must be [" +
+                                                   std::to_string(group) + "] or [" +
+                                                   std::to_string(x.cols) + "]");
+    require(op_.inputs.size() == 2 || weight(2, 1).shape[0] == width,
+            "bias and weight " + describe(op_.inputs[1]) + " differ in shape");
     require(op_.attr_double("eps", -1) >= 0, "attribute eps must be given, 0 or more");
     check_output(buffer(x).rows, x.cols);
   }
@@ -210,9 +242,10 @@ class OpChecker {
     }
     int64_t cols = w.shape[0];
     if (!parts.activation.empty()) {
-      one_of("activation", {"silu_and_mul"});
-      require(cols % 2 == 0, "weight " + describe(parts.weight) + " must hold gate and up");
-      cols /= 2;
+      if (activation_of("activation").is_gated) {
+        require(cols % 2 == 0, "weight " + describe(parts.weight) + " must hold gate and up");
+        cols /= 2;
+      }
     }
     if (parts.residual.buffer >= 0) {
       const Operand& residual = activation(next);
@@ -312,10 +345,22 @@ class OpChecker {
   void check_activate() const {
     check_counts(1, 1, 1);
     check_attrs({"kind"});
-    one_of("kind", {"silu_and_mul"});
+    const bool is_gated = activation_of("kind").is_gated;
     const Operand& x = activation(0);
-    require(x.cols % 2 == 0, "x " + describe(x) + " must hold gate and up side by side");
-    check_output(buffer(x).rows, x.cols / 2);
+    require(!is_gated || x.cols % 2 == 0,
+            "x " + describe(x) + " must hold gate and up side by side");
+    check_output(buffer(x).rows, is_gated ? x.cols / 2 : x.cols);
+  }
+
+  // One activation in, one of the same shape out, and a number above 0.
+  void check_map(const char* attribute) const {
+    check_counts(1, 1, 1);
+    check_attrs({attribute});
+    const double value = op_.attr_double(attribute, 0);
+    require(value > 0 && value <= std::numeric_limits<float>::max(),
+            std::string("attribute ") + attribute + " must be given, a number above 0");
+    const Operand& x = activation(0);
+    check_output(buffer(x).rows, x.cols);
   }
 
   void check_add() const {
@@ -386,6 +431,9 @@ bool may_run_in_place(OpKind kind, size_t index) {
   switch (kind) {
     case OpKind::kNorm:
     case OpKind::kRotary:
+    case OpKind::kScale:
+    case OpKind::kClamp:
+    case OpKind::kSoftCap:
       return index == 0;
     case OpKind::kAdd:
       return true;

@@ -10,8 +10,8 @@ namespace fastpage {
 namespace {
 
 constexpr const char* kOpNames[] = {
-    "embed",  "norm",     "linear", "rotary",     "write_cache", "rotary_write_cache",
-    "attend", "activate", "add",    "gather_rows"};
+    "embed",  "embed_positions", "norm",  "linear", "rotary",   "write_cache", "rotary_write_cache",
+    "attend", "activate",        "scale", "clamp",  "soft_cap", "add",         "gather_rows"};
 
 std::string rows_name(Rows rows) {
   return rows == Rows::kTokens ? "tokens" : rows == Rows::kLogits ? "logits" : "fixed";

@@ -23,10 +23,10 @@ class Compiler {
     switch (op.kind) {
       case OpKind::kEmbed:
         return EmbedStep{&weights_.packed(op.inputs[0].buffer), slab(op.outputs[0])};
+      case OpKind::kEmbedPositions:
+        return EmbedPositionsStep{positions_table(op), slab(op.outputs[0])};
       case OpKind::kNorm:
-        return NormStep{slab(op.inputs[0]), vector(op.inputs[1]),
-                        static_cast<float>(op.attr_double("eps", 0)),
-                        op.attr_int("group", op.inputs[0].cols), slab(op.outputs[0])};
+        return NormStep{slab(op.inputs[0]), norm_params(op), slab(op.outputs[0])};
       case OpKind::kLinear:
         return linear(LinearParts::of(op));
       case OpKind::kRotary:
@@ -42,7 +42,15 @@ class Compiler {
       case OpKind::kAttend:
         return AttendStep{slab(op.inputs[0]), cache(op), attention_params(op), slab(op.outputs[0])};
       case OpKind::kActivate:
-        return ActivateStep{slab(op.inputs[0]), slab(op.outputs[0])};
+        return ActivateStep{slab(op.inputs[0]),
+                            ops::activation_from_name(op.attr_string("kind", "")),
+                            slab(op.outputs[0])};
+      case OpKind::kScale:
+        return map<ScaleStep>(op, "factor");
+      case OpKind::kClamp:
+        return map<ClampStep>(op, "limit");
+      case OpKind::kSoftCap:
+        return map<SoftCapStep>(op, "cap");
       case OpKind::kAdd:
         return AddStep{slab(op.inputs[0]), slab(op.inputs[1]), slab(op.outputs[0])};
       case OpKind::kGatherRows:
@@ -60,6 +68,31 @@ class Compiler {
  private:
   const float* vector(const Operand& operand) const { return weights_.table(operand.buffer).data; }
 
+  template <typename Map>
+  Map map(const Op& op, const char* attribute) const {
+    return {slab(op.inputs[0]), static_cast<float>(op.attr_double(attribute, 1)),
+            slab(op.outputs[0])};
+  }
+
+  Matrix<const float> positions_table(const Op& op) const {
+    const Matrix<const float> table = weights_.table(op.inputs[0].buffer);
+    const int64_t offset = op.attr_int("offset", 0);
+    return {table.row(offset), table.rows - offset, table.cols};
+  }
+
+  ops::NormParams norm_params(const Op& op) const {
+    const int64_t cols = op.inputs[0].cols;
+    ops::NormParams params;
+    params.kind =
+        op.attr_string("kind", "") == "layer" ? ops::NormKind::kLayer : ops::NormKind::kRms;
+    params.weight = vector(op.inputs[1]);
+    if (op.inputs.size() == 3) params.bias = vector(op.inputs[2]);
+    params.eps = static_cast<float>(op.attr_double("eps", 0));
+    params.group = op.attr_int("group", cols);
+    params.is_per_column = program_.buffers()[op.inputs[1].buffer].shape[0] == cols;
+    return params;
+  }
+
   LinearStep linear(const LinearParts& parts) const {
     LinearStep step;
     step.x = slab(parts.x);
@@ -70,7 +103,9 @@ class Compiler {
       step.fusion.norm_weight = vector(parts.norm_weight);
       step.fusion.norm_eps = static_cast<float>(parts.norm_eps);
     }
-    step.fusion.silu_and_mul = !parts.activation.empty();
+    if (!parts.activation.empty()) {
+      step.fusion.activation = ops::activation_from_name(parts.activation);
+    }
     if (parts.residual.buffer >= 0) step.residual = slab(parts.residual);
     step.y = slab(parts.y);
     return step;

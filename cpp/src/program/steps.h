@@ -44,16 +44,21 @@ struct EmbedStep {
   }
 };
 
+struct EmbedPositionsStep {
+  static constexpr OpKind kKind = OpKind::kEmbedPositions;
+  Matrix<const float> table;  // from the row of position 0 on
+  Slab y;
+  void run(const Frame& frame) const {
+    ops::gather_rows(frame.pool, table, frame.positions, y.at(frame));
+  }
+};
+
 struct NormStep {
   static constexpr OpKind kKind = OpKind::kNorm;
   Slab x;
-  const float* weight;
-  float eps;
-  int64_t group;
+  ops::NormParams params;
   Slab y;
-  void run(const Frame& frame) const {
-    ops::rms_norm(frame.pool, x.at(frame), weight, eps, group, y.at(frame));
-  }
+  void run(const Frame& frame) const { ops::norm(frame.pool, x.at(frame), params, y.at(frame)); }
 };
 
 struct LinearStep {
@@ -123,9 +128,25 @@ struct AttendStep {
 struct ActivateStep {
   static constexpr OpKind kKind = OpKind::kActivate;
   Slab x;
+  ops::Activation activation;
   Slab y;
-  void run(const Frame& frame) const { ops::silu_and_mul(frame.pool, x.at(frame), y.at(frame)); }
+  void run(const Frame& frame) const {
+    ops::activate(frame.pool, x.at(frame), activation, y.at(frame));
+  }
 };
+
+// y = f(x, argument), element by element.
+template <OpKind kind, void (*f)(ThreadPool&, Matrix<const float>, float, Matrix<float>)>
+struct MapStep {
+  static constexpr OpKind kKind = kind;
+  Slab x;
+  float argument;
+  Slab y;
+  void run(const Frame& frame) const { f(frame.pool, x.at(frame), argument, y.at(frame)); }
+};
+using ScaleStep = MapStep<OpKind::kScale, ops::scale>;
+using ClampStep = MapStep<OpKind::kClamp, ops::clamp>;
+using SoftCapStep = MapStep<OpKind::kSoftCap, ops::soft_cap>;
 
 struct AddStep {
   static constexpr OpKind kKind = OpKind::kAdd;
@@ -146,8 +167,9 @@ struct GatherRowsStep {
   }
 };
 
-using Step = std::variant<EmbedStep, NormStep, LinearStep, RotaryStep, WriteCacheStep,
-                          RotaryWriteCacheStep, AttendStep, ActivateStep, AddStep, GatherRowsStep>;
+using Step = std::variant<EmbedStep, EmbedPositionsStep, NormStep, LinearStep, RotaryStep,
+                          WriteCacheStep, RotaryWriteCacheStep, AttendStep, ActivateStep, ScaleStep,
+                          ClampStep, SoftCapStep, AddStep, GatherRowsStep>;
 
 struct CompiledProgram {
   std::vector<Step> token_steps;   // once per forward

@@ -86,6 +86,7 @@ class TorchExecutor:
         }
         self._ops: dict[str, Callable[[Op, _Frame], torch.Tensor | None]] = {
             "embed": self._embed,
+            "embed_positions": self._embed_positions,
             "norm": self._norm,
             "linear": self._linear,
             "rotary": self._rotary,
@@ -93,6 +94,9 @@ class TorchExecutor:
             "rotary_write_cache": self._rotary_write_cache,
             "attend": self._attend,
             "activate": self._activate,
+            "scale": self._scale,
+            "clamp": self._clamp,
+            "soft_cap": self._soft_cap,
             "add": self._add,
             "gather_rows": self._gather_rows,
         }
@@ -200,17 +204,29 @@ class TorchExecutor:
     def _embed(self, op: Op, frame: _Frame) -> torch.Tensor:
         return self._weight(op, 0)[frame.token_ids]
 
-    def _norm(self, op: Op, frame: _Frame) -> torch.Tensor:
-        x = self._input(op, 0, frame)
-        group = int(op.attrs.get("group", x.shape[1]))
-        return self._rms_norm(x, self._weight(op, 1), float(op.attrs["eps"]), group)
+    def _embed_positions(self, op: Op, frame: _Frame) -> torch.Tensor:
+        table = self._weight(op, 0)
+        return table[frame.positions + int(op.attrs.get("offset", 0))].to(self._dtype)
 
-    def _rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, group: int
-    ) -> torch.Tensor:
-        groups = x.float().unflatten(1, (-1, group))
-        scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
-        return (groups * scale * weight).flatten(1).to(self._dtype)
+    def _norm(self, op: Op, frame: _Frame) -> torch.Tensor:
+        x = self._input(op, 0, frame).float()
+        groups = x.unflatten(1, (-1, int(op.attrs.get("group", x.shape[1]))))
+        if op.attrs["kind"] == "layer":
+            groups = groups - groups.mean(-1, keepdim=True)
+        eps = float(op.attrs["eps"])
+        y = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
+        weight = self._weight(op, 1)
+        if len(weight) == x.shape[1]:  # a weight for each column
+            y = y.flatten(1)
+        y = y * weight
+        if len(op.inputs) == 3:
+            y = y + self._weight(op, 2)
+        return y.reshape(x.shape).to(self._dtype)
+
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (wide * scale * weight).to(self._dtype)
 
     def _linear(self, op: Op, frame: _Frame) -> torch.Tensor:
         """What a pass fused into it included: see OpKind::kLinear."""
@@ -221,10 +237,10 @@ class TorchExecutor:
             bias = self._weight(op, 2).to(self._dtype)
         if has_norm:
             norm_weight = self._weight(op, 2 if bias is None else 3)
-            x = self._rms_norm(x, norm_weight, float(op.attrs["norm_eps"]), x.shape[1])
+            x = self._rms_norm(x, norm_weight, float(op.attrs["norm_eps"]))
         y = functional.linear(x, self._weight(op, 1), bias)
         if "activation" in op.attrs:
-            y = self._silu_and_mul(y)
+            y = _activate(y, str(op.attrs["activation"]))
         return y + self._input(op, len(op.inputs) - 1, frame) if has_residual else y
 
     def _rotary(self, op: Op, frame: _Frame) -> torch.Tensor:
@@ -294,12 +310,18 @@ class TorchExecutor:
         return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(repeat, dim=1)).flatten(1)
 
     def _activate(self, op: Op, frame: _Frame) -> torch.Tensor:
-        return self._silu_and_mul(self._input(op, 0, frame))
+        return _activate(self._input(op, 0, frame), str(op.attrs["kind"]))
 
-    @staticmethod
-    def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-        gate, up = x.chunk(2, dim=1)
-        return functional.silu(gate) * up
+    def _scale(self, op: Op, frame: _Frame) -> torch.Tensor:
+        return self._input(op, 0, frame) * float(op.attrs["factor"])
+
+    def _clamp(self, op: Op, frame: _Frame) -> torch.Tensor:
+        limit = float(op.attrs["limit"])
+        return self._input(op, 0, frame).clamp(-limit, limit)
+
+    def _soft_cap(self, op: Op, frame: _Frame) -> torch.Tensor:
+        cap = float(op.attrs["cap"])
+        return cap * torch.tanh(self._input(op, 0, frame) / cap)
 
     def _add(self, op: Op, frame: _Frame) -> torch.Tensor:
         return self._input(op, 0, frame) + self._input(op, 1, frame)
@@ -338,6 +360,22 @@ class TorchRunner(ModelRunner):
             if output.step_id == step_id:
                 return output
         raise InvalidArgument(f"wait for step {step_id}, which is not among the last ones executed")
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+def _activate(x: torch.Tensor, kind: str) -> torch.Tensor:
+    function = _ACTIVATIONS[kind.removesuffix("_and_mul")]
+    if not kind.endswith("_and_mul"):
+        return function(x)
+    gate, up = x.chunk(2, dim=1)
+    return function(gate) * up
 
 
 def _rounded_to_int8(x: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,9 @@ namespace fastpage::ops::cpu {
 // Stored element types, in the order of DType.
 enum ElementType : int { kF32 = 0, kBf16 = 1, kF16 = 2, kNumElementTypes = 3 };
 
+// In the order of ActivationKind, without kNone.
+enum ActivationType : int { kSilu, kGelu, kGeluTanh, kRelu, kNumActivations };
+
 inline constexpr int kMaxRowTile = 12;
 inline constexpr int kGranule = 16;  // positions that lie together in a KV block
 inline constexpr int kKvTile = 128;  // positions of an attention tile
@@ -96,10 +99,14 @@ struct KernelTable {
   void (*narrow)(ElementType target, const float* x, int64_t n, void* y);
 
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
+  // bias: or null.
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,
+                     float* y);
   void (*rotary_neox)(const float* x, const float* cos, const float* sin, int64_t half, float* y);
   void (*rotary_interleaved)(const float* x, const float* cos, const float* sin, int64_t half,
                              float* y);
-  void (*silu_and_mul)(const float* gate, const float* up, int64_t n, float* y);
+  // f(x), times `up` unless that is null. y may be x.
+  void (*activate[kNumActivations])(const float* x, const float* up, int64_t n, float* y);
   void (*add)(const float* a, const float* b, int64_t n, float* y);
 
   size_t (*attention_scratch)(int head_dim);
@@ -110,6 +117,8 @@ struct KernelTable {
   // y = round(x / scale), |y| <= 127; returns the scale.
   float (*quantize_i8)(const float* x, int64_t n, int8_t* y);
   void (*scale)(const float* x, float factor, int64_t n, float* y);
+  void (*clamp)(const float* x, float limit, int64_t n, float* y);
+  void (*soft_cap)(const float* x, float cap, int64_t n, float* y);
 
   QuantKernels quant;
 };

@@ -24,9 +24,10 @@ constexpr KernelTable make_table(const char* name) {
       widen,
       narrow,
       rms_norm,
+      layer_norm,
       rotary_neox,
       rotary_interleaved,
-      silu_and_mul,
+      {activate<Silu>, activate<Gelu>, activate<GeluTanh>, activate<Relu>},
       add,
       attention_scratch,
       {attention_tile<CacheF32>, attention_tile<CacheBf16>, attention_tile<CacheF16>,
@@ -34,6 +35,8 @@ constexpr KernelTable make_table(const char* name) {
       attention_merge,
       quantize_i8,
       scale,
+      clamp,
+      soft_cap,
       make_quant_kernels(),
   };
   return t;

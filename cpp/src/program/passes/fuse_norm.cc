@@ -14,7 +14,8 @@ Program fuse_norm(const Program& program) {
     const Op* norm = rewrite.writer(parts.x, &at);
     if (norm == nullptr || norm->kind != OpKind::kNorm || parts.norm_weight.buffer >= 0) continue;
     const bool over_all_columns = norm->attr_int("group", norm->inputs[0].cols) == parts.x.cols;
-    if (!over_all_columns || !rewrite.only_reader(parts.x, i)) continue;
+    const bool is_plain_rms = norm->attr_string("kind", "") == "rms" && norm->inputs.size() == 2;
+    if (!over_all_columns || !is_plain_rms || !rewrite.only_reader(parts.x, i)) continue;
     parts.x = norm->inputs[0];
     parts.norm_weight = norm->inputs[1];
     parts.norm_eps = norm->attr_double("eps", 0);

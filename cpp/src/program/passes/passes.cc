@@ -11,7 +11,7 @@ namespace {
 constexpr Pass kPasses[] = {
     {"fuse_rotary_cache", "rotary of q and k, write_cache: one pass over the rows of qkv",
      fuse_rotary_cache},
-    {"fuse_activation", "linear (gate and up), activate: gate_up is never written",
+    {"fuse_activation", "linear, activate: of a gated one, gate_up is never written",
      fuse_activation},
     {"fuse_residual", "linear, add: the residual is added to what is still in a cache",
      fuse_residual},
