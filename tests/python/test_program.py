@@ -266,7 +266,8 @@ def test_random_models(seed: int) -> None:
     pair = Pair(decoder(spec), "float32", block_size, seed)
     paged = PagedSequences(random_tokens(random, [70, 3, 33, 90]), NUM_BLOCKS, block_size, seed)
     for step in mixed_steps(paged, random):
-        assert pair.error(step) < 1e-5, spec
+        # Soft caps and clamps make the largest logit a small one beside the sums it comes from.
+        assert pair.error(step) < 5e-5, spec
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
