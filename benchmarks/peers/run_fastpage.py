@@ -13,12 +13,12 @@ from fastpage._C.ops import cpu_isa
 opts = runner.options()
 llm = LLM(
     model=opts["model"],
-    dtype=opts["dtype"],
     max_num_seqs=opts["max_num_seqs"],
     max_num_batched_tokens=opts["max_num_batched_tokens"],
     max_model_len=opts["max_model_len"],
     enable_prefix_caching=False,
     threads=opts["threads"],
+    **opts["settings"],
 )
 
 

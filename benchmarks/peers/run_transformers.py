@@ -17,7 +17,7 @@ import transformers  # noqa: E402
 
 torch.set_num_threads(opts["threads"])
 model = transformers.AutoModelForCausalLM.from_pretrained(
-    opts["model"], dtype=getattr(torch, opts["dtype"]), attn_implementation="sdpa"
+    opts["model"], dtype=getattr(torch, opts["settings"]["dtype"]), attn_implementation="sdpa"
 ).eval()
 model.generation_config.eos_token_id = None
 PAD = 2

@@ -27,8 +27,9 @@ Generate = Callable[[list[Request]], list[list[int]]]
 
 
 class Options(TypedDict):
-    model: str  # a path
-    dtype: str
+    model: str  # a path, in the form that the engine reads
+    settings: dict[str, Any]  # the contestant's own (contestants.py)
+    peer_folder: str  # where the engine is installed, if not in this Python
     threads: int
     workload: str  # path of workload.json
     w1_requests: int  # only the first so many of W1
@@ -147,8 +148,10 @@ MEASURES = {"W1": measure_w1, "W2": measure_w2, "W3": measure_w3}
 
 
 def options() -> Options:
-    """Call it first: from here on, stdout belongs to the protocol alone."""
+    """Call it first: from here on, stdout belongs to the protocol alone, and offline.py stops and
+    continues this process and its helpers as one group."""
     global answers
+    os.setpgrp()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return json.loads(sys.argv[1])

@@ -1,0 +1,141 @@
+"""Who takes part in offline.py, with which settings, and the form of the model that each reads.
+
+Everyone's weights come from one GGUF file: through a bf16 checkpoint of it (make_checkpoint.py) or,
+for llama.cpp, straight from it. What was made is kept under build/checkpoints.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import make_checkpoint
+
+PRECISIONS = ("bf16", "int8", "int4")
+# generate() of transformers would need most of the run for all 64 requests of W1.
+TRANSFORMERS_W1_REQUESTS = 16
+
+
+class Unavailable(Exception):
+    """Why a contestant cannot take part."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    engine: str  # run_<engine>.py is its runner
+    variant: str
+    precision: str  # whom it is measured against: `bf16` stands for any float type
+    form: str  # of the model: a key of FORMS, and after a colon what the maker is told
+    settings: dict[str, Any] = field(default_factory=dict)
+    w1_requests: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine}-{self.variant}"
+
+
+CONTESTANTS = (
+    Contestant("fastpage", "bf16", "bf16", "checkpoint", {"dtype": "bfloat16"}),
+    Contestant("llamacpp", "bf16", "bf16", "gguf:BF16"),
+    Contestant("llamacpp", "f16", "bf16", "gguf:F16"),
+    Contestant("llamacpp", "f32", "bf16", "gguf:F32"),
+    Contestant("openvino", "bf16", "bf16", "openvino:fp32", {"INFERENCE_PRECISION_HINT": "bf16"}),
+    Contestant("openvino", "f32", "bf16", "openvino:fp32", {"INFERENCE_PRECISION_HINT": "f32"}),
+    Contestant("vllm", "bf16", "bf16", "checkpoint", {"dtype": "bfloat16"}),
+    Contestant("vllm", "f32", "bf16", "checkpoint", {"dtype": "float32"}),
+    Contestant("ctranslate2", "f32", "bf16", "ctranslate2:float32", {"batch": 32}),
+    Contestant(
+        "transformers",
+        "bf16",
+        "bf16",
+        "checkpoint",
+        {"dtype": "bfloat16"},
+        TRANSFORMERS_W1_REQUESTS,
+    ),
+    Contestant(
+        "transformers", "f32", "bf16", "checkpoint", {"dtype": "float32"}, TRANSFORMERS_W1_REQUESTS
+    ),
+    Contestant(
+        "fastpage", "int8", "int8", "checkpoint", {"dtype": "bfloat16", "quantization": "int8"}
+    ),
+    Contestant("llamacpp", "q8_0", "int8", "gguf:Q8_0"),
+    Contestant("openvino", "int8", "int8", "openvino:int8"),
+    Contestant("ctranslate2", "int8", "int8", "ctranslate2:int8", {"batch": 32}),
+    Contestant(
+        "fastpage", "int4", "int4", "checkpoint", {"dtype": "bfloat16", "quantization": "int4"}
+    ),
+    Contestant("fastpage", "gguf", "int4", "gguf", {"dtype": "bfloat16", "quantization": "gguf"}),
+    Contestant("llamacpp", "q4_1", "int4", "gguf"),
+    Contestant("llamacpp", "q4_0", "int4", "gguf:Q4_0"),
+    Contestant("llamacpp", "q4_k_m", "int4", "gguf:Q4_K_M"),
+    Contestant("openvino", "int4", "int4", "openvino:int4"),
+)
+
+
+class Forms:
+    """The model in the forms that engines read, each made when first asked for."""
+
+    def __init__(self, gguf: Path, peers: Path) -> None:
+        self._gguf = gguf
+        self._peers = peers
+
+    def path(self, form: str) -> Path:
+        """Raises Unavailable if it is not there and cannot be made."""
+        kind, _, precision = form.partition(":")
+        if form == "gguf":
+            return self._gguf
+        if form == "checkpoint":
+            return make_checkpoint.cached(self._gguf)
+        made = make_checkpoint.CACHE / f"{self._gguf.stem}-{kind}-{precision}"
+        if not made.exists():
+            print(f"-- converting the model: {made.name}", file=sys.stderr)
+            makers: dict[str, Callable[[str, Path], list[str]]] = {
+                "gguf": self._requantize,
+                "openvino": self._export_to_openvino,
+                "ctranslate2": self._convert_to_ctranslate2,
+            }
+            partial = made.with_name(made.name + ".partial")
+            self._run(makers[kind](precision, partial), partial)
+            partial.rename(made)
+        return made
+
+    def _run(self, command: list[str], partial: Path) -> None:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise Unavailable(f"not installed: {error}") from error
+        if done.returncode:
+            lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+            raise Unavailable(f"{Path(command[0]).name}: {lines[-1] if lines else 'failed'}")
+
+    def _requantize(self, precision: str, out: Path) -> list[str]:
+        program = self._peers / "llamacpp" / "build" / "bin" / "llama-quantize"
+        return [str(program), "--allow-requantize", str(self._gguf), str(out), precision]
+
+    def _export_to_openvino(self, precision: str, out: Path) -> list[str]:
+        command = [
+            str(self._peers / "openvino" / "bin" / "optimum-cli"), "export", "openvino",
+            "--model", str(self.path("checkpoint")),
+            "--task", "text-generation-with-past",
+            "--weight-format", precision,
+        ]  # fmt: skip
+        if precision == "int4":
+            command += ["--group-size", "64", "--ratio", "1.0"]
+        return [*command, str(out)]
+
+    def _convert_to_ctranslate2(self, precision: str, out: Path) -> list[str]:
+        program = self._peers / "ctranslate2" / "bin" / "ct2-transformers-converter"
+        return [
+            str(program),
+            "--model", str(self.path("checkpoint")),
+            "--quantization", precision,
+            "--output_dir", str(out),
+        ]  # fmt: skip
