@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -300,7 +301,7 @@ def test_random_models_with_an_int8_cache(seed: int) -> None:
     for step, same in zip(*steps, strict=True):
         assert pair.error(step) < 2e-2  # an ulp of fp32 may move a key to the next integer
         loss.append(relative_error(pair.cpu.forward_arrays(**step), exact.forward_arrays(**same)))
-    assert 1e-6 < max(loss) < 5e-2
+    assert 1e-6 < max(loss) < 2e-1
 
 
 def test_rows_do_not_depend_on_their_batch() -> None:
@@ -407,8 +408,16 @@ def test_a_cache_that_does_not_fit_is_refused() -> None:
         ("positions", [0], "positions has 1 entries, 2 needed"),
     ],
 )
-def test_batches_out_of_range_are_refused(field: str, value: list[Any], words: str) -> None:
-    spec = random_spec(np.random.default_rng(0))
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_batches_out_of_range_are_refused(
+    field: str, value: list[Any], words: str, positions: str
+) -> None:
+    spec = dataclasses.replace(
+        random_spec(np.random.default_rng(0)),
+        rotary=RotarySpec(dim=4) if positions == "rotary" else None,
+        learned_positions=MAX_POSITION + 2 if positions == "learned" else 0,
+        position_offset=2,
+    )
     executor = Pair(decoder(spec), "float32", 16, seed=0).cpu
     step = PagedSequences([[1, 2]], NUM_BLOCKS, 16).step({0: 2})
     with pytest.raises(InvalidArgument, match=words):

@@ -30,6 +30,18 @@ int64_t smallest_table(const Program& program, OpKind kind, size_t input) {
   return rows;
 }
 
+// How many positions every table that is read by position has an entry for.
+int64_t num_positions(const Program& program) {
+  int64_t smallest = std::min(smallest_table(program, OpKind::kRotary, 1),
+                              smallest_table(program, OpKind::kRotaryWriteCache, 3));
+  for (const Op& op : program.ops()) {
+    if (op.kind != OpKind::kEmbedPositions) continue;
+    const int64_t rows = program.buffers()[op.inputs[0].buffer].shape[0];
+    smallest = std::min(smallest, rows - op.attr_int("offset", 0));
+  }
+  return smallest;
+}
+
 void check_sequence(const InputBatch& batch, int32_t seq, const ExecutorConfig& config) {
   const int32_t begin = batch.query_start_loc[seq];
   const int32_t end = batch.query_start_loc[seq + 1];
@@ -80,9 +92,7 @@ void check_batch(const InputBatch& batch, const Program& program, const Executor
     throw InvalidArgument("query_start_loc must run from 0 to " + std::to_string(tokens));
   }
   check_range("token_ids", batch.token_ids, 0, smallest_table(program, OpKind::kEmbed, 0));
-  check_range("positions", batch.positions, 0,
-              std::min(smallest_table(program, OpKind::kRotary, 1),
-                       smallest_table(program, OpKind::kRotaryWriteCache, 3)));
+  check_range("positions", batch.positions, 0, num_positions(program));
   check_range("slot_mapping", batch.slot_mapping, INT32_MIN,
               static_cast<int64_t>(config.num_kv_blocks) * config.block_size);
   check_range("logits_indices", batch.logits_indices, 0, batch.num_tokens());
