@@ -113,7 +113,7 @@ def make_executor(model: Model, executor_type: str) -> Any:
 
 def load(path: Path, executor_type: str) -> Any:
     checkpoint = open_checkpoint(path)
-    model = build_model(checkpoint.config)
+    model = build_model(checkpoint.config, checkpoint=checkpoint)
     executor = make_executor(model, executor_type)
     model.load_weights(checkpoint, executor)
     return executor

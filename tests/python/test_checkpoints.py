@@ -392,7 +392,7 @@ def test_directories_without_weights_to_load(tmp_path):
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(tmp_path / "pickled")
-    assert_one_line(error, "pytorch_model.bin", "never loaded", "save_pretrained")
+    assert_one_line(error, "pytorch_model.bin", "--load-format pt", "save_pretrained")
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no \.safetensors or \.gguf file"):

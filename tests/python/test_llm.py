@@ -218,8 +218,8 @@ def test_ctrl_c_ends_the_requests_where_they_are(llm: LLM, request: pytest.Fixtu
 def test_without_parameters_the_models_own_are_used(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recommended = {"temperature": 0.0, "max_new_tokens": 3}
-    monkeypatch.setattr(llm._loaded, "generation_config", recommended)
+    recommended = {"temperature": 0.0, "max_tokens": 3}
+    monkeypatch.setattr(llm._loaded, "sampling_defaults", recommended)
     expected = llm.generate(PARIS, SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
     assert texts(llm.generate(PARIS, use_tqdm=False)) == texts(expected)
 

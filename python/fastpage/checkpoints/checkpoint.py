@@ -60,6 +60,9 @@ class Checkpoint(ABC):
         self.shape(name)
         return None
 
+    def release(self, name: str) -> None:  # noqa: B027 (most can do nothing)
+        """A hint that the tensor is not read again soon: its memory may go."""
+
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to the model. Raises CheckpointError if none is there."""

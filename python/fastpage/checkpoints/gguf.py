@@ -75,6 +75,9 @@ class GgufCheckpoint(Checkpoint):
             return found
         return self._deinterleave(name, found[0], heads), found[1]
 
+    def release(self, name: str) -> None:
+        self._file.release(self._stored_name(name))
+
     def tokenizer(self) -> Tokenizer:
         from fastpage.tokenizer import Tokenizer
 

@@ -17,6 +17,7 @@ import numpy as np
 from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from fastpage.checkpoints.safetensors import release_pages
 from fastpage.errors import CheckpointError
 
 _U32 = struct.Struct("<I")
@@ -95,6 +96,10 @@ class GgufFile:
             return None
         raw = np.frombuffer(self._map, np.uint8, entry.end - entry.begin, entry.begin)
         return raw.reshape(entry.shape[0], -1), entry.dtype.lower()
+
+    def release(self, name: str) -> None:
+        entry = self.entries[name]
+        release_pages(self._map, entry.begin, entry.end)
 
     def _dequantise(self, raw: np.ndarray, dtype: str, name: str) -> np.ndarray:
         method = getattr(quants, dtype, None)

@@ -72,6 +72,18 @@ class SafetensorsFile:
         array.flags.writeable = False
         return array, dtype_name
 
+    def float_dtype(self, name: str) -> str | None:
+        """float32, float16 or bfloat16; None for a tensor that is none of these."""
+        dtype = self.entries[name].dtype
+        return _READABLE[dtype][1] if dtype in _READABLE else None
+
+    def num_bytes(self, name: str) -> int:
+        return self.entries[name].end - self.entries[name].begin
+
+    def release(self, name: str) -> None:
+        entry = self.entries[name]
+        release_pages(self._map, entry.begin, entry.end)
+
     def _read_header(self) -> dict[str, TensorEntry]:
         size = len(self._map)
         if size < 8:
@@ -147,20 +159,35 @@ def open_shards(directory: Path) -> dict[str, SafetensorsFile]:
 
 
 def _open_indexed(index: Path) -> dict[str, SafetensorsFile]:
+    weight_map = read_weight_map(index)
+    files = {
+        name: SafetensorsFile(index.parent / name) for name in sorted(set(weight_map.values()))
+    }
+    for name, file_name in weight_map.items():
+        if name not in files[file_name].entries:
+            raise CheckpointError(f"{index}: tensor {name!r:.80} is not in {file_name}")
+    return {name: files[file_name] for name, file_name in weight_map.items()}
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> name of a file beside the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
     ):
         raise CheckpointError(f"{index}: no weight_map of tensor names to file names")
-    files: dict[str, SafetensorsFile] = {}
-    for file_name in sorted(set(weight_map.values())):
-        if Path(file_name).name != file_name:
-            raise CheckpointError(f"{index}: {file_name!r:.80} is not the name of a file beside it")
-        files[file_name] = SafetensorsFile(index.parent / file_name)
-    for name, file_name in weight_map.items():
-        if name not in files[file_name].entries:
-            raise CheckpointError(f"{index}: tensor {name!r:.80} is not in {file_name}")
-    return {name: files[file_name] for name, file_name in weight_map.items()}
+    for file in weight_map.values():
+        if Path(file).name != file or "\0" in file:
+            raise CheckpointError(f"{index}: {file!r:.80} is not the name of a file beside it")
+    return weight_map
+
+
+def release_pages(mapped: mmap.mmap, begin: int, end: int) -> None:
+    """Gives the memory of the pages that lie within [begin, end) back; they can be read again."""
+    begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = end // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from fastpage.checkpoints import LOAD_FORMATS
 from fastpage.engine.memory import parse_bytes
 from fastpage.errors import InvalidArgument
 
@@ -51,6 +52,20 @@ class EngineArgs:
     )
     revision: str | None = _arg(
         None, "Model", "branch, tag or commit of a Hub model (default: its main branch)"
+    )
+    load_format: str = _arg(
+        "auto",
+        "Model",
+        "which files of a directory: safetensors; gguf; pt, pytorch_model.bin, a pickle, read by "
+        "torch.load(weights_only=True); auto: safetensors or else gguf (default: %(default)s)",
+        choices=LOAD_FORMATS,
+    )
+    generation_config: str = _arg(
+        "auto",
+        "Model",
+        "where default sampling parameters come from: auto, the model's generation_config.json; "
+        "vllm, nowhere: fastpage's own; or a directory with such a file (default: %(default)s)",
+        metavar="auto|vllm|PATH",
     )
     served_model_name: str | None = _arg(
         None, "Model", "the name clients call it by (default: --model as given)", metavar="NAME"
@@ -209,6 +224,7 @@ class EngineArgs:
             ("scheduling_policy", POLICIES),
             ("executor", EXECUTORS),
             ("quantization", QUANTIZATIONS),
+            ("load_format", LOAD_FORMATS),
         ):
             if getattr(self, name) not in allowed:
                 raise InvalidArgument(
@@ -217,6 +233,10 @@ class EngineArgs:
         for name in ("enable_prefix_caching", "async_scheduling"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"{name}={getattr(self, name)!r} is not True or False")
+        if not self.generation_config or not isinstance(self.generation_config, str):
+            raise InvalidArgument(
+                f"generation_config={self.generation_config!r} is not auto, vllm or a directory"
+            )
         for name in ("revision", "served_model_name", "record_scheduler"):
             value = getattr(self, name)
             if value is not None and (not value or not isinstance(value, str)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +13,22 @@ from typing import Any
 
 from fastpage import _C
 from fastpage.checkpoints import Checkpoint, open_checkpoint
+from fastpage.checkpoints.safetensors import read_json
 from fastpage.engine.args import EngineArgs
 from fastpage.engine.memory import available_bytes, format_bytes, parse_bytes
-from fastpage.errors import InvalidArgument, ResourceExhausted
+from fastpage.errors import CheckpointError, InvalidArgument, ResourceExhausted
 from fastpage.models.loader import Model, build_model
 from fastpage.sampling_params import SamplingParams
 from fastpage.tokenizer import Tokenizer
 
-# Of generation_config.json. (Its do_sample counts for nothing, as in vLLM.)
-_RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# Of generation_config.json, to our names. (Its do_sample counts for nothing, as in vLLM.)
+_RECOMMENDED = {
+    **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")},
+    "max_new_tokens": "max_tokens",
+}
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _QUANTIZED_BYTES = {"int8": 1, "int4": 1}  # at most
+_BAR_AFTER_SECONDS = 1.0
 # Without kv_cache_memory, the cache takes this share of the memory left beside the weights ...
 _DEFAULT_CACHE_SHARE = 0.4
 # ... and at most this much.
@@ -85,16 +91,12 @@ class LoadedModel:
     runner: _C.ModelRunner  # the engine's
     tokenizer: Tokenizer
     info: ModelInfo
-    generation_config: dict[str, Any]
+    sampling_defaults: dict[str, Any]  # fields of SamplingParams
     phases: dict[str, float]  # seconds that each part of the loading took
 
     def default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json recommends, as vLLM reads it."""
-        config = self.generation_config
-        fields = {name: config[name] for name in _RECOMMENDED if config.get(name) is not None}
-        if config.get("max_new_tokens") is not None:
-            fields["max_tokens"] = config["max_new_tokens"]
-        return SamplingParams(**fields)
+        """What the generation_config.json that was chosen recommends, as vLLM reads it."""
+        return SamplingParams(**self.sampling_defaults)
 
 
 @dataclass
@@ -112,25 +114,76 @@ class PhaseTimer:
 
 def load_model(args: EngineArgs, progress: Callable[[int, int], None] | None = None) -> LoadedModel:
     """Raises InvalidArgument (or ModelError, a kind of it) or ResourceExhausted, one line each.
-    `progress` is called with (tensors loaded, tensors in all)."""
+    `progress` is called with (weights loaded, weights in all); without it a terminal shows a bar
+    if loading takes a while."""
     phase = PhaseTimer()
     with phase("checkpoint"):
-        checkpoint = open_checkpoint(args.model, args.revision)
-        model = build_model(checkpoint.config, max_model_len=args.max_model_len)
+        checkpoint = open_checkpoint(args.model, args.revision, args.load_format)
+        model = build_model(checkpoint.config, args.max_model_len, checkpoint)
+        sampling_defaults = _sampling_defaults(args, checkpoint)
     with phase("tokenizer"):
         tokenizer = _open_tokenizer(args, checkpoint)
     pool = _C.ThreadPool(args.threads)
     info = _decide(args, checkpoint, model, tokenizer, pool.num_threads)
     config = _engine_config(args, info)
     config.scheduler.validate()  # before minutes are spent on the weights
-    with phase("weights"):
-        runner, weight_bytes = _load_runner(args, info, checkpoint, model, pool, progress)
+    with phase("weights"), _LoadingBar() as bar:
+        runner, weight_bytes = _load_runner(
+            args, info, checkpoint, model, pool, progress or bar.update
+        )
     info = replace(info, weight_bytes=weight_bytes)
     with phase("engine"):
         engine = _C.Engine(config, runner)
         if args.record_scheduler is not None:
             engine.record(args.record_scheduler)
-    return LoadedModel(engine, runner, tokenizer, info, checkpoint.generation_config, phase.seconds)
+    return LoadedModel(engine, runner, tokenizer, info, sampling_defaults, phase.seconds)
+
+
+def _sampling_defaults(args: EngineArgs, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Fields of SamplingParams, checked before a request needs them."""
+    if args.generation_config == "vllm":
+        return {}
+    config, source = checkpoint.generation_config, checkpoint.path / "generation_config.json"
+    if args.generation_config != "auto":
+        source = Path(args.generation_config) / "generation_config.json"
+        config = read_json(source)
+    fields: dict[str, Any] = {
+        ours: config[theirs]
+        for theirs, ours in _RECOMMENDED.items()
+        if config.get(theirs) is not None
+    }
+    try:
+        SamplingParams(**fields)
+    except InvalidArgument as error:
+        raise CheckpointError(
+            f"{source}: {error} (generation_config='vllm' ignores the file's defaults)"
+        ) from None
+    return fields
+
+
+class _LoadingBar:
+    """On a terminal, once a second has passed: till then tqdm is not even imported."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._bar: Any = None
+
+    def __enter__(self) -> _LoadingBar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar is None:
+            if not self._is_terminal or time.perf_counter() - self._start < _BAR_AFTER_SECONDS:
+                return
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc="Loading weights", dynamic_ncols=True)
+        self._bar.update(done - self._bar.n)
 
 
 def _open_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:

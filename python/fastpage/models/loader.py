@@ -62,9 +62,13 @@ class Model:
                 executor.load_weight(name, constants[name])
             elif blocks := _read_blocks(checkpoint, sources[name]) if keep_blocks else None:
                 executor.load_weight_blocks(name, *blocks)
+                del blocks
             else:
                 values, dtype = _read(checkpoint, sources[name])
                 executor.load_weight(name, values, dtype if dtype == "bfloat16" else None)
+                del values
+            for tensor in sources[name].tensors if name in sources else ():
+                checkpoint.release(tensor)
             if progress is not None:
                 progress(done, len(shapes))
         executor.finish_loading()
@@ -96,11 +100,15 @@ class Model:
             )
 
 
-def build_model(config: Config, max_model_len: int | None = None) -> Model:
+def build_model(
+    config: Config, max_model_len: int | None = None, checkpoint: Checkpoint | None = None
+) -> Model:
     """Traces the model that a Hugging Face config describes.
 
-    max_model_len bounds positions (the model's own limit unless given). Raises
-    UnsupportedArchitecture, CheckpointError for a config that lacks a field, InvalidArgument.
+    max_model_len bounds positions (the model's own limit unless given). With `checkpoint`, whose
+    weights are meant for it, embeddings that the config ties are so only if they are not stored
+    apart with different values. Raises UnsupportedArchitecture, CheckpointError for a config that
+    lacks a field, InvalidArgument.
     """
     architecture = find_architecture(config)
     spec = architecture.spec(config)
@@ -111,13 +119,23 @@ def build_model(config: Config, max_model_len: int | None = None) -> Model:
                 f"{spec.max_position_embeddings} tokens"
             )
         spec = dataclasses.replace(spec, max_position_embeddings=max_model_len)
+    sources = architecture.sources(spec)
     ignored = architecture.ignored
     if getattr(spec, "tie_embeddings", False):
-        ignored = (*ignored, "lm_head.weight")
+        untied = dataclasses.replace(spec, tie_embeddings=False)
+        both = architecture.sources(untied)
+        ignored = (*ignored, *both["lm_head"].tensors) if "lm_head" in both else ignored
+        if checkpoint is not None and "lm_head" in both:
+            both = _as_named_there(both, checkpoint)
+            found = _compare(checkpoint, both["embed"].tensors[0], both["lm_head"].tensors[0])
+            if found == "different":
+                spec, sources, ignored = untied, architecture.sources(untied), architecture.ignored
+            elif found == "only the second":
+                sources = {**sources, "embed": both["lm_head"]}
     return Model(
         spec,
         architecture.program(spec),
-        architecture.sources(spec),
+        sources,
         functools.partial(architecture.constants, spec),
         ignored,
     )
@@ -135,6 +153,25 @@ def _as_named_there(sources: Sources, checkpoint: Checkpoint) -> Sources:
         name: dataclasses.replace(source, tensors=tuple(map(find, source.tensors)))
         for name, source in sources.items()
     }
+
+
+def _compare(checkpoint: Checkpoint, first: str, second: str) -> str:
+    """If a checkpoint has two tensors, and if with the same values: what transformers goes by."""
+    names = checkpoint.names()
+    if second not in names:
+        return "not the second"
+    if first not in names:
+        return "only the second"
+    if checkpoint.shape(first) != checkpoint.shape(second):
+        return "different"
+    (a, a_dtype), (b, b_dtype) = checkpoint.tensor(first), checkpoint.tensor(second)
+    same = all(
+        np.array_equal(_to_float32(a[i : i + 64], a_dtype), _to_float32(b[i : i + 64], b_dtype))
+        for i in range(0, len(a), 64)
+    )
+    checkpoint.release(first)
+    checkpoint.release(second)
+    return "the same" if same else "different"
 
 
 def _makes(source: Source, stored: Sequence[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:
