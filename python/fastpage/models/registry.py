@@ -46,8 +46,14 @@ class Architecture:
 
 # Name in `architectures`: module of fastpage.models.architectures, imported when it is wanted.
 _BUILT_IN: Mapping[str, str] = {
+    "BaiChuanForCausalLM": "baichuan",
+    "BaichuanForCausalLM": "baichuan",
+    "BloomForCausalLM": "bloom",
+    "FalconForCausalLM": "falcon",
     "LlamaForCausalLM": "llama",
+    "MPTForCausalLM": "mpt",
     "MistralForCausalLM": "mistral",
+    "MptForCausalLM": "mpt",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }

@@ -24,6 +24,7 @@ _ACTIVATIONS = {
 }
 _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 10_000
+_MAX_HEADS = 1 << 16
 
 
 def size(config: Config, name: str, default: int | None = None, maximum: int = _MAX_SIZE) -> int:
@@ -54,6 +55,11 @@ def number(config: Config, name: str, default: float, above: float = 0) -> float
             f"the model's config has {name} {value!r:.40}: a number above {above} needed"
         )
     return float(value)
+
+
+def present(config: Config, *names: str) -> str:
+    """The first of a field's names that the config has, else the last."""
+    return next((name for name in names if config.get(name) is not None), names[-1])
 
 
 def flag(config: Config, name: str, default: bool) -> bool:
@@ -99,8 +105,8 @@ def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> De
     """The fields that are the same in the Llama family; `more` adds an architecture's own, which
     go before those read here."""
     hidden_size = size(config, "hidden_size")
-    num_heads = size(config, "num_attention_heads")
-    head_dim = size(config, "head_dim", head_dim or max(hidden_size // num_heads, 1))
+    heads = num_heads(config)
+    head_dim = size(config, "head_dim", head_dim or max(hidden_size // heads, 1))
     max_position = size(config, "max_position_embeddings")
     rotary = rotary_spec(config, head_dim, max_position) if "rotary" not in more else None
     fields: dict[str, Any] = {
@@ -108,8 +114,8 @@ def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> De
         "hidden_size": hidden_size,
         "intermediate_size": size(config, "intermediate_size"),
         "num_layers": num_layers(config),
-        "num_heads": num_heads,
-        "num_kv_heads": size(config, "num_key_value_heads", num_heads),
+        "num_heads": heads,
+        "num_kv_heads": size(config, "num_key_value_heads", heads),
         "head_dim": head_dim,
         "norm_eps": number(config, "rms_norm_eps", 1e-6),
         "max_position_embeddings": _longest(max_position, rotary),
@@ -122,6 +128,10 @@ def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> De
 
 def num_layers(config: Config, name: str = "num_hidden_layers", default: int | None = None) -> int:
     return size(config, name, default, maximum=_MAX_LAYERS)
+
+
+def num_heads(config: Config, name: str = "num_attention_heads") -> int:
+    return size(config, name, maximum=_MAX_HEADS)
 
 
 def rotary_spec(config: Config, head_dim: int, max_position: int) -> RotarySpec:
