@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <functional>
 #include <random>
 
@@ -119,6 +120,41 @@ TEST(Program, RefusesBadOps) {
                "attribute kind is ''");
   expect_error([&] { b.rotary(x, 3); }, "head_dim 3 does not divide");
   expect_error([&] { b.activate({x.buffer, 0, 5}); }, "side by side");
+  expect_error(
+      [&] {
+        b.op(OpKind::kActivate, {x}, Rows::kTokens, 8, {{"kind", std::string("sine_and_mul")}});
+      },
+      "'sine_and_mul': one of silu, silu_and_mul, gelu");
+  for (const char* attribute : {"factor", "limit", "cap"}) {
+    const OpKind kind = attribute == std::string("factor")  ? OpKind::kScale
+                        : attribute == std::string("limit") ? OpKind::kClamp
+                                                            : OpKind::kSoftCap;
+    for (const double value : {0.0, -1.0, 1e39, std::nan("")}) {
+      expect_error([&] { b.op(kind, {x}, Rows::kTokens, 8, {{attribute, value}}); },
+                   std::string("attribute ") + attribute + " must be given, a number above 0");
+    }
+    EXPECT_NO_THROW(b.op(kind, {x}, Rows::kTokens, 8, {{attribute, 0.5}}));
+  }
+}
+
+TEST(Program, NormsAndPositionsDemandFittingTables) {
+  Builder b;
+  const Operand x = b.embed(8);
+  const auto norm = [&](std::vector<Operand> inputs, int64_t group) {
+    b.op(OpKind::kNorm, std::move(inputs), Rows::kTokens, 8,
+         {{"kind", std::string("layer")}, {"eps", 1e-6}, {"group", group}});
+  };
+  EXPECT_NO_THROW(norm({x, {b.weight({8})}, {b.weight({8})}}, 4));
+  EXPECT_NO_THROW(norm({x, {b.weight({4})}, {b.weight({4})}}, 4));
+  expect_error([&] { norm({x, {b.weight({2})}}, 4); }, "must be [4] or [8]");
+  expect_error([&] { norm({x, {b.weight({4})}, {b.weight({8})}}, 4); }, "differ in shape");
+  expect_error([&] { norm({x, {b.weight({8})}}, 3); }, "group 3 does not divide");
+  const auto positions = [&](int64_t offset) {
+    b.op(OpKind::kEmbedPositions, {{b.weight({10, 8})}}, Rows::kTokens, 8, {{"offset", offset}});
+  };
+  EXPECT_NO_THROW(positions(9));
+  expect_error([&] { positions(10); }, "offset lies past the rows");
+  expect_error([&] { positions(-1); }, "0 or more");
 }
 
 TEST(Program, AttentionWantsItsCacheWritten) {
@@ -165,8 +201,9 @@ TEST(Program, ValidateDemandsAnOutputAndTheGatherLast) {
 // ---- the planner
 
 bool computes_in_place(const Op& op, const Operand& in, const Program& program) {
-  const bool elementwise =
-      op.kind == OpKind::kAdd || op.kind == OpKind::kNorm || op.kind == OpKind::kRotary;
+  const bool elementwise = op.kind == OpKind::kAdd || op.kind == OpKind::kNorm ||
+                           op.kind == OpKind::kRotary || op.kind == OpKind::kScale ||
+                           op.kind == OpKind::kClamp || op.kind == OpKind::kSoftCap;
   return elementwise && in.cols == program.buffers()[in.buffer].shape[0] &&
          in.cols == op.outputs[0].cols;
 }

@@ -4,6 +4,7 @@ The tests run on the best instruction set of the machine, and once more in a pro
 for each lower one.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -179,6 +180,69 @@ def test_rms_norm(pools, shape):
             np.testing.assert_array_equal(
                 ops.norm(pools[0], x[i : i + 1], w, 1e-5, group=group)[0], results[0][i]
             )
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 576), (3, 1), (5, 37), (64, 130), (200, 512)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_layer_norm(pools, shape, has_bias):
+    rng = np.random.default_rng(15)
+    # A mean far from zero: squares less the mean's square would lose the variance.
+    x = (rng.standard_normal(shape) + 50).astype(np.float32)
+    rows, cols = shape
+    for group in {cols, cols // 2 if cols % 2 == 0 else cols}:
+        for width in {group, cols}:
+            w, b = rng.standard_normal((2, width)).astype(np.float32)
+            grouped = x.astype(np.float64).reshape(rows, cols // group, group)
+            centred = grouped - grouped.mean(-1, keepdims=True)
+            want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-3)
+            want = want.reshape(rows, cols // width, width) * w + (b if has_bias else 0)
+            bias = b if has_bias else None
+            results = [ops.norm(p, x, w, 1e-3, bias, group, "layer") for p in pools]
+            for got in results:
+                assert_close(got, want.reshape(shape), 1.0, 1e-4)
+                np.testing.assert_array_equal(got, results[0])
+
+
+def gelu(x):
+    return x * np.array([math.erfc(-v / math.sqrt(2)) / 2 for v in x.ravel()]).reshape(x.shape)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.clip(x, -700, 700)))
+
+
+ACTIVATIONS = {
+    "silu": lambda x: x * sigmoid(x),
+    "gelu": gelu,
+    "gelu_tanh": lambda x: x * sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations(pool, kind):
+    """From underflow to overflow, and densely where the approximations of erfc meet."""
+    near = np.linspace(-5, 5, 4001)
+    far = np.concatenate([-np.geomspace(1e-30, 40, 500), np.geomspace(1e-30, 3e38, 500), [0]])
+    x = np.concatenate([near, far]).astype(np.float32)[None, :]
+    want = ACTIVATIONS[kind](x.astype(np.float64))
+    np.testing.assert_allclose(ops.activate(pool, x, kind), want, rtol=6e-6, atol=1e-36)
+    gated = np.concatenate([x, 2 * np.ones_like(x)], axis=1)
+    finite = np.abs(want) < 1e38
+    got = ops.activate(pool, gated, kind + "_and_mul")
+    np.testing.assert_array_equal(got[finite], 2 * ops.activate(pool, x, kind)[finite])
+    nan = np.full((1, 3), np.nan, np.float32)
+    assert np.isnan(ops.activate(pool, nan, kind)).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (7, 33), (90, 700)])
+def test_scale_clamp_soft_cap(pools, shape):
+    x = (np.random.default_rng(8).standard_normal(shape) * 30).astype(np.float32)
+    capped = 20 * np.tanh(x.astype(np.float64) / 20)
+    for pool in pools:
+        np.testing.assert_array_equal(ops.scale(pool, x, 0.3), x * np.float32(0.3))
+        np.testing.assert_array_equal(ops.clamp(pool, x, 12.5), np.clip(x, -12.5, 12.5))
+        assert_close(ops.soft_cap(pool, x, 20.0), capped, np.abs(capped), 2e-6)
 
 
 @pytest.mark.parametrize("style", ["neox", "interleaved"])

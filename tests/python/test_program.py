@@ -158,7 +158,22 @@ OPS: dict[str, Callable[[ops.Tensor], ops.Tensor]] = {
     "rotary-interleaved": lambda x: ops.rotary(
         ops.split(x, (8, 16))[1], ops.weight("cos_sin", (MAX_POSITION, 8)), 8, "interleaved"
     ),
-    "activate": lambda x: ops.activate(x),
+    "norm-bias": lambda x: ops.norm(x, ops.weight("w", (8,)), 1e-3, ops.weight("b", (8,))),
+    "layer-norm": lambda x: ops.norm(x, ops.weight("w", (HIDDEN,)), 1e-3, kind="layer"),
+    "layer-norm-each-head": lambda x: ops.norm(
+        x, ops.weight("w", (HIDDEN,)), 1e-3, ops.weight("b", (HIDDEN,)), kind="layer", group=6
+    ),
+    "embed-positions": lambda x: ops.add(
+        x, ops.embed_positions(ops.weight("positions", (MAX_POSITION + 3, HIDDEN)), offset=3)
+    ),
+    **{
+        f"activate-{kind}{gate}": lambda x, kind=kind + gate: ops.activate(x, kind)
+        for kind in DecoderSpec.ACTIVATIONS
+        for gate in ("", "_and_mul")
+    },
+    "scale": lambda x: ops.scale(x, 0.3),
+    "clamp": lambda x: ops.clamp(x, 0.3),
+    "soft-cap": lambda x: ops.soft_cap(x, 1.5),
     "add": lambda x: ops.add(*ops.split(x, (12, 12))),
     "attend": lambda x: attention(x, num_heads=2, num_kv_heads=2, head_dim=4),
     "attend-grouped": lambda x: attention(x, num_heads=6, num_kv_heads=2, head_dim=5),
