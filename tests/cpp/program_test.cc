@@ -77,7 +77,8 @@ TEST(Program, OpNamesRoundTrip) {
   for (int i = 0; i <= static_cast<int>(OpKind::kGatherRows); ++i) {
     EXPECT_EQ(op_from_name(op_name(static_cast<OpKind>(i))), static_cast<OpKind>(i));
   }
-  expect_error([] { op_from_name("softmax"); }, "unknown op 'softmax': one of embed, norm");
+  expect_error([] { op_from_name("softmax"); },
+               "unknown op 'softmax': one of embed, embed_positions, norm");
 }
 
 TEST(Program, RefusesBadBuffers) {
