@@ -43,7 +43,7 @@ class Server:
         }
         command = [str(program), "--no-kv-unified", "--no-webui"]
         command += [str(word) for option in options.items() for word in option]
-        self.process = subprocess.Popen(command)
+        self.process = subprocess.Popen(command, preexec_fn=runner.end_with_parent)
         self.wait()
 
     def wait(self) -> None:

@@ -7,9 +7,11 @@ line on stdin and answers with one JSON line. What its engine prints goes to std
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -147,11 +149,18 @@ def measure_w3(generate: Generate, requests: list[Request]) -> dict[str, Any]:
 MEASURES = {"W1": measure_w1, "W2": measure_w2, "W3": measure_w3}
 
 
+def end_with_parent() -> None:
+    """Linux ends this process when the one that started it is gone, even while it is stopped."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def options() -> Options:
     """Call it first: from here on, stdout belongs to the protocol alone, and offline.py stops and
     continues this process and its helpers as one group."""
     global answers
     os.setpgrp()
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return json.loads(sys.argv[1])
