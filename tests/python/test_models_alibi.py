@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 
 import pytest
 from oracle import (
+    BLOCK_SIZE,
+    CHUNKS,
+    NUM_BLOCKS,
     NUM_TOKENS,
     SMALL,
     Case,
@@ -22,14 +26,21 @@ from oracle import (
     check_logits,
     check_rubbish,
     checkpoint_fixture,
+    load,
+    random_tokens,
 )
+from paging import relative_error, run_in_chunks
+from test_passes import assert_same_bits
 
+from fastpage import _C
 from fastpage.checkpoints import open_checkpoint
 from fastpage.errors import CheckpointError, UnsupportedArchitecture
 from fastpage.models import build_model
 from fastpage.models.constants import alibi_slopes
 
 torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors")
+pytest.importorskip("safetensors.torch")
 pytest.importorskip("transformers")
 functional = torch.nn.functional
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -107,6 +118,57 @@ def test_greedy_tokens_equal_transformers(case: str, checkpoint: MakeCheckpoint)
     check_greedy(*checkpoint(case))
 
 
+def test_slopes_of_falcon_are_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 heads have slopes that bfloat16 rounds. Their products with positions, which transformers
+    rounds too, are exact here and in what is compared with."""
+    from transformers.models.falcon import modeling_falcon
+
+    def build(mask: Any, num_heads: int, dtype: Any) -> Any:
+        slopes = torch.tensor(alibi_slopes(num_heads)).bfloat16().to(dtype)
+        return (slopes[:, None] * torch.arange(mask.shape[1])).unsqueeze(1)
+
+    monkeypatch.setattr(modeling_falcon, "build_alibi_tensor", build)
+    changes = {**FALCON_RW, "num_attention_heads": 12, "hidden_size": 72}
+    model = FalconCase("Falcon", changes, FALCON).make(seed=0)
+    model.save_pretrained(tmp_path)
+    check_logits(tmp_path, model)
+
+
+def test_names_without_the_base_models_prefix(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """As bigscience/bloom has them."""
+    path, oracle = checkpoint("bloom")
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(bare, tmp_path / "model.safetensors")
+    shutil.copy(path / "config.json", tmp_path)
+    check_logits(tmp_path, oracle)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_passes_keep_the_bits(case: str, checkpoint: MakeCheckpoint) -> None:
+    program = build_model(open_checkpoint(checkpoint(case)[0]).config).program
+    assert_same_bits(program, [], weight_dtype="float32", kv_cache_dtype="float32")
+
+
+@pytest.mark.parametrize("case", ["bloom", "falcon-7b", "falcon-40b", "mpt-clip"])
+def test_less_precise_weights(case: str, checkpoint: MakeCheckpoint) -> None:
+    path, _ = checkpoint(case)
+    opened = open_checkpoint(path)
+    tokens = random_tokens(opened.config["vocab_size"], NUM_TOKENS)
+    expected = run_in_chunks(load(path, "cpu"), tokens, CHUNKS, NUM_BLOCKS, BLOCK_SIZE)
+    for options, tolerance in (
+        ({"weight_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}, 0.03),
+        ({"quantization": "int8", "kv_cache_dtype": "int8"}, 0.03),
+    ):
+        model = build_model(opened.config)
+        executor = _C.CpuExecutor(
+            model.program, num_kv_blocks=NUM_BLOCKS, max_num_tokens=NUM_TOKENS, **options
+        )
+        model.load_weights(opened, executor)
+        logits = run_in_chunks(executor, tokens, CHUNKS, NUM_BLOCKS, BLOCK_SIZE)
+        assert 1e-5 < relative_error(logits, expected) < tolerance, options
+
+
 def test_the_clip_of_the_case_matters(checkpoint: MakeCheckpoint) -> None:
     _, oracle = checkpoint("mpt-clip")
     tokens = torch.arange(NUM_TOKENS)[None]
@@ -150,9 +212,7 @@ class Reference:
         }
 
     def save(self, path: Path) -> Path:
-        from safetensors.torch import save_file
-
-        save_file(self.tensors, path / "model.safetensors")
+        safetensors.torch.save_file(self.tensors, path / "model.safetensors")
         (path / "config.json").write_text(json.dumps(dict(self.config)))
         return path
 
