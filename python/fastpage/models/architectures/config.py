@@ -141,7 +141,7 @@ def rotary_spec(config: Config, head_dim: int, max_position: int) -> RotarySpec:
         raise CheckpointError(f"the model's config has rope parameters {rope!r:.40}: no mapping")
     scaling = _scaling(rope)
     partial = number(rope, "partial_rotary_factor", number(config, "partial_rotary_factor", 1.0))
-    dim = int(head_dim * partial)
+    dim = rotary_dim(head_dim, head_dim * partial)
     original = size(rope, "original_max_position_embeddings", max_position)
     original = size(config, "original_max_position_embeddings", original)
     low_freq_factor = number(rope, "low_freq_factor", 1.0)
@@ -163,6 +163,16 @@ def rotary_spec(config: Config, head_dim: int, max_position: int) -> RotarySpec:
         short_factors=_factors(rope, "short_factor", dim // 2) if is_longrope else (),
         long_factors=_factors(rope, "long_factor", dim // 2) if is_longrope else (),
     )
+
+
+def rotary_dim(head_dim: int, columns: float) -> int:
+    """How many whole columns of a head are rotated. Raises CheckpointError."""
+    if not 2 <= columns <= head_dim or int(columns) % 2:
+        raise CheckpointError(
+            f"the model's config has a rotary embedding of {columns:g} of a head's {head_dim} "
+            "columns: an even number of them needed"
+        )
+    return int(columns)
 
 
 def _scaling(rope: Config) -> str:
