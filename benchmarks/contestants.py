@@ -17,8 +17,6 @@ from typing import Any
 import make_checkpoint
 
 PRECISIONS = ("bf16", "int8", "int4")
-# generate() of transformers would need most of the run for all 64 requests of W1.
-TRANSFORMERS_W1_REQUESTS = 16
 
 
 class Unavailable(Exception):
@@ -32,49 +30,58 @@ class Contestant:
     precision: str  # whom it is measured against: `bf16` stands for any float type
     form: str  # of the model: a key of FORMS, and after a colon what the maker is told
     settings: dict[str, Any] = field(default_factory=dict)
-    w1_requests: int = 64
+    w1_requests: int = 64  # fewer for the slowest, which would take most of the run
 
     @property
     def name(self) -> str:
         return f"{self.engine}-{self.variant}"
 
 
+BF16, F32 = {"dtype": "bfloat16"}, {"dtype": "float32"}
+INT8, INT4 = BF16 | {"quantization": "int8"}, BF16 | {"quantization": "int4"}
+# Activations of OpenVINO's integer products get a scale for so many values.
+OPENVINO_GROUPS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 64}
+
 CONTESTANTS = (
-    Contestant("fastpage", "bf16", "bf16", "checkpoint", {"dtype": "bfloat16"}),
+    Contestant("fastpage", "bf16", "bf16", "checkpoint", BF16),
     Contestant("llamacpp", "bf16", "bf16", "gguf:BF16"),
-    Contestant("llamacpp", "f16", "bf16", "gguf:F16"),
     Contestant("llamacpp", "f32", "bf16", "gguf:F32"),
     Contestant("openvino", "bf16", "bf16", "openvino:fp32", {"INFERENCE_PRECISION_HINT": "bf16"}),
     Contestant("openvino", "f32", "bf16", "openvino:fp32", {"INFERENCE_PRECISION_HINT": "f32"}),
-    Contestant("vllm", "bf16", "bf16", "checkpoint", {"dtype": "bfloat16"}),
-    Contestant("vllm", "f32", "bf16", "checkpoint", {"dtype": "float32"}),
-    Contestant("ctranslate2", "f32", "bf16", "ctranslate2:float32", {"batch": 32}),
-    Contestant(
-        "transformers",
-        "bf16",
-        "bf16",
-        "checkpoint",
-        {"dtype": "bfloat16"},
-        TRANSFORMERS_W1_REQUESTS,
-    ),
-    Contestant(
-        "transformers", "f32", "bf16", "checkpoint", {"dtype": "float32"}, TRANSFORMERS_W1_REQUESTS
-    ),
-    Contestant(
-        "fastpage", "int8", "int8", "checkpoint", {"dtype": "bfloat16", "quantization": "int8"}
-    ),
+    Contestant("vllm", "bf16", "bf16", "checkpoint", BF16),
+    Contestant("vllm", "f32", "bf16", "checkpoint", F32),
+    Contestant("ctranslate2", "f32", "bf16", "ctranslate2:float32", w1_requests=16),
+    Contestant("transformers", "bf16", "bf16", "checkpoint", BF16, w1_requests=16),
+    Contestant("transformers", "f32", "bf16", "checkpoint", F32, w1_requests=16),
+    Contestant("fastpage", "int8", "int8", "checkpoint", INT8),
     Contestant("llamacpp", "q8_0", "int8", "gguf:Q8_0"),
-    Contestant("openvino", "int8", "int8", "openvino:int8"),
-    Contestant("ctranslate2", "int8", "int8", "ctranslate2:int8", {"batch": 32}),
-    Contestant(
-        "fastpage", "int4", "int4", "checkpoint", {"dtype": "bfloat16", "quantization": "int4"}
-    ),
-    Contestant("fastpage", "gguf", "int4", "gguf", {"dtype": "bfloat16", "quantization": "gguf"}),
+    Contestant("openvino", "int8", "int8", "openvino:int8", OPENVINO_GROUPS),
+    Contestant("ctranslate2", "int8", "int8", "ctranslate2:int8", w1_requests=16),
+    Contestant("fastpage", "int4", "int4", "checkpoint", INT4),
+    Contestant("fastpage", "gguf", "int4", "gguf", BF16 | {"quantization": "gguf"}),
     Contestant("llamacpp", "q4_1", "int4", "gguf"),
     Contestant("llamacpp", "q4_0", "int4", "gguf:Q4_0"),
     Contestant("llamacpp", "q4_k_m", "int4", "gguf:Q4_K_M"),
-    Contestant("openvino", "int4", "int4", "openvino:int4"),
+    Contestant("openvino", "int4", "int4", "openvino:int4", OPENVINO_GROUPS),
 )
+
+
+def has_bf16_instructions() -> bool:
+    flags = Path("/proc/cpuinfo").read_text()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def only_by_name() -> set[str]:
+    """Left out unless they are asked for: floats of the type that this CPU is slower with, and
+    Q4_K_M, which for rows of 576 is mostly Q5_0 and slower than Q4_0."""
+    slower = "f32" if has_bf16_instructions() else "bf16"
+    both = {name.rpartition("-")[0] for name in ALL_NAMES if name.endswith("-f32")} & {
+        name.rpartition("-")[0] for name in ALL_NAMES if name.endswith("-bf16")
+    }
+    return {f"{engine}-{slower}" for engine in both} | {"llamacpp-q4_k_m"}
+
+
+ALL_NAMES = frozenset(who.name for who in CONTESTANTS)
 
 
 class Forms:

@@ -287,16 +287,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chosen(args: argparse.Namespace, precision: str) -> list[Contestant]:
-    return [
-        who
-        for who in contestants.CONTESTANTS
-        if who.precision == precision
-        and (
-            who.engine == "fastpage"
-            or args.peers is None
-            or {who.engine, who.name} & set(args.peers)
-        )
-    ]
+    slower = contestants.only_by_name()
+
+    def takes_part(who: Contestant) -> bool:
+        if args.peers is None or who.engine in args.peers:
+            return who.name not in slower
+        return who.engine == "fastpage" or who.name in args.peers
+
+    return [w for w in contestants.CONTESTANTS if w.precision == precision and takes_part(w)]
 
 
 def main() -> None:
