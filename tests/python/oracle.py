@@ -119,6 +119,10 @@ def load(path: Path, executor_type: str) -> Any:
     return executor
 
 
+def vocab_size(path: Path) -> int:
+    return build_model(open_checkpoint(path).config).program.vocab_size
+
+
 def random_tokens(vocab_size: int, count: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab_size, count)
 
@@ -127,8 +131,7 @@ def check_logits(path: Path, oracle: Any) -> None:
     """Logits of every position, the prompt in one chunk and in several, by both executors."""
     import torch
 
-    vocab_size = open_checkpoint(path).config["vocab_size"]
-    tokens = random_tokens(vocab_size, NUM_TOKENS)
+    tokens = random_tokens(vocab_size(path), NUM_TOKENS)
     with torch.no_grad():
         expected = oracle(torch.from_numpy(tokens)[None]).logits[0].numpy()
     for executor_type in ("cpu", "torch"):
@@ -144,9 +147,7 @@ def check_greedy(path: Path, oracle: Any, max_tokens: int = 64) -> None:
     equal to what transformers picks position by position."""
     import torch
 
-    config = open_checkpoint(path).config
-    vocab_size = config["vocab_size"]
-    prompts = [random_tokens(vocab_size, n, seed=n).tolist() for n in (1, 5, 17, 33, 50)]
+    prompts = [random_tokens(vocab_size(path), n, seed=n).tolist() for n in (1, 5, 17, 33, 50)]
     for prompt, generated in zip(prompts, generate(path, prompts, max_tokens), strict=True):
         assert len(generated) == max_tokens
         with torch.no_grad():

@@ -37,7 +37,8 @@ class Model:
     program: Program
     sources: Sources
     constants: Callable[[], dict[str, npt.NDArray[np.float32]]]
-    ignored: tuple[str, ...] = ()  # endings of names of tensors that are no fault
+    roots: tuple[str, ...] = ()  # as Architecture has them
+    ignored: tuple[str, ...] = ()
 
     def load_weights(
         self,
@@ -54,7 +55,7 @@ class Model:
         read.
         """
         shapes = {b.name: tuple(b.shape) for b in self.program.buffers if b.kind == "weight"}
-        sources = _as_named_there(self.sources, checkpoint)
+        sources = _as_named_there(self.sources, checkpoint, self.roots)
         self._check(checkpoint, shapes, sources)
         constants = self.constants()
         for done, name in enumerate(shapes, start=1):
@@ -80,9 +81,7 @@ class Model:
         wanted = {tensor for source in sources.values() for tensor in source.tensors}
         faults = [f"missing {name}" for name in sorted(wanted - available)]
         faults += [
-            f"surplus {name}"
-            for name in sorted(available - wanted)
-            if not name.endswith((*_HARMLESS_SUFFIXES, *self.ignored))
+            f"surplus {name}" for name in sorted(available - wanted) if not self._is_ignored(name)
         ]
         for name, source in sources.items():
             if not available.issuperset(source.tensors):
@@ -98,6 +97,10 @@ class Model:
             raise CheckpointError(
                 f"the checkpoint does not fit its config: {len(faults)} fault(s): {listed}"
             )
+
+    def _is_ignored(self, name: str) -> bool:
+        beginnings = tuple(part for part in self.ignored if part.endswith("."))
+        return name.endswith((*_HARMLESS_SUFFIXES, *self.ignored)) or name.startswith(beginnings)
 
 
 def build_model(
@@ -126,7 +129,7 @@ def build_model(
         both = architecture.sources(untied)
         ignored = (*ignored, *both["lm_head"].tensors) if "lm_head" in both else ignored
         if checkpoint is not None and "lm_head" in both:
-            both = _as_named_there(both, checkpoint)
+            both = _as_named_there(both, checkpoint, architecture.roots)
             found = _compare(checkpoint, both["embed"].tensors[0], both["lm_head"].tensors[0])
             if found == "different":
                 spec, sources, ignored = untied, architecture.sources(untied), architecture.ignored
@@ -137,17 +140,20 @@ def build_model(
         architecture.program(spec),
         sources,
         functools.partial(architecture.constants, spec),
+        architecture.roots,
         ignored,
     )
 
 
-def _as_named_there(sources: Sources, checkpoint: Checkpoint) -> Sources:
-    """Checkpoints of a bare base model lack the first part of its tensors' names."""
+def _as_named_there(sources: Sources, checkpoint: Checkpoint, roots: tuple[str, ...]) -> Sources:
+    """Checkpoints of a bare base model lack the first part of its tensors' names; those of a model
+    within another may have one of `roots` there."""
     names = set(checkpoint.names())
 
     def find(name: str) -> str:
         bare = name.partition(".")[2]
-        return bare if name not in names and bare in names else name
+        there = (root + bare for root in ("", *roots) if root + bare in names)
+        return name if name in names else next(there, name)
 
     return {
         name: dataclasses.replace(source, tensors=tuple(map(find, source.tensors)))

@@ -34,13 +34,16 @@ class Architecture:
     sources: the spec -> where each weight comes from, by canonical name.
     program: the spec -> a Program traced over fastpage.ops, one KV cache layer per attend.
     constants: the spec -> the values of weights that are computed, not read.
-    ignored: endings of names of tensors that checkpoints may carry and no model reads.
+    roots: beginnings that checkpoints may have in the place of the first part of `sources`' names.
+    ignored: tensors that checkpoints may carry and the model does not read: endings of their names,
+    or beginnings, which end with a dot.
     """
 
     spec: Callable[[Config], Any]
     sources: Callable[[Any], Sources]
     program: Callable[[Any], Program] = decoder
     constants: Callable[[Any], dict[str, npt.NDArray[np.float32]]] = constants
+    roots: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -49,18 +52,34 @@ _BUILT_IN: Mapping[str, str] = {
     "BaiChuanForCausalLM": "baichuan",
     "BaichuanForCausalLM": "baichuan",
     "BloomForCausalLM": "bloom",
+    "Cohere2ForCausalLM": "cohere2",
+    "CohereForCausalLM": "cohere",
     "FalconForCausalLM": "falcon",
     "GPT2LMHeadModel": "gpt2",
     "GPTBigCodeForCausalLM": "gpt_bigcode",
     "GPTJForCausalLM": "gptj",
     "GPTNeoXForCausalLM": "gpt_neox",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "gemma3",
+    "GemmaForCausalLM": "gemma",
+    "Glm4ForCausalLM": "glm4",
+    "GlmForCausalLM": "glm",
+    "GraniteForCausalLM": "granite",
+    "LLaMAForCausalLM": "llama",
     "LlamaForCausalLM": "llama",
     "MPTForCausalLM": "mpt",
     "MistralForCausalLM": "mistral",
     "MptForCausalLM": "mpt",
     "OPTForCausalLM": "opt",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo3",
+    "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "StableLmForCausalLM": "stablelm",
+    "Starcoder2ForCausalLM": "starcoder2",
 }
 _registered: dict[str, Architecture] = {}
 
@@ -101,7 +120,12 @@ def find_architecture(config: Config) -> Architecture:
 
 def _built_in(module_name: str) -> Architecture:
     module = importlib.import_module(f"fastpage.models.architectures.{module_name}")
-    return Architecture(module.spec, module.sources, ignored=getattr(module, "IGNORED", ()))
+    return Architecture(
+        module.spec,
+        module.sources,
+        roots=getattr(module, "ROOTS", ()),
+        ignored=getattr(module, "IGNORED", ()),
+    )
 
 
 def _entry_points() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,13 @@ TRANSPOSED = Transform(
     "transposed",
     lambda shape: shape[::-1],
     lambda values: np.ascontiguousarray(values.T),
+)
+
+# The norms of Cohere's query and key heads, [heads, head_dim], to one vector.
+FLATTENED = Transform(
+    "flattened",
+    lambda shape: (math.prod(shape),),
+    lambda values: values.reshape(-1),
 )
 
 # Gemma's RMSNorm multiplies by 1 + weight.

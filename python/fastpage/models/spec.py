@@ -38,6 +38,7 @@ class DecoderSpec:
     # Positions: any of these, or none.
     rotary: RotarySpec | None = None
     local_rotary: RotarySpec | None = None  # of layers with a sliding window, if theirs differs
+    rotary_layers: tuple[bool, ...] = ()  # which layers have one; no entries: all of them
     alibi_slopes: tuple[float, ...] = ()  # one a head
     learned_positions: int = 0  # rows of a table that is added to the embedding; 0: there is none
     position_offset: int = 0  # the table's row of position 0
@@ -104,6 +105,7 @@ class DecoderSpec:
             ("alibi_slopes", self.num_heads),
             ("attention_scales", self.num_layers),
             ("sliding_windows", self.num_layers),
+            ("rotary_layers", self.num_layers),
         ):
             if len(getattr(self, name)) not in (0, count):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, not {count}")
@@ -127,6 +129,8 @@ class DecoderSpec:
         return self.attention_scales[layer] if self.attention_scales else self.head_dim**-0.5
 
     def layer_rotary(self, layer: int) -> RotarySpec | None:
+        if self.rotary_layers and not self.rotary_layers[layer]:
+            return None
         is_local = self.local_rotary is not None and self.sliding_window(layer) > 0
         return self.local_rotary if is_local else self.rotary
 

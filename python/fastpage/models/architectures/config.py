@@ -22,6 +22,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 10_000
 _MAX_HEADS = 1 << 16
@@ -218,17 +219,51 @@ def _longest(max_position: int, rotary: RotarySpec | None) -> int:
     return min(max(max_position, int(start * rotary.factor)), _MAX_SIZE)
 
 
+def layered_rotary(
+    config: Config, head_dim: int, max_position: int, theta: float, local_theta: float
+) -> tuple[RotarySpec, RotarySpec]:
+    """Of layers that see all positions, and of those with a sliding window.
+
+    From `rope_parameters` by kind of layer; older configs have rope_theta and rope_scaling for the
+    former and rope_local_base_freq for the latter. The last two: rope_theta where it is not given.
+    """
+    rope = config.get("rope_parameters")
+    if isinstance(rope, Mapping) and not rope.keys().isdisjoint(_LAYER_TYPES):
+        whole, local = (
+            {"rope_parameters": rope.get(kind), "rope_theta": default}
+            for kind, default in zip(_LAYER_TYPES, (theta, local_theta), strict=True)
+        )
+    else:
+        whole = {"rope_theta": theta, **config}
+        local = {"rope_theta": number(config, "rope_local_base_freq", local_theta, above=1)}
+    return rotary_spec(whole, head_dim, max_position), rotary_spec(local, head_dim, max_position)
+
+
+def every_nth_layer(config: Config, n: int) -> list[str]:
+    """layer_types where only every n-th layer sees all positions."""
+    return [_LAYER_TYPES[i % n != n - 1] for i in range(num_layers(config))]
+
+
+def sliding_windows(config: Config, window: int, default: list[str]) -> tuple[int, ...]:
+    """`window` for the layers with a sliding one, by `layer_types` or else by `default`."""
+    types, layers = config.get("layer_types"), num_layers(config)
+    types = default if types is None else types
+    if not isinstance(types, list) or len(types) != layers:
+        raise CheckpointError(f"the model's config has no layer_types for each of {layers} layers")
+    for kind in types:
+        if kind not in _LAYER_TYPES:
+            raise UnsupportedArchitecture(
+                f"layer_types has {kind!r:.40}: only {', '.join(_LAYER_TYPES)} are supported"
+            )
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+
+
 def qwen_sliding_windows(config: Config) -> tuple[int, ...]:
     """Qwen's layers see all positions unless use_sliding_window is on and a layer is listed."""
     if not config.get("use_sliding_window") or config.get("sliding_window") is None:
         return ()
-    window, layers = size(config, "sliding_window"), num_layers(config)
-    types = config.get("layer_types")
-    if types is None:
-        first = config.get("max_window_layers", 28)
-        if not isinstance(first, int):
-            raise CheckpointError(f"the model's config has max_window_layers {first!r:.40}")
-        types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers:
-        raise CheckpointError(f"the model's config has no layer_types for each of {layers} layers")
-    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    first = config.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        raise CheckpointError(f"the model's config has max_window_layers {first!r:.40}")
+    types = [_LAYER_TYPES[i >= first] for i in range(num_layers(config))]
+    return sliding_windows(config, size(config, "sliding_window"), types)
