@@ -1,4 +1,7 @@
-"""GGUF metadata -> the `config.json` that Hugging Face would have beside the same weights."""
+"""GGUF metadata -> the fields that a Hugging Face `config.json` has beside the same weights.
+
+Here is what families of models share; gguf_families.py has what is each one's own.
+"""
 
 from __future__ import annotations
 
@@ -10,67 +13,11 @@ import numpy as np
 from fastpage.checkpoints.gguf_file import GgufFile
 from fastpage.errors import CheckpointError, UnsupportedArchitecture
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 _TOKEN_IDS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
-
-
-def translate_config(file: GgufFile) -> dict[str, Any]:
-    """The configuration of the model in `file`.
-
-    Raises UnsupportedArchitecture for a model family that is not known, and CheckpointError for
-    metadata that is missing or makes no sense.
-    """
-    keys = _Keys(file)
-    architecture = keys.architecture
-    if architecture not in _ARCHITECTURES:
-        raise UnsupportedArchitecture(
-            f"{file.path}: GGUF architecture {architecture!r:.40} is not supported; "
-            f"these are: {', '.join(_ARCHITECTURES)}"
-        )
-    if keys.count("expert_count", 0):
-        raise UnsupportedArchitecture(
-            f"{file.path}: mixtures of experts are not supported in GGUF files"
-        )
-    heads = keys.count("attention.head_count")
-    hidden = keys.count("embedding_length")
-    head_dim = keys.count("attention.key_length", hidden // heads)
-    if keys.count("attention.value_length", head_dim) != head_dim:
-        raise UnsupportedArchitecture(f"{file.path}: keys and values of different width")
-    config = {
-        "architectures": [_ARCHITECTURES[architecture]],
-        "model_type": architecture,
-        "hidden_size": hidden,
-        "intermediate_size": keys.count("feed_forward_length"),
-        "num_hidden_layers": keys.count("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": keys.count("context_length"),
-        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
-        "rope_theta": keys.real("rope.freq_base", 10000.0),
-        "hidden_act": "silu",
-        "vocab_size": _vocab_size(file),
-        "tie_word_embeddings": "output.weight" not in file.entries,
-        "attention_bias": "blk.0.attn_q.bias" in file.entries,
-        "mlp_bias": "blk.0.ffn_up.bias" in file.entries,
-        "torch_dtype": source_dtype(file),
-    }
-    rotary_dim = keys.count("rope.dimension_count", head_dim)
-    if rotary_dim != head_dim:
-        config["partial_rotary_factor"] = rotary_dim / head_dim
-    scaling = _rope_scaling(file, keys, config, rotary_dim)
-    if scaling is not None:
-        config["rope_scaling"] = scaling
-    _add_sliding_window(keys, config)
-    return config | token_ids(file)
 
 
 def source_dtype(file: GgufFile) -> str:
@@ -87,12 +34,12 @@ def token_ids(file: GgufFile) -> dict[str, int]:
     return {name: value for name, value in ids.items() if type(value) is int}
 
 
-class _Keys:
+class Keys:
     """Typed access to the metadata keys `<architecture>.*`."""
 
     def __init__(self, file: GgufFile) -> None:
+        self.file = file
         self.path: Path = file.path
-        self._metadata = file.metadata
         architecture = file.metadata.get("general.architecture")
         if not isinstance(architecture, str):
             raise CheckpointError(f"{file.path}: metadata key 'general.architecture' is missing")
@@ -106,30 +53,85 @@ class _Keys:
 
     def real(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if type(value) not in (int, float) or not 0 <= value < float("inf"):
+            raise self._wrong(key, value)
+        if value == 0 and default != 0:
             raise self._wrong(key, value)
         return float(value)
 
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if type(value) is not bool:
+            raise self._wrong(key, value)
+        return value
+
     def get(self, key: str, default: Any = None) -> Any:
-        return self._metadata.get(f"{self.architecture}.{key}", default)
+        return self.file.metadata.get(f"{self.architecture}.{key}", default)
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self.file.entries
 
     def _wrong(self, key: str, value: Any) -> CheckpointError:
         fault = "is missing" if value is None else f"is {value!r:.40}"
         return CheckpointError(f"{self.path}: metadata key '{self.architecture}.{key}' {fault}")
 
 
-def _vocab_size(file: GgufFile) -> int:
-    embedding = file.entries.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{file.path}: no matrix 'token_embd.weight'")
-    return embedding.shape[0]
+def shared_fields(keys: Keys) -> dict[str, Any]:
+    """Of every config."""
+    vocab = keys.file.entries.get("token_embd.weight")
+    if vocab is None or len(vocab.shape) != 2:
+        raise CheckpointError(f"{keys.path}: no matrix 'token_embd.weight'")
+    return {
+        "vocab_size": vocab.shape[0],
+        "tie_word_embeddings": not keys.has("output.weight"),
+        "torch_dtype": source_dtype(keys.file),
+        **token_ids(keys.file),
+    }
 
 
-def _rope_scaling(
-    file: GgufFile, keys: _Keys, config: dict[str, Any], rotary_dim: int
-) -> dict[str, Any] | None:
-    if "rope_freqs.weight" in file.entries:
-        return _llama3_scaling(file, config, rotary_dim)
+def llama_fields(keys: Keys) -> dict[str, Any]:
+    """Of Llama and its many successors."""
+    heads = keys.count("attention.head_count")
+    hidden = keys.count("embedding_length")
+    head_dim = keys.count("attention.key_length", max(hidden // heads, 1))
+    if keys.count("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedArchitecture(f"{keys.path}: keys and values of different width")
+    config = {
+        "hidden_size": hidden,
+        "intermediate_size": keys.count("feed_forward_length"),
+        "num_hidden_layers": keys.count("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": keys.count("context_length"),
+        "rope_theta": keys.real("rope.freq_base", 10000.0),
+        "hidden_act": "silu",
+        "attention_bias": keys.has("blk.0.attn_q.bias"),
+        "mlp_bias": keys.has("blk.0.ffn_up.bias"),
+        **norm_eps(keys),
+    }
+    rotary_dim = keys.count("rope.dimension_count", head_dim)
+    if rotary_dim != head_dim:
+        config["partial_rotary_factor"] = rotary_dim / head_dim
+    scaling = _rope_scaling(keys, config, rotary_dim)
+    if scaling is not None:
+        config["rope_scaling"] = scaling
+    return config
+
+
+def norm_eps(keys: Keys) -> dict[str, float]:
+    """Both names that configs have for a LayerNorm's."""
+    if keys.get("attention.layer_norm_epsilon") is None:
+        return {"rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon")}
+    eps = keys.real("attention.layer_norm_epsilon")
+    return {"layer_norm_eps": eps, "layer_norm_epsilon": eps}
+
+
+def _rope_scaling(keys: Keys, config: dict[str, Any], rotary_dim: int) -> dict[str, Any] | None:
+    if keys.has("rope_freqs.weight"):
+        return _llama3_scaling(keys.file, config, rotary_dim)
+    if keys.has("rope_factors_long.weight"):
+        return _longrope_scaling(keys, config)
     kind = keys.get("rope.scaling.type", "none")
     if kind == "none":
         return None
@@ -144,7 +146,18 @@ def _rope_scaling(
             "factor": keys.real("rope.scaling.factor"),
             "original_max_position_embeddings": original,
         }
-    raise UnsupportedArchitecture(f"{file.path}: rope scaling {kind!r:.40} is not supported")
+    raise UnsupportedArchitecture(f"{keys.path}: rope scaling {kind!r:.40} is not supported")
+
+
+def _longrope_scaling(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    factors = {}
+    for kind in ("long", "short"):
+        name = f"rope_factors_{kind}.weight"
+        if not keys.has(name):
+            raise CheckpointError(f"{keys.path}: no tensor {name!r}")
+        factors[f"{kind}_factor"] = keys.file.tensor(name)[0].astype(float).tolist()
+    original = keys.count("rope.scaling.original_context_length", config["max_position_embeddings"])
+    return {"rope_type": "longrope", "original_max_position_embeddings": original, **factors}
 
 
 def _llama3_scaling(file: GgufFile, config: dict[str, Any], rotary_dim: int) -> dict[str, Any]:
@@ -171,15 +184,3 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any], rotary_dim: int) -> 
         "high_freq_factor": high,
         "original_max_position_embeddings": original,
     }
-
-
-def _add_sliding_window(keys: _Keys, config: dict[str, Any]) -> None:
-    window = keys.count("attention.sliding_window", 0)
-    if not window:
-        return
-    config["sliding_window"] = window
-    if keys.architecture == "llama":  # the member of the family that has one
-        config["architectures"], config["model_type"] = ["MistralForCausalLM"], "mistral"
-    else:
-        config["use_sliding_window"] = True
-        config["max_window_layers"] = 0

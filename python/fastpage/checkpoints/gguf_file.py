@@ -75,27 +75,35 @@ class GgufFile:
         except struct.error:
             raise CheckpointError(f"{path}: truncated within the header") from None
 
-    def tensor(self, name: str) -> tuple[np.ndarray, str]:
-        """The values and "float32", "float16" or "bfloat16" (as uint16); read-only."""
+    def tensor(self, name: str, index: int | None = None) -> tuple[np.ndarray, str]:
+        """The values and "float32", "float16" or "bfloat16" (as uint16); read-only. With `index`
+        only that one along the first dimension."""
         entry = self.entries[name]
-        raw = np.frombuffer(self._map, np.uint8, entry.end - entry.begin, entry.begin)
+        raw, shape = self._raw(entry, index)
         if entry.dtype in _PLAIN:
             dtype, dtype_name = _PLAIN[entry.dtype]
-            array = np.require(raw.view(dtype), requirements="A").reshape(entry.shape)
+            array = np.require(raw.view(dtype), requirements="A").reshape(shape)
         else:
             dtype_name = "float32"
-            array = self._dequantise(raw, entry.dtype, name).reshape(entry.shape)
+            array = self._dequantise(raw, entry.dtype, name).reshape(shape)
         array.flags.writeable = False
         return array, dtype_name
 
-    def blocks(self, name: str) -> tuple[np.ndarray, str] | None:
+    def blocks(self, name: str, index: int | None = None) -> tuple[np.ndarray, str] | None:
         """A matrix of Q8_0, Q4_0 or Q4_1 as it is stored: uint8 [rows, bytes of a row], read-only,
-        and the type in lower case; None for all others."""
+        and the type in lower case; None for all others. `index` as for tensor()."""
         entry = self.entries[name]
-        if entry.dtype not in _BLOCK_TYPES or len(entry.shape) != 2:
+        raw, shape = self._raw(entry, index)
+        if entry.dtype not in _BLOCK_TYPES or len(shape) != 2:
             return None
-        raw = np.frombuffer(self._map, np.uint8, entry.end - entry.begin, entry.begin)
-        return raw.reshape(entry.shape[0], -1), entry.dtype.lower()
+        return raw.reshape(shape[0], -1), entry.dtype.lower()
+
+    def _raw(self, entry: TensorEntry, index: int | None) -> tuple[np.ndarray, tuple[int, ...]]:
+        size, begin, shape = entry.end - entry.begin, entry.begin, entry.shape
+        if index is not None:
+            size //= shape[0]
+            begin, shape = begin + index * size, shape[1:]
+        return np.frombuffer(self._map, np.uint8, size, begin), shape
 
     def release(self, name: str) -> None:
         entry = self.entries[name]
