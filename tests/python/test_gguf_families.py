@@ -11,8 +11,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from checkpoint_files import write_gguf
+from checkpoint_files import random_matrix, write_gguf
 from gguf import GGMLQuantizationType as QuantType
+from gguf import quants
 from oracle import SMALL, Case, check_logits
 from safetensors.numpy import load_file
 
@@ -240,7 +241,7 @@ CASES = {
     "mixtral": GgufCase(
         "llama", Case("Mixtral", {"num_local_experts": 5}, MOE), mixtral_keys, llama_change
     ),
-    "qwen2": GgufCase("qwen2", Case("Qwen2", base={**SMALL, "head_dim": 9})),
+    "qwen2": GgufCase("qwen2", Case("Qwen2")),
     "qwen3": GgufCase("qwen3", Case("Qwen3")),
     "qwen3moe": GgufCase(
         "qwen3moe",
@@ -278,13 +279,16 @@ CASES = {
     "gemma3": GgufCase(
         "gemma3",
         Case(
-            "Gemma3",
+            "Gemma3Text",
             {"sliding_window": 7, "num_hidden_layers": 7, "query_pre_attn_scalar": 10},
+            model="Gemma3ForCausalLM",
         ),
         gemma3_keys,
         gemma_change,
     ),
-    "gpt2": GgufCase("gpt2", Case("GPT2", base=GPT2), gpt2_keys, gpt2_change),
+    "gpt2": GgufCase(
+        "gpt2", Case("GPT2", base=GPT2, model="GPT2LMHeadModel"), gpt2_keys, gpt2_change
+    ),
     "starcoder": GgufCase("starcoder", Case("GPTBigCode", base=GPT2), starcoder_keys),
     "gptneox": GgufCase("gptneox", Case("GPTNeoX", base=NEOX), gptneox_keys, each_head_change),
     "gptneox-sequential": GgufCase(
@@ -385,3 +389,70 @@ def test_logits_equal_transformers(made, name):
     if open_checkpoint(path).config["architectures"][0] not in supported_architectures():
         pytest.skip("an architecture that is not there yet")
     check_logits(path, oracle)
+
+
+def test_baichuan(tmp_path):
+    """transformers has none: its packed q, k and v, which are apart in GGUF, q and k permuted."""
+    rng = np.random.default_rng(0)
+    packed = rng.standard_normal((3 * 48, 48), np.float32)
+    q, k, v = np.split(packed, 3)
+    stored = {"q": interleave(q, 4), "k": interleave(k, 4), "v": v}
+    tensors = {
+        f"blk.0.attn_{part}.weight": (values, QuantType.F32) for part, values in stored.items()
+    }
+    tensors["token_embd.weight"] = (rng.standard_normal((40, 48), np.float32), QuantType.F32)
+    keys = {
+        "block_count": 1,
+        "context_length": 64,
+        "embedding_length": 48,
+        "feed_forward_length": 64,
+        "attention.head_count": 4,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+    }
+
+    def write(**changes: Any) -> Path:
+        changed = {f"baichuan.{key}": value for key, value in (keys | changes).items()}
+        write_gguf(tmp_path / "a.gguf", "baichuan", tensors, changed)
+        return tmp_path / "a.gguf"
+
+    checkpoint = open_checkpoint(write())
+    name = "model.layers.0.self_attn.W_pack.weight"
+    assert sorted(checkpoint.names()) == ["model.embed_tokens.weight", name]
+    assert checkpoint.shape(name) == (144, 48)
+    np.testing.assert_array_equal(checkpoint.tensor(name)[0], packed)
+    assert checkpoint.config["architectures"] == ["BaiChuanForCausalLM"]
+    larger = open_checkpoint(write(block_count=40))  # the 13B
+    assert larger.config["architectures"] == ["BaichuanForCausalLM"]
+
+
+def test_blocks_of_experts_and_of_packed_heads(tmp_path):
+    """Quantised blocks take the same way as values do."""
+    rng = np.random.default_rng(0)
+    experts, rows = 3, 64
+    kinds = {"ffn_gate_exps": QuantType.Q8_0, "attn_q": QuantType.Q4_0}
+    shapes = {"ffn_gate_exps": (experts, rows, 64), "attn_q": (rows, 64)}
+    tensors = {"token_embd.weight": (np.ones((40, 64), np.float32), QuantType.F32)}
+    for base, shape in shapes.items():
+        blocks = random_matrix(rng, int(np.prod(shape[:-1])), 64, kinds[base])
+        tensors[f"blk.0.{base}.weight"] = (blocks.reshape(*shape[:-1], -1), kinds[base])
+    keys = {
+        "block_count": 1,
+        "context_length": 64,
+        "embedding_length": 64,
+        "feed_forward_length": rows,
+        "attention.head_count": 4,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "expert_count": experts,
+        "expert_used_count": 2,
+    }
+    path = tmp_path / "a.gguf"
+    write_gguf(path, "llama", tensors, {f"llama.{key}": value for key, value in keys.items()})
+    checkpoint = open_checkpoint(path)
+    names = [f"model.layers.0.block_sparse_moe.experts.{i}.w1.weight" for i in range(experts)]
+    names.append("model.layers.0.self_attn.q_proj.weight")
+    for name in names:
+        blocks, kind = checkpoint.blocks(name)
+        values, _ = checkpoint.tensor(name)
+        assert checkpoint.shape(name) == values.shape == (rows, 64)
+        np.testing.assert_array_equal(quants.dequantize(blocks, QuantType[kind.upper()]), values)
+    assert len({checkpoint.tensor(name)[0].tobytes() for name in names}) == experts + 1
