@@ -137,6 +137,9 @@ class FakeCheckpoint:
     def tensor(self, name: str) -> tuple[np.ndarray, str]:
         return self.tensors[name]
 
+    def release(self, name: str) -> None:
+        pass
+
 
 def test_load_names_all_that_does_not_fit(checkpoint: MakeCheckpoint) -> None:
     fake = FakeCheckpoint(checkpoint("llama")[0])
