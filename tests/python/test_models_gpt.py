@@ -308,6 +308,30 @@ def test_parameters_of_real_models(name: str) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize("case", FAMILIES)
+def test_defaults_are_those_of_transformers(case: str) -> None:
+    """Of fields that a config.json lacks."""
+    family, name = CASES[case].family, CASES[case].model or f"{CASES[case].family}ForCausalLM"
+    full = getattr(transformers, f"{family}Config")().to_dict()
+    assert build_model({"architectures": [name]}).spec == (
+        build_model({**full, "architectures": [name]}).spec
+    )
+
+
+def test_older_rope_fields_mean_the_same(checkpoint: MakeCheckpoint) -> None:
+    config = dict(open_checkpoint(checkpoint("neox-linear-rope")[0]).config)
+    new = build_model(config).spec
+    rope = config.pop("rope_parameters")
+    assert (rope["rope_theta"], rope["partial_rotary_factor"]) == (500, 0.75)
+    older = {
+        "rotary_emb_base": 500,
+        "rotary_pct": 0.75,
+        "rope_scaling": {"type": "linear", "factor": 2.5},
+    }
+    assert build_model({**config, **older}).spec == new
+    assert new.max_position_embeddings == 320
+
+
 # ---- configs that make no sense, or none that is supported
 
 
