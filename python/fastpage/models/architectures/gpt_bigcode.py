@@ -1,4 +1,4 @@
-"""GPTBigCodeForCausalLM (StarCoder, SantaCoder): GPT-2 with one key and value head for all."""
+"""GPTBigCodeForCausalLM: StarCoder, SantaCoder (GPT-2 with one key and value head for all)."""
 
 from __future__ import annotations
 

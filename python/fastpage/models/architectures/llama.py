@@ -1,4 +1,4 @@
-"""LlamaForCausalLM: Llama 1 to 3, Vicuna, Alpaca, SmolLM, TinyLlama and many others."""
+"""LlamaForCausalLM, LLaMAForCausalLM: Llama 1 to 3, Vicuna, Alpaca, SmolLM, TinyLlama, others."""
 
 from __future__ import annotations
 

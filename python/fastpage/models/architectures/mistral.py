@@ -1,4 +1,4 @@
-"""MistralForCausalLM: Llama with a sliding window in every layer, where the config has one."""
+"""MistralForCausalLM: Mistral (Llama with a sliding window in every layer, where there is one)."""
 
 from __future__ import annotations
 

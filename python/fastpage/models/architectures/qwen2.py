@@ -1,4 +1,4 @@
-"""Qwen2ForCausalLM (Qwen2, Qwen2.5, QwQ): Llama with biases on q, k and v."""
+"""Qwen2ForCausalLM: Qwen2, Qwen2.5, QwQ (Llama with biases on q, k and v)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3ForCausalLM: Llama with an RMSNorm on each head of q and k, heads of 128."""
+"""Qwen3ForCausalLM: Qwen3 (Llama with an RMSNorm on each head of q and k)."""
 
 from __future__ import annotations
 
