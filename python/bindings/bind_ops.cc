@@ -89,6 +89,25 @@ Array linear(ThreadPool& pool, py::object x_arg, const ops::PackedWeight& weight
   return y;
 }
 
+Array moe(ThreadPool& pool, py::object x_arg, py::object logits_arg,
+          const std::vector<std::pair<const ops::PackedWeight*, const ops::PackedWeight*>>& weights,
+          int32_t top_k, bool renormalize, const std::string& kind,
+          const std::string& activations) {
+  const ImportedTensor x(x_arg, "x");
+  const ImportedTensor logits(logits_arg, "router_logits");
+  const Matrix<const float> xm = x.matrix();
+  const Matrix<const float> lm = logits.matrix();
+  std::vector<ops::Expert> experts;
+  for (const auto& [gate_up, down] : weights) experts.push_back({gate_up, down});
+  const ops::MoeParams params{top_k, renormalize, ops::activation_from_name(kind),
+                              ops::activations_from_name(activations)};
+  Array y = new_array(xm.rows, xm.cols);
+  const Matrix<float> ym = matrix(y);
+  py::gil_scoped_release release;
+  ops::moe(pool, xm, lm, experts, params, ym);
+  return y;
+}
+
 void check_ids(const std::vector<int32_t>& ids, int64_t size, const char* name) {
   for (const int32_t id : ids) {
     if (id < 0 || id >= size) {
@@ -373,6 +392,9 @@ void bind_ops(py::module_& m) {
 
   o.def("linear", &linear, py::arg("pool"), py::arg("x"), py::arg("weight"),
         py::arg("bias") = py::none(), py::arg("out").noconvert() = py::none(),
+        py::arg("activations") = "int8");
+  o.def("moe", &moe, py::arg("pool"), py::arg("x"), py::arg("router_logits"), py::arg("experts"),
+        py::arg("top_k"), py::arg("renormalize") = false, py::arg("kind") = "silu_and_mul",
         py::arg("activations") = "int8");
   o.def("embed", &embed, py::arg("pool"), py::arg("ids"), py::arg("table"));
   o.def("norm", &norm, py::arg("pool"), py::arg("x"), py::arg("weight"), py::arg("eps"),

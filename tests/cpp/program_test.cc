@@ -158,6 +158,32 @@ TEST(Program, NormsAndPositionsDemandFittingTables) {
   expect_error([&] { positions(-1); }, "0 or more");
 }
 
+TEST(Program, RefusesBadMixtures) {
+  Builder b;
+  const Operand x = b.embed(8);
+  const Operand logits = b.linear(x, 2);
+  const auto moe = [&](std::vector<std::vector<int64_t>> shapes, int64_t top_k = 1,
+                       int64_t renormalize = 1, const char* kind = "silu_and_mul") {
+    std::vector<Operand> inputs{x, logits};
+    for (std::vector<int64_t>& shape : shapes) inputs.push_back({b.weight(std::move(shape))});
+    return b.op(OpKind::kMoe, std::move(inputs), Rows::kTokens, 8,
+                {{"top_k", top_k}, {"renormalize", renormalize}, {"kind", std::string(kind)}});
+  };
+  expect_error([&] { moe({}); }, "(moe): 2 inputs: x, router_logits, and gate_up and down of each");
+  expect_error([&] { moe({{6, 8}, {8, 3}, {6, 8}}); }, "5 inputs: x, router_logits, and gate_up");
+  expect_error([&] { moe({{6, 8}, {8, 3}}); }, "(2 columns) must have a row like x and a column");
+  expect_error([&] { moe({{6, 8}, {8, 3}, {6, 8}, {8, 4}}); },
+               "[6, 8] and 'w15' [8, 4] must be [6, 8] and [8, 3]");
+  expect_error([&] { moe({{6, 7}, {8, 3}, {6, 8}, {8, 3}}); }, "must be [6, 8] and [8, 3]");
+  expect_error([&] { moe({{6, 8}, {8, 3}, {6, 8}, {8}}); }, "must have 2 dimension(s)");
+  const std::vector<std::vector<int64_t>> good{{6, 8}, {8, 3}, {6, 8}, {8, 3}};
+  expect_error([&] { moe(good, 3); }, "top_k is 3, there are 2 experts");
+  expect_error([&] { moe(good, 0); }, "top_k is 0, a positive number needed");
+  expect_error([&] { moe(good, 1, 2); }, "renormalize must be 0 or 1");
+  expect_error([&] { moe(good, 1, 1, "silu"); }, "kind must be of a gate");
+  EXPECT_NO_THROW(moe(good, 2, 0, "gelu_and_mul"));
+}
+
 TEST(Program, AttentionWantsItsCacheWritten) {
   Builder b;
   const Operand x = b.embed(8);

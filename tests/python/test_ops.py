@@ -762,7 +762,7 @@ def test_cpu_isa():
 @pytest.mark.parametrize("isa", ISAS[:-1])
 def test_other_instruction_sets(isa):
     env = {**os.environ, "FASTPAGE_CPU_ISA": isa}
-    files = [__file__.replace("test_ops", "test_quantized_ops")]
+    files = [__file__.replace("test_ops", f"test_{name}_ops") for name in ("quantized", "moe")]
     if isa in ("portable", "avx2"):  # the others' float kernels are another set's
         files.append(__file__)
     if ISAS.index(isa) >= ISAS.index(ops.cpu_isa()):

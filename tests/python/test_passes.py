@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from test_program import MAX_POSITION, NUM_BLOCKS, VOCAB, mixed_steps, random_sp
 from fastpage import ops
 from fastpage._C import CpuExecutor, Program, ThreadPool, apply_passes, passes
 from fastpage.errors import InvalidArgument
-from fastpage.models import DecoderSpec, RotarySpec, decoder
+from fastpage.models import DecoderSpec, MoeSpec, RotarySpec, decoder
 from fastpage.models.rotary import cos_sin_table
 
 TorchExecutor = pytest.importorskip("fastpage.executors.torch").TorchExecutor
@@ -215,6 +216,19 @@ def test_random_models(seed: int) -> None:
 def test_quantized(quantization: str, activations: str) -> None:
     options = {"quantization": quantization, "activations": activations, "kv_cache_dtype": "int8"}
     assert_same_bits(decoder(WIDE), [], **options)
+
+
+MIXTURE = MoeSpec(num_experts=6, top_k=2, intermediate_size=128, layers=(True, False))
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_mixtures_of_experts(quantization: str) -> None:
+    """The norm before one has two readers, and what it gives is no linear layer's."""
+    program = decoder(dataclasses.replace(WIDE, moe=MIXTURE))
+    fused = kinds(apply_passes(program))
+    at = fused.index("moe")
+    assert fused[at - 2 : at + 2] == ["norm", "linear", "moe", "add"]
+    assert_same_bits(program, [], quantization=quantization)
 
 
 def test_query_and_key_norms() -> None:

@@ -13,7 +13,7 @@ from paging import PagedSequences, relative_error
 from fastpage import ops
 from fastpage._C import CpuExecutor, Operand, Program
 from fastpage.errors import InvalidArgument, ResourceExhausted
-from fastpage.models import DecoderSpec, RotarySpec, decoder
+from fastpage.models import DecoderSpec, MoeSpec, RotarySpec, decoder
 from fastpage.models.constants import alibi_slopes
 from fastpage.models.rotary import cos_sin_table
 
@@ -183,6 +183,8 @@ OPS: dict[str, Callable[[ops.Tensor], ops.Tensor]] = {
     "attend-soft-cap": lambda x: attention(
         x, num_heads=3, num_kv_heads=1, head_dim=8, scale=1.5, soft_cap=2.0
     ),
+    "moe": lambda x: mixture(x, 5, top_k=2, renormalize=True),
+    "moe-gelu": lambda x: mixture(x, 3, top_k=3, renormalize=False, kind="gelu_tanh_and_mul"),
     "attend-alibi": lambda x: attention(
         x, num_heads=6, num_kv_heads=2, head_dim=8, alibi_slopes=ops.weight("slopes", (6,))
     ),
@@ -197,6 +199,27 @@ def attention(
     ops.write_cache(k, v, layer=0)
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     return ops.attend(q, layer=0, **heads, **more)
+
+
+def mixture(x: ops.Tensor, num_experts: int, **more: Any) -> ops.Tensor:
+    experts = [
+        (ops.weight(f"gate_up{i}", (34, x.cols)), ops.weight(f"down{i}", (x.cols, 17)))
+        for i in range(num_experts)
+    ]
+    return ops.moe(x, ops.linear(x, ops.weight("router", (num_experts, x.cols))), experts, **more)
+
+
+def test_text_of_a_mixture() -> None:
+    for num_experts, experts in ((1, "gate_up0, down0"), (3, "gate_up0 .. down2")):
+        with ops.trace() as program:
+            x = ops.embed(ops.weight("embed", (VOCAB, HIDDEN)))
+            x = mixture(x, num_experts, top_k=1, renormalize=True)
+            ops.output(ops.gather_rows(x))
+        line = str(program).splitlines()[-3]
+        assert line == (
+            f"%2: tokens x {HIDDEN} = moe(%0, %1, {experts}, "
+            'kind="silu_and_mul", renormalize=1, top_k=1)'
+        )
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -284,6 +307,29 @@ def test_random_models(seed: int) -> None:
     paged = PagedSequences(random_tokens(random, [70, 3, 33, 90]), NUM_BLOCKS, block_size, seed)
     for step in mixed_steps(paged, random):
         # Soft caps and clamps make the largest logit a small one beside the sums it comes from.
+        assert pair.error(step) < 5e-5, spec
+
+
+def with_experts(spec: DecoderSpec, random: np.random.Generator) -> DecoderSpec:
+    num_experts = int(random.integers(1, 10))
+    layers = tuple(bool(x) for x in random.random(spec.num_layers) < 0.7)
+    moe = MoeSpec(
+        num_experts=num_experts,
+        top_k=int(random.integers(1, num_experts + 1)),
+        intermediate_size=int(random.integers(1, 80)),
+        renormalize=bool(random.random() < 0.5),
+        layers=layers if random.random() < 0.5 else (),
+    )
+    return dataclasses.replace(spec, moe=moe)
+
+
+@pytest.mark.parametrize("seed", range(40, 48))
+def test_random_mixtures(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    spec = with_experts(random_spec(random), random)
+    pair = Pair(decoder(spec), "float32", 16, seed)
+    paged = PagedSequences(random_tokens(random, [70, 3, 33, 90]), NUM_BLOCKS, 16, seed)
+    for step in mixed_steps(paged, random):
         assert pair.error(step) < 5e-5, spec
 
 

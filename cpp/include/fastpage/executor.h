@@ -13,7 +13,8 @@
 
 namespace fastpage {
 
-// What float weights are turned into as they are loaded.
+// What float weights are turned into as they are loaded. A mixture's router (the weight of its
+// router logits) stays as kNone has it.
 enum class Quantization : uint8_t {
   kNone,  // ExecutorConfig::weight_dtype
   kInt8,  // linear weights and embedding tables: int8
@@ -73,7 +74,8 @@ class CpuExecutor {
   const ExecutorConfig& config() const;
   ops::KvCacheView kv_cache(int32_t layer) const;
   ops::KvCacheView kv_host_cache(int32_t layer) const;  // of 0 blocks if there is none
-  size_t weight_bytes() const;  // read by one step of one row: every linear weight once (packed)
+  size_t weight_bytes() const;  // read by one step of one row: every linear weight once (packed),
+                                // of a mixture's experts as many as it goes to
   size_t kv_cache_bytes() const;
   size_t kv_host_cache_bytes() const;
   static size_t kv_block_bytes(const KvCacheSpec& spec, DType dtype,

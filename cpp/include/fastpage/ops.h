@@ -92,6 +92,27 @@ void linear(ThreadPool& pool, Matrix<const float> x, const PackedWeight& w, cons
             Matrix<float> y, Activations activations = Activations::kInt8,
             const LinearFusion& fusion = {});
 
+// One expert of a mixture: a gated feed-forward layer.
+struct Expert {
+  const PackedWeight* gate_up = nullptr;  // [2 * intermediate][hidden], the gate above
+  const PackedWeight* down = nullptr;     // [hidden][intermediate]
+};
+
+struct MoeParams {
+  int32_t top_k = 1;
+  bool renormalize = false;  // the weights of a row's experts are divided by their sum
+  Activation activation = {ActivationKind::kSilu, true};  // gated
+  Activations activations = Activations::kInt8;
+};
+
+// Sparse mixture of experts (Shazeer et al. 2017): y[i] = sum of p[e] * down_e(f(gate_e(x[i])) *
+// up_e(x[i])) over the top_k experts of row i, p being softmax(router_logits[i]) over all experts.
+// Of equal logits the first ones are chosen. x, y: [rows][hidden]; router_logits: [rows][experts];
+// all experts are of one shape. y must not overlap x or router_logits. A row's experts are added up
+// in the order of their indices, so that its result does not depend on its batch.
+void moe(ThreadPool& pool, Matrix<const float> x, Matrix<const float> router_logits,
+         Span<const Expert> experts, const MoeParams& params, Matrix<float> y);
+
 // y[i] = table[ids[i]]. table: [vocab][hidden], fp32, bf16 or fp16. Ids out of range are a caller's
 // bug and are clamped, never read out of bounds.
 void embed(ThreadPool& pool, Span<const TokenId> ids, const TensorView& table, Matrix<float> y);

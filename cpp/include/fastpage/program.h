@@ -5,6 +5,7 @@
 
 #include <map>
 #include <string>
+#include <unordered_set>
 #include <variant>
 #include <vector>
 
@@ -55,6 +56,9 @@ enum class OpKind : uint8_t {
   kClamp,     // x                        y        limit
   kSoftCap,   // x                        y        cap
   kAdd,       // a, b                     y        -
+  // Mixture of experts: to input 2 + 2 * i and the one after it belong the matrices of expert i.
+  kMoe,         // x, router_logits, gate_up, down, gate_up, ...    y
+                // top_k, renormalize=0|1, kind: of a gate
   kGatherRows,  // x (kTokens)              y (kLogits)
 };
 const char* op_name(OpKind kind);              // "embed", "norm", ...
@@ -100,6 +104,7 @@ class Program {
 
  private:
   std::vector<Buffer> buffers_;
+  std::unordered_set<std::string> weight_names_;
   std::vector<Op> ops_;
   BufferId output_ = -1;
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "ops/linear_part.h"
 #include "ops/packed_weight.h"
 
 namespace fastpage::ops {
@@ -294,13 +295,30 @@ void compute(ThreadPool& pool, const Layer& layer, const Matrix<float>& y) {
 
 }  // namespace
 
+bool can_fuse_activation(const PackedWeight& weight) {
+  return weight.out_features() % (2 * kernels().panel_width) == 0;
+}
+
+LinearSplit linear_split(const PackedWeight& weight, const LinearFusion& fusion) {
+  return {weight.impl().num_panels / (fusion.activation.is_gated ? 2 : 1), kernels().panel_width};
+}
+
+void linear_part(Matrix<const float> x, const PackedWeight& weight, Activations activations,
+                 const LinearFusion& fusion, int64_t begin, int64_t end, Matrix<float> y) {
+  const Method method = choose_method(weight.impl(), activations);
+  const Layer layer{x, weight.impl(), nullptr, fusion, method};
+  RowTiles tiles = cut_rows(layer);
+  pack_alone(layer, &tiles);
+  compute_share(layer, tiles, y, {0, tiles.count, begin, end});
+}
+
 void linear(ThreadPool& pool, Matrix<const float> x, const PackedWeight& weight, const float* bias,
             Matrix<float> y, Activations activations, const LinearFusion& fusion) {
   const PackedWeight::Impl& w = weight.impl();
   check_shapes(x, w, fusion, y);
   if (x.rows == 0 || w.num_panels == 0) return;
   const Method method = choose_method(w, activations);
-  if (!fusion.activation.is_gated || w.out_features % (2 * kernels().panel_width) == 0) {
+  if (!fusion.activation.is_gated || can_fuse_activation(weight)) {
     return compute(pool, {x, w, bias, fusion, method}, y);
   }
   // The halves meet within a panel: both go the long way.

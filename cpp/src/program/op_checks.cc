@@ -44,6 +44,8 @@ class OpChecker {
         return check_map("cap");
       case OpKind::kAdd:
         return check_add();
+      case OpKind::kMoe:
+        return check_moe();
       case OpKind::kGatherRows:
         return check_gather_rows();
     }
@@ -371,6 +373,41 @@ class OpChecker {
     require(a.cols == b.cols && buffer(a).rows == buffer(b).rows,
             describe(a) + " and " + describe(b) + " differ in shape");
     check_output(buffer(a).rows, a.cols);
+  }
+
+  void check_moe() const {
+    require(op_.inputs.size() >= 4 && op_.inputs.size() % 2 == 0,
+            std::to_string(op_.inputs.size()) +
+                " inputs: x, router_logits, and gate_up and down of each expert needed");
+    check_counts(op_.inputs.size(), op_.inputs.size(), 1);
+    check_attrs({"top_k", "renormalize", "kind"});
+    require(activation_of("kind").is_gated, "attribute kind must be of a gate, as silu_and_mul");
+    const Operand& x = activation(0);
+    const Operand& logits = activation(1);
+    const int64_t num_experts = MoeParts::num_experts(op_);
+    require(logits.cols == num_experts && buffer(logits).rows == buffer(x).rows,
+            "router_logits " + describe(logits) +
+                " must have a row like x and a column for each of " + std::to_string(num_experts) +
+                " experts");
+    require(positive("top_k") <= num_experts,
+            "attribute top_k is " + std::to_string(op_.attr_int("top_k", 0)) + ", there are " +
+                std::to_string(num_experts) + " experts");
+    require(non_negative("renormalize") <= 1, "attribute renormalize must be 0 or 1");
+    check_experts(x.cols);
+    check_output(buffer(x).rows, x.cols);
+  }
+
+  void check_experts(int64_t hidden) const {
+    const int64_t width = weight(MoeParts::kFirstExpert + 1, 2).shape[1];
+    for (size_t i = MoeParts::kFirstExpert; i < op_.inputs.size(); i += 2) {
+      if (weight(i, 2).shape == std::vector<int64_t>{2 * width, hidden} &&
+          weight(i + 1, 2).shape == std::vector<int64_t>{hidden, width}) {
+        continue;
+      }
+      fail("expert weights " + describe(op_.inputs[i]) + " and " + describe(op_.inputs[i + 1]) +
+           " must be " + shape_to_string({2 * width, hidden}) + " and " +
+           shape_to_string({hidden, width}));
+    }
   }
 
   void check_gather_rows() const {

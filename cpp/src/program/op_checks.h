@@ -27,6 +27,21 @@ struct LinearParts {
   Op op() const;
 };
 
+// The inputs of a moe op by their names.
+struct MoeParts {
+  static constexpr size_t kFirstExpert = 2;  // input: its gate_up, its down, the next one's, ...
+
+  static int64_t num_experts(const Op& op) {
+    return static_cast<int64_t>(op.inputs.size() - kFirstExpert) / 2;
+  }
+  static const Operand& gate_up(const Op& op, int64_t expert) {
+    return op.inputs[kFirstExpert + 2 * static_cast<size_t>(expert)];
+  }
+  static const Operand& down(const Op& op, int64_t expert) {
+    return op.inputs[kFirstExpert + 2 * static_cast<size_t>(expert) + 1];
+  }
+};
+
 // True if the op computes in place when its output shares the memory of input `index`.
 bool may_run_in_place(OpKind kind, size_t index);
 

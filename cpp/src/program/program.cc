@@ -10,8 +10,9 @@ namespace fastpage {
 namespace {
 
 constexpr const char* kOpNames[] = {
-    "embed",  "embed_positions", "norm",  "linear", "rotary",   "write_cache", "rotary_write_cache",
-    "attend", "activate",        "scale", "clamp",  "soft_cap", "add",         "gather_rows"};
+    "embed",       "embed_positions",    "norm",   "linear",   "rotary",
+    "write_cache", "rotary_write_cache", "attend", "activate", "scale",
+    "clamp",       "soft_cap",           "add",    "moe",      "gather_rows"};
 
 std::string rows_name(Rows rows) {
   return rows == Rows::kTokens ? "tokens" : rows == Rows::kLogits ? "logits" : "fixed";
@@ -82,10 +83,8 @@ BufferId Program::add_activation(const std::string& name, Rows rows, int64_t col
 
 BufferId Program::add_weight(const std::string& name, std::vector<int64_t> shape) {
   if (name.empty()) throw InvalidArgument("a weight needs a name");
-  for (const Buffer& buffer : buffers_) {
-    if (buffer.kind == Buffer::Kind::kWeight && buffer.name == name) {
-      throw InvalidArgument("weight '" + name + "' is declared twice");
-    }
+  if (weight_names_.count(name) > 0) {
+    throw InvalidArgument("weight '" + name + "' is declared twice");
   }
   if (shape.empty() || shape.size() > 2) {
     throw InvalidArgument("weight '" + name + "': shape " + shape_to_string(shape) +
@@ -97,6 +96,7 @@ BufferId Program::add_weight(const std::string& name, std::vector<int64_t> shape
                             " has a dimension below 1");
     }
   }
+  weight_names_.insert(name);
   buffers_.push_back({name, Buffer::Kind::kWeight, Rows::kFixed, std::move(shape)});
   return static_cast<BufferId>(buffers_.size() - 1);
 }
@@ -161,6 +161,19 @@ std::string operand_to_string(const Program& program, const Operand& operand) {
   return text;
 }
 
+// Of the many weights of a mixture, the first and the last.
+std::string inputs_to_string(const Program& program, const Op& op) {
+  std::string text;
+  for (size_t i = 0; i < op.inputs.size(); ++i) {
+    const bool is_long =
+        op.kind == OpKind::kMoe && i == MoeParts::kFirstExpert + 1 && i + 1 < op.inputs.size();
+    text += i == 0 ? "" : is_long ? " .. " : ", ";
+    if (is_long) i = op.inputs.size() - 1;
+    text += operand_to_string(program, op.inputs[i]);
+  }
+  return text;
+}
+
 std::string op_to_string(const Program& program, const Op& op) {
   std::string text;
   for (const Operand& out : op.outputs) {
@@ -168,12 +181,8 @@ std::string op_to_string(const Program& program, const Op& op) {
     text += operand_to_string(program, out) + ": " + rows_name(buffer.rows) + " x " +
             std::to_string(buffer.shape[0]) + " = ";
   }
-  text += std::string(op_name(op.kind)) + "(";
-  const char* separator = "";
-  for (const Operand& in : op.inputs) {
-    text += separator + operand_to_string(program, in);
-    separator = ", ";
-  }
+  text += std::string(op_name(op.kind)) + "(" + inputs_to_string(program, op);
+  const char* separator = op.inputs.empty() ? "" : ", ";
   for (const auto& [name, value] : op.attrs) {
     text += separator + name + "=" + attr_to_string(value);
     separator = ", ";

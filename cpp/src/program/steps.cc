@@ -53,6 +53,8 @@ class Compiler {
         return map<SoftCapStep>(op, "cap");
       case OpKind::kAdd:
         return AddStep{slab(op.inputs[0]), slab(op.inputs[1]), slab(op.outputs[0])};
+      case OpKind::kMoe:
+        return moe(op);
       case OpKind::kGatherRows:
         return GatherRowsStep{slab(op.inputs[0]), slab(op.outputs[0])};
     }
@@ -108,6 +110,22 @@ class Compiler {
     }
     if (parts.residual.buffer >= 0) step.residual = slab(parts.residual);
     step.y = slab(parts.y);
+    return step;
+  }
+
+  MoeStep moe(const Op& op) const {
+    MoeStep step;
+    step.x = slab(op.inputs[0]);
+    step.router_logits = slab(op.inputs[1]);
+    for (int64_t i = 0; i < MoeParts::num_experts(op); ++i) {
+      step.experts.push_back({&weights_.packed(MoeParts::gate_up(op, i).buffer),
+                              &weights_.packed(MoeParts::down(op, i).buffer)});
+    }
+    step.params.top_k = static_cast<int32_t>(op.attr_int("top_k", 0));
+    step.params.renormalize = op.attr_int("renormalize", 0) != 0;
+    step.params.activation = ops::activation_from_name(op.attr_string("kind", ""));
+    step.params.activations = activations_;
+    step.y = slab(op.outputs[0]);
     return step;
   }
 

@@ -158,6 +158,18 @@ struct AddStep {
   }
 };
 
+struct MoeStep {
+  static constexpr OpKind kKind = OpKind::kMoe;
+  Slab x;
+  Slab router_logits;
+  std::vector<ops::Expert> experts;
+  ops::MoeParams params;
+  Slab y;
+  void run(const Frame& frame) const {
+    ops::moe(frame.pool, x.at(frame), router_logits.at(frame), experts, params, y.at(frame));
+  }
+};
+
 struct GatherRowsStep {
   static constexpr OpKind kKind = OpKind::kGatherRows;
   Slab x;
@@ -169,7 +181,7 @@ struct GatherRowsStep {
 
 using Step = std::variant<EmbedStep, EmbedPositionsStep, NormStep, LinearStep, RotaryStep,
                           WriteCacheStep, RotaryWriteCacheStep, AttendStep, ActivateStep, ScaleStep,
-                          ClampStep, SoftCapStep, AddStep, GatherRowsStep>;
+                          ClampStep, SoftCapStep, AddStep, MoeStep, GatherRowsStep>;
 
 struct CompiledProgram {
   std::vector<Step> token_steps;   // once per forward

@@ -33,20 +33,36 @@ WeightStore::WeightStore(const Program& program, DType dtype, Quantization quant
     const Buffer& buffer = program.buffers()[i];
     if (buffer.kind == Buffer::Kind::kWeight) ids_[buffer.name] = static_cast<BufferId>(i);
   }
+  std::vector<bool> is_routing(program.buffers().size());
+  for (const Op& op : program.ops()) {
+    if (op.kind == OpKind::kMoe) is_routing[op.inputs[1].buffer] = true;
+  }
   for (const Op& op : program.ops()) {
     if (op.kind == OpKind::kEmbed) entries_[op.inputs[0].buffer].is_packed = true;
     if (op.kind == OpKind::kRotary) entries_[op.inputs[1].buffer].is_table = true;
     if (op.kind == OpKind::kRotaryWriteCache) entries_[op.inputs[3].buffer].is_table = true;
+    if (op.kind == OpKind::kMoe) add_experts(op);
     if (op.kind != OpKind::kLinear) continue;
     Entry& entry = entries_[op.inputs[1].buffer];
     entry.is_int4 = !entry.is_packed && op.outputs[0].buffer != program.output();
+    entry.is_float = is_routing[op.outputs[0].buffer];
     entry.is_packed = true;
-    entry.is_linear = true;
+    entry.read_by_a_row = 1.0;
+  }
+}
+
+void WeightStore::add_experts(const Op& op) {
+  const int64_t num_experts = MoeParts::num_experts(op);
+  for (size_t i = MoeParts::kFirstExpert; i < op.inputs.size(); ++i) {
+    Entry& entry = entries_[op.inputs[i].buffer];
+    entry.is_int4 = !entry.is_packed;
+    entry.is_packed = true;
+    entry.read_by_a_row = static_cast<double>(op.attr_int("top_k", 0)) / num_experts;
   }
 }
 
 WeightFormat WeightStore::format_of(const Entry& entry) const {
-  if (quantization_ == Quantization::kNone) return weight_format_of(dtype_);
+  if (quantization_ == Quantization::kNone || entry.is_float) return weight_format_of(dtype_);
   return quantization_ == Quantization::kInt4 && entry.is_int4 ? WeightFormat::kQ4_1
                                                                : WeightFormat::kInt8;
 }
@@ -123,11 +139,11 @@ Matrix<const float> WeightStore::table(BufferId id) const {
 }
 
 size_t WeightStore::linear_bytes() const {
-  size_t bytes = 0;
+  double bytes = 0;
   for (const Entry& entry : entries_) {
-    if (entry.is_linear && entry.is_loaded) bytes += entry.packed.bytes();
+    bytes += entry.read_by_a_row * static_cast<double>(entry.packed.bytes());
   }
-  return bytes;
+  return static_cast<size_t>(bytes);
 }
 
 }  // namespace fastpage

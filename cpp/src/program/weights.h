@@ -31,13 +31,15 @@ class WeightStore {
  private:
   struct Entry {
     bool is_packed = false;
-    bool is_linear = false;
     bool is_int4 = false;   // with Quantization::kInt4
+    bool is_float = false;  // whatever the quantization
     bool is_table = false;  // of a rotary op, which reads it as it is, packed or not
     bool is_loaded = false;
+    double read_by_a_row = 0;  // how much of it, where linear layers read it
     ops::PackedWeight packed;
     std::vector<float> values;
   };
+  void add_experts(const Op& op);
   Entry& entry_to_load(const std::string& name, const std::vector<int64_t>& shape);
   WeightFormat format_of(const Entry& entry) const;
 

@@ -36,6 +36,18 @@ def linear(
 ) -> npt.NDArray[np.float32]:
     """activations: int8 or float32, what meets quantized weights."""
 
+def moe(
+    pool: ThreadPool,
+    x: DLPackTensor,
+    router_logits: DLPackTensor,
+    experts: list[tuple[PackedWeight, PackedWeight]],
+    top_k: int,
+    renormalize: bool = False,
+    kind: str = "silu_and_mul",
+    activations: str = "int8",
+) -> npt.NDArray[np.float32]:
+    """experts: gate_up [2 * intermediate, hidden] and down [hidden, intermediate] of each."""
+
 def embed(
     pool: ThreadPool, ids: DLPackTensor, table: DLPackTensor | PackedWeight
 ) -> npt.NDArray[np.float32]: ...

@@ -83,7 +83,7 @@ class TorchExecutor:
             for op in program.ops
             for kind, index in (("embed", 0), ("linear", 1))
             if op.kind == kind
-        }
+        } | {x.buffer for op in program.ops if op.kind == "moe" for x in op.inputs[2:]}
         self._ops: dict[str, Callable[[Op, _Frame], torch.Tensor | None]] = {
             "embed": self._embed,
             "embed_positions": self._embed_positions,
@@ -98,6 +98,7 @@ class TorchExecutor:
             "clamp": self._clamp,
             "soft_cap": self._soft_cap,
             "add": self._add,
+            "moe": self._moe,
             "gather_rows": self._gather_rows,
         }
 
@@ -325,6 +326,24 @@ class TorchExecutor:
 
     def _add(self, op: Op, frame: _Frame) -> torch.Tensor:
         return self._input(op, 0, frame) + self._input(op, 1, frame)
+
+    def _moe(self, op: Op, frame: _Frame) -> torch.Tensor:
+        x, logits = (self._input(op, i, frame) for i in range(2))
+        # topk does not say which of equal ones it takes.
+        order = logits.float().sort(dim=1, descending=True, stable=True).indices
+        chosen = torch.zeros_like(logits, dtype=torch.bool)
+        chosen.scatter_(1, order[:, : int(op.attrs["top_k"])], True)
+        shares = logits.float().softmax(dim=1) * chosen
+        if op.attrs["renormalize"]:
+            shares = shares / shares.sum(dim=1, keepdim=True)
+        y = torch.zeros_like(x)
+        for expert in range(logits.shape[1]):
+            rows = chosen[:, expert].nonzero()[:, 0]
+            gate_up, down = (self._weight(op, 2 + 2 * expert + i) for i in range(2))
+            gated = _activate(functional.linear(x[rows], gate_up), str(op.attrs["kind"]))
+            part = functional.linear(gated, down)
+            y[rows] += part * shares[rows, expert, None].to(self._dtype)
+        return y
 
     def _gather_rows(self, op: Op, frame: _Frame) -> torch.Tensor:
         return self._input(op, 0, frame)[frame.logits_indices]
