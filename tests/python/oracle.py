@@ -63,6 +63,7 @@ class Case:
 
         config = getattr(transformers, f"{self.family}Config")(**{**self.base, **self.changes})
         config._attn_implementation = "eager"
+        config._experts_implementation = "eager"  # the others want widths of whole vectors
         torch.manual_seed(seed)
         model = getattr(transformers, self.model or f"{self.family}ForCausalLM")(config).eval()
         with torch.no_grad():

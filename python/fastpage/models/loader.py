@@ -147,7 +147,7 @@ def build_model(
 
 def _as_named_there(sources: Sources, checkpoint: Checkpoint, roots: tuple[str, ...]) -> Sources:
     """Checkpoints of a bare base model lack the first part of its tensors' names; those of a model
-    within another may have one of `roots` there."""
+    within another may have one of `roots` there. Some weights may be stored in other ways."""
     names = set(checkpoint.names())
 
     def find(name: str) -> str:
@@ -155,10 +155,14 @@ def _as_named_there(sources: Sources, checkpoint: Checkpoint, roots: tuple[str, 
         there = (root + bare for root in ("", *roots) if root + bare in names)
         return name if name in names else next(there, name)
 
-    return {
-        name: dataclasses.replace(source, tensors=tuple(map(find, source.tensors)))
-        for name, source in sources.items()
-    }
+    def choose(source: Source) -> Source:
+        found = dataclasses.replace(source, tensors=tuple(map(find, source.tensors)))
+        if source.otherwise is None or names.issuperset(found.tensors):
+            return found
+        other = choose(source.otherwise)
+        return other if names.issuperset(other.tensors) else found
+
+    return {name: choose(source) for name, source in sources.items()}
 
 
 def _compare(checkpoint: Checkpoint, first: str, second: str) -> str:

@@ -82,12 +82,24 @@ def ungrouped_qkv(num_kv_heads: int, head_dim: int) -> Transform:
     return Transform("ungrouped qkv", shape, apply, moves_rows=True)
 
 
+def part_of(index: int, count: int) -> Transform:
+    """One of `count` matrices that are stacked in a tensor of three dimensions."""
+
+    def shape(stored: Shape) -> Shape:
+        if len(stored) != 3 or stored[0] != count:
+            raise ValueError(f"{list(stored)} is no stack of {count} matrices")
+        return stored[1:]
+
+    return Transform(f"matrix {index}", shape, lambda values: values[index])
+
+
 @dataclass(frozen=True)
 class Source:
     """What makes a weight: the tensors, each changed by `transform`, on top of each other."""
 
     tensors: tuple[str, ...]
     transform: Transform = AS_IS
+    otherwise: Source | None = None  # for checkpoints that have its tensors, and not those
 
 
 Sources = dict[str, Source]  # by canonical weight name

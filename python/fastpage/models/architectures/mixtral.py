@@ -1,0 +1,24 @@
+"""MixtralForCausalLM: Mixtral 8x7B and 8x22B, Mistral with a mixture of experts in every layer."""
+
+from __future__ import annotations
+
+from fastpage.models.architectures import llama
+from fastpage.models.architectures.config import Config, base_spec, num_layers, size
+from fastpage.models.architectures.experts import expert_sources, moe_spec
+from fastpage.models.sources import Sources
+from fastpage.models.spec import DecoderSpec
+
+
+def spec(config: Config) -> DecoderSpec:
+    windows: tuple[int, ...] = ()
+    if config.get("sliding_window") is not None:
+        windows = (size(config, "sliding_window"),) * num_layers(config)
+    return base_spec(
+        config,
+        sliding_windows=windows,
+        moe=moe_spec(config, 8, 2, size(config, "intermediate_size")),
+    )
+
+
+def sources(spec: DecoderSpec) -> Sources:
+    return llama.sources(spec) | expert_sources(spec, "block_sparse_moe", "w1", "w3", "w2")
