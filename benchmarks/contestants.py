@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import compressed_tensors
 import make_checkpoint
 
 PRECISIONS = ("bf16", "int8", "int4")
@@ -50,19 +51,21 @@ CONTESTANTS = (
     Contestant("openvino", "f32", "bf16", "openvino:fp32", {"INFERENCE_PRECISION_HINT": "f32"}),
     Contestant("vllm", "bf16", "bf16", "checkpoint", BF16),
     Contestant("vllm", "f32", "bf16", "checkpoint", F32),
-    Contestant("ctranslate2", "f32", "bf16", "ctranslate2:float32", w1_requests=16),
+    Contestant("ctranslate2", "f32", "bf16", "ctranslate2:float32", w1_requests=8),
     Contestant("transformers", "bf16", "bf16", "checkpoint", BF16, w1_requests=16),
     Contestant("transformers", "f32", "bf16", "checkpoint", F32, w1_requests=16),
     Contestant("fastpage", "int8", "int8", "checkpoint", INT8),
     Contestant("llamacpp", "q8_0", "int8", "gguf:Q8_0"),
     Contestant("openvino", "int8", "int8", "openvino:int8", OPENVINO_GROUPS),
-    Contestant("ctranslate2", "int8", "int8", "ctranslate2:int8", w1_requests=16),
+    Contestant("vllm", "int8", "int8", "compressed:int8", BF16),
+    Contestant("ctranslate2", "int8", "int8", "ctranslate2:int8", w1_requests=8),
     Contestant("fastpage", "int4", "int4", "checkpoint", INT4),
     Contestant("fastpage", "gguf", "int4", "gguf", BF16 | {"quantization": "gguf"}),
     Contestant("llamacpp", "q4_1", "int4", "gguf"),
     Contestant("llamacpp", "q4_0", "int4", "gguf:Q4_0"),
     Contestant("llamacpp", "q4_k_m", "int4", "gguf:Q4_K_M"),
     Contestant("openvino", "int4", "int4", "openvino:int4", OPENVINO_GROUPS),
+    Contestant("vllm", "int4", "int4", "compressed:int4", BF16),
 )
 
 
@@ -72,16 +75,16 @@ def has_bf16_instructions() -> bool:
 
 
 def only_by_name() -> set[str]:
-    """Left out unless they are asked for: floats of the type that this CPU is slower with, and
-    Q4_K_M, which for rows of 576 is mostly Q5_0 and slower than Q4_0."""
-    slower = "f32" if has_bf16_instructions() else "bf16"
-    both = {name.rpartition("-")[0] for name in ALL_NAMES if name.endswith("-f32")} & {
-        name.rpartition("-")[0] for name in ALL_NAMES if name.endswith("-bf16")
+    """Left out unless they are asked for: floats of the type that this CPU is slower with, and what
+    was slower than llama.cpp's Q4_0 (of Q4_K_M, rows of 576 leave mostly Q5_0)."""
+    names = {who.name for who in CONTESTANTS}
+    slower, faster = ("-f32", "-bf16") if has_bf16_instructions() else ("-bf16", "-f32")
+    floats = {
+        name
+        for name in names
+        if name.endswith(slower) and name.removesuffix(slower) + faster in names
     }
-    return {f"{engine}-{slower}" for engine in both} | {"llamacpp-q4_k_m"}
-
-
-ALL_NAMES = frozenset(who.name for who in CONTESTANTS)
+    return floats | {"llamacpp-q4_1", "llamacpp-q4_k_m"}
 
 
 class Forms:
@@ -101,20 +104,21 @@ class Forms:
         made = make_checkpoint.CACHE / f"{self._gguf.stem}-{kind}-{precision}"
         if not made.exists():
             print(f"-- converting the model: {made.name}", file=sys.stderr)
-            makers: dict[str, Callable[[str, Path], list[str]]] = {
+            makers: dict[str, Callable[[str, Path], None]] = {
                 "gguf": self._requantize,
                 "openvino": self._export_to_openvino,
                 "ctranslate2": self._convert_to_ctranslate2,
+                "compressed": self._compress,
             }
             partial = made.with_name(made.name + ".partial")
-            self._run(makers[kind](precision, partial), partial)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            makers[kind](precision, partial)
             partial.rename(made)
         return made
 
-    def _run(self, command: list[str], partial: Path) -> None:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if partial.is_dir():
-            shutil.rmtree(partial)
+    def _run(self, command: list[str]) -> None:
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
@@ -123,11 +127,14 @@ class Forms:
             lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
             raise Unavailable(f"{Path(command[0]).name}: {lines[-1] if lines else 'failed'}")
 
-    def _requantize(self, precision: str, out: Path) -> list[str]:
-        program = self._peers / "llamacpp" / "build" / "bin" / "llama-quantize"
-        return [str(program), "--allow-requantize", str(self._gguf), str(out), precision]
+    def _compress(self, precision: str, out: Path) -> None:
+        compressed_tensors.convert(self._gguf, {"int8": 8, "int4": 4}[precision], out)
 
-    def _export_to_openvino(self, precision: str, out: Path) -> list[str]:
+    def _requantize(self, precision: str, out: Path) -> None:
+        program = self._peers / "llamacpp" / "build" / "bin" / "llama-quantize"
+        self._run([str(program), "--allow-requantize", str(self._gguf), str(out), precision])
+
+    def _export_to_openvino(self, precision: str, out: Path) -> None:
         command = [
             str(self._peers / "openvino" / "bin" / "optimum-cli"), "export", "openvino",
             "--model", str(self.path("checkpoint")),
@@ -136,13 +143,14 @@ class Forms:
         ]  # fmt: skip
         if precision == "int4":
             command += ["--group-size", "64", "--ratio", "1.0"]
-        return [*command, str(out)]
+        self._run([*command, str(out)])
 
-    def _convert_to_ctranslate2(self, precision: str, out: Path) -> list[str]:
+    def _convert_to_ctranslate2(self, precision: str, out: Path) -> None:
         program = self._peers / "ctranslate2" / "bin" / "ct2-transformers-converter"
-        return [
+        command = [
             str(program),
             "--model", str(self.path("checkpoint")),
             "--quantization", precision,
             "--output_dir", str(out),
         ]  # fmt: skip
+        self._run(command)

@@ -45,18 +45,22 @@ def as_bfloat16(array: np.ndarray, dtype: str) -> np.ndarray:
 FORMATS = {"float32": ("F32", as_float32), "bfloat16": ("BF16", as_bfloat16)}
 
 
-def write_safetensors(weights: dict[str, np.ndarray], format_name: str, path: Path) -> None:
+Tensor = tuple[str, np.ndarray]
+"""The type's name in a safetensors header, and an array of that many bytes an element."""
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     """By hand, as numpy has no bf16: the header's length, the header, the tensors in its order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, array in weights.items():
+    for name, (dtype, array) in tensors.items():
         begin, end = end, end + array.nbytes
-        header[name] = {"dtype": format_name, "shape": array.shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in weights.values():
+        for _, array in tensors.values():
             array.tofile(file)
 
 
@@ -64,7 +68,7 @@ def convert(checkpoint: Checkpoint, folder: Path, dtype: str = "float32") -> Non
     folder.mkdir(parents=True, exist_ok=True)
     format_name, as_dtype = FORMATS[dtype]
     names = checkpoint.names()
-    weights = {name: as_dtype(*checkpoint.tensor(name)) for name in names}
+    tensors = {name: (format_name, as_dtype(*checkpoint.tensor(name))) for name in names}
     config = {**checkpoint.config, "torch_dtype": dtype}
     tokenizer = checkpoint.tokenizer()
     tokenizer_config = {
@@ -77,7 +81,7 @@ def convert(checkpoint: Checkpoint, folder: Path, dtype: str = "float32") -> Non
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     tokenizer.save(folder / "tokenizer.json")
     # Last, and under its name only when whole: cached() goes by it.
-    write_safetensors(weights, format_name, folder / "partial")
+    write_safetensors(tensors, folder / "partial")
     (folder / "partial").rename(folder / "model.safetensors")
 
 
