@@ -267,7 +267,6 @@ def random_spec(random: np.random.Generator) -> DecoderSpec:
         max_position_embeddings=MAX_POSITION,
         rotary=rotary() if coin() else None,
         local_rotary=rotary() if coin() else None,
-        rotary_layers=tuple(coin() for _ in range(num_layers)) if coin() else (),
         alibi_slopes=alibi_slopes(num_heads) if coin() else (),
         learned_positions=MAX_POSITION + 2 if coin() else 0,
         position_offset=int(random.integers(0, 3)),
@@ -295,6 +294,7 @@ def random_spec(random: np.random.Generator) -> DecoderSpec:
         attention_scales=tuple(random.uniform(0.1, 1, num_layers)) if coin() else (),
         qkv_clip=number(0),
         sliding_windows=windows if coin() else (),
+        rotary_layers=tuple(coin() for _ in range(num_layers)) if coin() else (),
     )
 
 
