@@ -1,4 +1,4 @@
-"""CohereForCausalLM: Command R, Aya. Attention and MLP read the same LayerNorm."""
+"""CohereForCausalLM: Command R, Aya (attention and MLP read the same LayerNorm)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Cohere2ForCausalLM: Command R7B, Command A. Three of four layers have a sliding window, the
-fourth knows no positions."""
+"""Cohere2ForCausalLM: Command R7B, Command A (three of four layers have a sliding window, the
+fourth knows no positions)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Gemma3ForCausalLM, Gemma3ForConditionalGeneration (its text part): Gemma 3, MedGemma. Most layers
-have a sliding window, and a rotary embedding of their own."""
+"""Gemma3ForCausalLM, Gemma3ForConditionalGeneration: Gemma 3, MedGemma; of the models that see
+too, the part for text.
+
+Most layers have a sliding window, and a rotary embedding of their own.
+"""
 
 from __future__ import annotations
 
