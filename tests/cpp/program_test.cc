@@ -130,7 +130,7 @@ TEST(Program, RefusesBadOps) {
     const OpKind kind = attribute == std::string("factor")  ? OpKind::kScale
                         : attribute == std::string("limit") ? OpKind::kClamp
                                                             : OpKind::kSoftCap;
-    for (const double value : {0.0, -1.0, 1e39, std::nan("")}) {
+    for (const double value : {0.0, -1.0, 1e-46, 1e39, std::nan("")}) {
       expect_error([&] { b.op(kind, {x}, Rows::kTokens, 8, {{attribute, value}}); },
                    std::string("attribute ") + attribute + " must be given, a number above 0");
     }

@@ -435,20 +435,23 @@ def test_attention_row_does_not_depend_on_chunks_or_batch(pools, case):
 
 
 SHARING_CASES = [
-    # kv_heads, group, head_dim, dtype, block_size, window
+    # kv_heads, group, head_dim, dtype, block_size, window[, alibi]
     (3, 3, 64, "bfloat16", 16, 0),
     (1, 1, 32, "float32", 48, 0),
     (2, 4, 128, "int8", 256, 0),
     (2, 8, 24, "float16", 16, 300),
+    (2, 3, 9, "float32", 16, 0, True),
+    (4, 1, 64, "bfloat16", 16, 0, True),
 ]
 
 
 @pytest.mark.parametrize("case", SHARING_CASES, ids=str)
 def test_shared_prefixes_leave_no_trace(pools, case):
     """Whether block tables begin alike, and how far, must not be seen in the result."""
-    kv_heads, group, head_dim, dtype, block_size, window = case
+    kv_heads, group, head_dim, dtype, block_size, window, *alibi = case
     rng = np.random.default_rng(13)
     heads = kv_heads * group
+    slopes = alibi_slopes(heads) if alibi else None
     # Two families that share their own prefixes, the second with a branch; all share two tiles.
     prefixes = {"a": 700, "b": 400, "bb": 900, "": 256}
     families = ["a", "b", "bb", "a", "", "bb", "b", "a", "bb", "", "a"] + ["bb"] * 20
@@ -479,7 +482,7 @@ def test_shared_prefixes_leave_no_trace(pools, case):
         at = np.cumsum([0] + [new[i] for i in seqs])
         out = ops.paged_attention(
             pool, np.concatenate(rows), cache, at, np.array([lens[i] for i in seqs]),
-            tables[seqs], heads, 0.3, window,
+            tables[seqs], heads, 0.3, window, 0.0, slopes,
         )  # fmt: skip
         return [out[at[n] : at[n + 1]] for n in range(len(seqs))]
 

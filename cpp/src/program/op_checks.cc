@@ -354,12 +354,13 @@ class OpChecker {
     check_output(buffer(x).rows, is_gated ? x.cols / 2 : x.cols);
   }
 
-  // One activation in, one of the same shape out, and a number above 0.
+  // One activation in, one of the same shape out, and a number above 0, also as a float.
   void check_map(const char* attribute) const {
     check_counts(1, 1, 1);
     check_attrs({attribute});
     const double value = op_.attr_double(attribute, 0);
-    require(value > 0 && value <= std::numeric_limits<float>::max(),
+    using Limits = std::numeric_limits<float>;
+    require(value >= Limits::min() && value <= Limits::max(),
             std::string("attribute ") + attribute + " must be given, a number above 0");
     const Operand& x = activation(0);
     check_output(buffer(x).rows, x.cols);
