@@ -27,7 +27,7 @@ GXX ?= g++
 CLANGXX ?= $(firstword $(foreach c,clang++ clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,\
   $(shell command -v $(c) 2>/dev/null)))
 
-.PHONY: help demo test format check-format bench bench-peers bench-kernels bench-scheduler check-model sanitize fuzz clean cpp-gcc cpp-clang pytest googletest
+.PHONY: help demo test format check-format bench bench-peers bench-kernels bench-scheduler check-model sanitize fuzz fuzz-readers clean cpp-gcc cpp-clang pytest googletest
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/' | expand -t 22
@@ -140,6 +140,12 @@ else
 	  -artifact_prefix=build/fuzz/ 2> build/fuzz.log || { tail -n 40 build/fuzz.log; exit 1; }
 	@grep '^Done' build/fuzz.log
 endif
+
+# Checkpoints, tokenizers and configurations that are broken, ROUNDS times 9,700 of them.
+ROUNDS ?= 10
+fuzz-readers: $(DEV_DONE) cpp-gcc  ## broken checkpoint files, ROUNDS=10 times as many as in the tests
+	@$(MAKE) --no-print-directory $(PACKAGE_DONE)
+	@FASTPAGE_FUZZ_ROUNDS=$(ROUNDS) $(VENV)/bin/pytest -q --timeout 0 tests/python/test_checkpoint_fuzz.py
 
 bench: $(DEV_DONE)  ## offline throughput, one stream and a long prompt, against transformers
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)

@@ -18,7 +18,9 @@ import numpy as np
 
 from fastpage.errors import CheckpointError
 
-_MAX_HEADER_BYTES = 100_000_000  # as in the reference implementation
+# Of a header or any other JSON; the largest models' are a tenth of it. Parsed, it is up to twenty
+# times as large.
+_MAX_JSON_BYTES = 1 << 25
 _MAX_DIMS = 8
 _MAX_EXTENT = 1 << 48  # product of a shape's dimensions but zeros; numpy has a limit too
 
@@ -89,11 +91,13 @@ class SafetensorsFile:
         if size < 8:
             raise CheckpointError(f"{self.path}: too short for a safetensors file ({size} bytes)")
         length = int.from_bytes(self._map[:8], "little")
-        if length > min(size - 8, _MAX_HEADER_BYTES):
+        if length > size - 8:
             raise CheckpointError(
                 f"{self.path}: the header claims {length} bytes, the file has {size}: "
                 "truncated, or not a safetensors file"
             )
+        if length > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{self.path}: a header of over {_MAX_JSON_BYTES} bytes")
         header = _parse_json(self.path, self._map[8 : 8 + length])
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(
@@ -193,9 +197,12 @@ def release_pages(mapped: mmap.mmap, begin: int, end: int) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object."""
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            text = file.read(_MAX_JSON_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(text) > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: over {_MAX_JSON_BYTES} bytes of JSON")
     return _parse_json(path, text)
 
 

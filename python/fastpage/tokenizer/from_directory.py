@@ -9,7 +9,7 @@ import tokenizers
 
 from fastpage.checkpoints.safetensors import read_json
 from fastpage.errors import CheckpointError
-from fastpage.tokenizer.tokenizer import Tokenizer, surround_texts, tokenizers_errors
+from fastpage.tokenizer.tokenizer import Tokenizer, tokenizers_errors
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
@@ -27,12 +27,8 @@ def build_tokenizer(path: Path) -> Tokenizer:
     _add_missing_tokens(backend, config)
     named = _named_tokens(_read_optional(path / "special_tokens_map.json") | config)
     bos, eos = _token(backend, named, "bos_token"), _token(backend, named, "eos_token")
-    if "add_bos_token" in config or "add_eos_token" in config:
-        surround_texts(
-            backend,
-            bos if config.get("add_bos_token") else None,
-            eos if config.get("add_eos_token") else None,
-        )
+    # The config's add_bos_token and add_eos_token count for nothing, as in transformers: what
+    # tokenizer.json itself puts around a text does.
     return Tokenizer(
         backend,
         bos_token_id=bos[1] if bos else None,
@@ -105,24 +101,26 @@ def _generation_eos_token_ids(path: Path) -> list[int]:
 
 
 def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    declared = config.get("chat_template")
-    templates: dict[str, str] = {}
-    if isinstance(declared, str):
-        templates["default"] = declared
-    elif isinstance(declared, list):
-        templates |= {
-            entry["name"]: entry["template"]
-            for entry in declared
-            if isinstance(entry, dict)
-            and isinstance(entry.get("name"), str)
-            and isinstance(entry.get("template"), str)
-        }
+    """Files, if there are any, or else what tokenizer_config.json has."""
     files = {file.stem: file for file in (path / "additional_chat_templates").glob("*.jinja")}
-    files["default"] = path / "chat_template.jinja"
-    for name, file in files.items():
-        if file.is_file():
-            try:
-                templates[name] = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise CheckpointError(f"{file}: cannot be read: {error}") from None
-    return templates
+    if (path / "chat_template.jinja").is_file():
+        files["default"] = path / "chat_template.jinja"
+    if files:
+        return {name: _read_template(file) for name, file in files.items()}
+    declared = config.get("chat_template")
+    if isinstance(declared, str):
+        return {"default": declared}
+    return {
+        entry["name"]: entry["template"]
+        for entry in (declared if isinstance(declared, list) else [])
+        if isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("template"), str)
+    }
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
