@@ -250,7 +250,7 @@ def print_precision(precision: str, result: dict[str, Any]) -> None:
         words = [
             f"{figure} {ratio} ({result['best_peer'][figure]})" for figure, ratio in ratios.items()
         ]
-        print(f"{name} against the best peer: {', '.join(words)}")
+        print(f"{name} against the best peer: {', '.join(words) or 'there is none'}")
 
 
 def parse_arguments() -> argparse.Namespace:
