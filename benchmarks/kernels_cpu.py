@@ -145,6 +145,70 @@ def linear_shares(
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The experts of one layer."""
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+
+
+MIXTURES = {
+    "Qwen3-30B-A3B": Mixture(128, 8, 2048, 768),
+    "Mixtral 8x7B at a quarter of its width": Mixture(8, 2, 4096, 3584),
+}
+MOE_ROWS = [1, 4, 16, 64, 256]
+
+
+def moe_rows(
+    pool: _C.ThreadPool, machine: Machine, name: str, stored: str, budget: float
+) -> dict[int, tuple[float, float]]:
+    """Prints a line per number of rows, routed at random; the shares of reading the experts that
+    have rows, and of arithmetic."""
+    mixture = MIXTURES[name]
+    rng = np.random.default_rng(0)
+    gate_up = rng.standard_normal((2 * mixture.intermediate, mixture.hidden), np.float32)
+    down = rng.standard_normal((mixture.hidden, mixture.intermediate), np.float32)
+    experts = [
+        (ops.PackedWeight(gate_up, stored, pool), ops.PackedWeight(down, stored, pool))
+        for _ in range(mixture.num_experts)
+    ]
+    expert_bytes = sum(part.nbytes for part in experts[0])
+    shares = {}
+    for rows in MOE_ROWS:
+        x = rng.standard_normal((rows, mixture.hidden), np.float32)
+        steps = [rng.standard_normal((rows, mixture.num_experts), np.float32) for _ in range(16)]
+
+        def call(i: int, x: np.ndarray = x, steps: list[np.ndarray] = steps) -> None:
+            ops.moe(pool, x, steps[i], experts, mixture.top_k)
+
+        seconds, limits = machine.around(lambda f=call: best_seconds(f, 16, 0.0, budget))
+        chosen = [np.unique(np.argsort(-s)[:, : mixture.top_k]).size for s in steps]
+        read = np.mean(chosen) * expert_bytes / limits["read_gbs"] * 1e-9
+        flops = 2 * rows * mixture.top_k * (gate_up.size + down.size) / limits["fma_gflops"] * 1e-9
+        shares[rows] = float(read / seconds), float(flops / seconds)
+        print(
+            f"{rows:>6} rows{seconds * 1e3:>10.3f} ms{shares[rows][0]:>8.0%}{shares[rows][1]:>8.0%}"
+        )
+    return shares
+
+
+def print_mixtures(
+    pool: _C.ThreadPool, machine: Machine, weights: list[str], budget: float
+) -> dict[str, float]:
+    result = {}
+    for name, mixture in MIXTURES.items():
+        for stored in weights:
+            print(f"\n{f'experts, {name}, {stored}':<48}{'read':>8}{'FMA':>8}")
+            shares = moe_rows(pool, machine, name, FORMATS[stored], budget)
+            for rows, share in shares.items():
+                key = f"moe_{mixture.num_experts}_{stored}_m{rows}_share"
+                result[key] = round(max(share), 3)
+    return result
+
+
+@dataclass(frozen=True)
 class Attention:
     """One new token (or new_tokens) of each sequence, over a cache of blocks that lie anywhere."""
 
@@ -312,6 +376,7 @@ def main() -> None:
         help=f"how they are kept: of {', '.join(FORMATS)}, separated by commas",
     )
     parser.add_argument("--kv-dtypes", default="bfloat16,int8", help="separated by commas")
+    parser.add_argument("--experts", action="store_true", help="mixtures of experts, too (3 GB)")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
     args = parser.parse_args()
     pool = _C.ThreadPool(args.threads)
@@ -334,6 +399,8 @@ def main() -> None:
             print(f"{name:>6}, {rows:>2} rows: {ms:.2f}")
             result[f"step_{name}_m{rows}_ms"] = round(ms, 3)
 
+    if args.experts:
+        result |= print_mixtures(pool, machine, args.weights.split(","), args.seconds)
     for dtype in filter(None, args.kv_dtypes.split(",")):
         result |= attention_rows(pool, machine, dtype, args.seconds)
     result |= print_transfers(machine, args.kv_dtypes.split(",")[0], args.seconds)
