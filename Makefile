@@ -143,7 +143,7 @@ endif
 
 # Checkpoints, tokenizers and configurations that are broken, ROUNDS times 9,700 of them.
 ROUNDS ?= 10
-fuzz-readers: $(DEV_DONE) cpp-gcc  ## broken checkpoint files, ROUNDS=10 times as many as in the tests
+fuzz-readers: $(DEV_DONE)  ## broken checkpoint files, ROUNDS=10 times as many as in the tests
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE)
 	@FASTPAGE_FUZZ_ROUNDS=$(ROUNDS) $(VENV)/bin/pytest -q --timeout 0 tests/python/test_checkpoint_fuzz.py
 

@@ -12,6 +12,7 @@ import pytest
 
 from fastpage import _C, LLM, EngineArgs, SamplingParams
 from fastpage.engine.loading import LoadedModel, load_model
+from fastpage.engine.prompts import chat_prompt
 
 NUM_OUTPUT_TOKENS = 64
 # Of different lengths; some share a beginning, so that the prefix cache has something to find.
@@ -37,6 +38,13 @@ PROMPTS = [
     "Albert Einstein was born in",
     "The Moon orbits the Earth once every",
     "To be, or not to be, that is the question: whether it is nobler in the mind to suffer",
+]
+CHATS = [
+    "Why is the sky blue?",
+    "Write a haiku about rain.",
+    "What is 17 times 23?",
+    "Write a Python function that reverses a string.",
+    "Suggest a name for a cat.",
 ]
 
 
@@ -82,7 +90,7 @@ def float32_model(smollm2_gguf: Path) -> LoadedModel:
             dtype="float32",
             max_model_len=128,
             num_kv_blocks=56,
-            max_num_seqs=len(PROMPTS),
+            max_num_seqs=len(PROMPTS) + len(CHATS),
             max_num_batched_tokens=512,
         )
     )
@@ -111,11 +119,16 @@ def test_greedy_equals_transformers(
     params = _C.SamplingParams(
         temperature=0.0, min_tokens=NUM_OUTPUT_TOKENS, max_tokens=NUM_OUTPUT_TOKENS
     )
-    prompts = [tuple(float32_model.tokenizer.encode(prompt)) for prompt in PROMPTS]
+    tokenizer = float32_model.tokenizer
+    prompts = [tuple(tokenizer.encode(prompt)) for prompt in PROMPTS]
+    prompts += [
+        tuple(chat_prompt([{"role": "user", "content": text}], tokenizer).token_ids)
+        for text in CHATS
+    ]
     rng = random.Random(chunk)
-    waiting = list(range(len(PROMPTS)))
+    waiting = list(range(len(prompts)))
     prompt_of: dict[int, int] = {}
-    outputs: list[list[int]] = [[] for _ in PROMPTS]
+    outputs: list[list[int]] = [[] for _ in prompts]
     while waiting or engine.has_unfinished():
         # A few arrive, then a few steps pass.
         for _ in range(rng.randrange(4)):
