@@ -183,7 +183,10 @@ def generate(path: Path, prompts: list[list[int]], max_tokens: int) -> list[list
     return list(tokens.values())
 
 
-RUBBISH = (None, "x", "", -1, 0, 1, 1.5, 10**30, float("nan"), True, [], [1], {}, {"x": 1})
+RUBBISH: tuple[Any, ...] = (
+    *(None, "x", "", True, [], [1], {}, {"x": 1}),
+    *(-1, 0, 1, 1.5, 1e308, float("nan"), 2**31 - 1, 10**30, 10**400),
+)
 
 
 def check_rubbish(config: Mapping[str, Any]) -> None:

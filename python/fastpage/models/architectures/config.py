@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from fastpage.errors import CheckpointError, UnsupportedArchitecture
 from fastpage.models.rotary import RotarySpec, longrope_magnitude, yarn_magnitude
@@ -24,8 +25,9 @@ _ACTIVATIONS = {
 }
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _MAX_SIZE = 2**31 - 1
-_MAX_LAYERS = 10_000
+_MAX_LAYERS = 1000
 _MAX_HEADS = 1 << 16
+_MAX_NUMBER = float(np.finfo(np.float32).max)
 
 
 def size(config: Config, name: str, default: int | None = None, maximum: int = _MAX_SIZE) -> int:
@@ -43,14 +45,14 @@ def size(config: Config, name: str, default: int | None = None, maximum: int = _
 
 
 def number(config: Config, name: str, default: float, above: float = 0) -> float:
-    """A finite number; `default` if the field is absent or null. Raises CheckpointError."""
+    """Finite in fp32; `default` if the field is absent or null. Raises CheckpointError."""
     value = config.get(name)
     if value is None:
         return default
     if (
         not isinstance(value, int | float)
         or isinstance(value, bool)
-        or not above < value < math.inf
+        or not above < value <= _MAX_NUMBER
     ):
         raise CheckpointError(
             f"the model's config has {name} {value!r:.40}: a number above {above} needed"
@@ -116,7 +118,7 @@ def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> De
         "intermediate_size": size(config, "intermediate_size"),
         "num_layers": num_layers(config),
         "num_heads": heads,
-        "num_kv_heads": size(config, "num_key_value_heads", heads),
+        "num_kv_heads": num_kv_heads(config, "num_key_value_heads", heads),
         "head_dim": head_dim,
         "norm_eps": number(config, "rms_norm_eps", 1e-6),
         "max_position_embeddings": _longest(max_position, rotary),
@@ -133,6 +135,16 @@ def num_layers(config: Config, name: str = "num_hidden_layers", default: int | N
 
 def num_heads(config: Config, name: str = "num_attention_heads") -> int:
     return size(config, name, maximum=_MAX_HEADS)
+
+
+def num_kv_heads(config: Config, name: str, heads: int) -> int:
+    """As many as heads unless given. Raises CheckpointError where they do not share these out."""
+    count = size(config, name, heads, maximum=heads)
+    if heads % count:
+        raise CheckpointError(
+            f"the model's config has {name} {count}, which do not divide {heads} heads"
+        )
+    return count
 
 
 def rotary_spec(config: Config, head_dim: int, max_position: int) -> RotarySpec:
@@ -216,7 +228,7 @@ def _longest(max_position: int, rotary: RotarySpec | None) -> int:
     if rotary is None or rotary.scaling not in ("linear", "yarn"):
         return max_position
     start = max_position if rotary.scaling == "linear" else rotary.original_max_position
-    return min(max(max_position, int(start * rotary.factor)), _MAX_SIZE)
+    return max(max_position, int(min(start * rotary.factor, _MAX_SIZE)))
 
 
 def layered_rotary(

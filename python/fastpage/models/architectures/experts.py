@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastpage.models.architectures.config import Config, size
+from fastpage.models.architectures.config import Config, num_layers, size
 from fastpage.models.sources import Sources, part_of, source
 from fastpage.models.spec import DecoderSpec, MoeSpec
 
-_MAX_EXPERTS = 65_536
+_MAX_EXPERTS = 65_536  # of all layers together
 
 
 def moe_spec(config: Config, num_experts: int, top_k: int, intermediate_size: int) -> MoeSpec:
     """Numbers of experts as configs have them, or these defaults. Raises CheckpointError."""
+    most = _MAX_EXPERTS // num_layers(config)
     for name in ("num_local_experts", "num_experts"):
-        num_experts = size(config, name, num_experts, maximum=_MAX_EXPERTS)
+        num_experts = size(config, name, num_experts, maximum=most)
     return MoeSpec(
         num_experts=num_experts,
         top_k=size(config, "num_experts_per_tok", top_k, maximum=num_experts),

@@ -14,6 +14,7 @@ from fastpage.models.architectures.config import (
     flag,
     head_size,
     num_heads,
+    num_kv_heads,
     num_layers,
     number,
     present,
@@ -60,7 +61,7 @@ def spec(config: Config) -> DecoderSpec:
 
 def _num_kv_heads(config: Config, heads: int) -> int:
     if flag(config, "new_decoder_architecture", False):
-        return size(config, "num_kv_heads", heads)
+        return num_kv_heads(config, "num_kv_heads", heads)
     return 1 if flag(config, "multi_query", True) else heads
 
 

@@ -14,6 +14,7 @@ from fastpage.models.architectures.config import (
     flag,
     head_size,
     num_heads,
+    num_kv_heads,
     num_layers,
     number,
     refuse_other,
@@ -93,7 +94,7 @@ def _num_kv_heads(attention: Config, heads: int) -> int:
     )
     if attention.get("attn_type") == "multiquery_attention":
         return 1
-    return size(attention, "kv_n_heads", heads)
+    return num_kv_heads(attention, "kv_n_heads", heads)
 
 
 def _logits_scale(config: Config, hidden_size: int) -> float:
