@@ -215,6 +215,33 @@ def test_unsupported_options_are_named() -> None:
         build_model({**config, "hidden_size": None})
 
 
+FAMILIES = (
+    *("Bloom", "Cohere", "Cohere2", "Falcon", "GPTJ", "GPTNeoX", "Gemma", "Gemma2", "Glm", "Glm4"),
+    *("Granite", "Llama", "Mistral", "Mixtral", "OPT", "Olmo2", "Phi3", "Qwen2", "Qwen3"),
+    *("Qwen3Moe", "SmolLM3", "StableLm", "Starcoder2"),
+)
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_are_those_of_transformers(family: str) -> None:
+    """Of a config that gives sizes alone."""
+    theirs = getattr(transformers, f"{family}Config")(num_hidden_layers=4)
+    sizes = {name: getattr(theirs, name) for name in SIZES if hasattr(theirs, name)}
+    spec = build_model({**sizes, "architectures": [f"{family}ForCausalLM"]}).spec
+    assert spec.tie_embeddings == theirs.tie_word_embeddings
+    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
+        assert spec.norm_eps == getattr(theirs, name, spec.norm_eps)
+    rotary = spec.rotary or spec.local_rotary
+    rope = getattr(theirs, "rope_parameters", None) or {}
+    if rotary is not None and "rope_theta" in rope:
+        assert rotary.theta == rope["rope_theta"]
+        assert rotary.dim == spec.head_dim * rope.get("partial_rotary_factor", 1.0)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_rubbish_in_a_config_is_an_error_of_one_line(family: str) -> None:
     rope = {**YARN_ROPE, "rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}

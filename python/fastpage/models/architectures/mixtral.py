@@ -14,7 +14,7 @@ def spec(config: Config) -> DecoderSpec:
     if config.get("sliding_window") is not None:
         windows = (size(config, "sliding_window"),) * num_layers(config)
     return base_spec(
-        config,
+        {"rope_theta": 1_000_000.0, "rms_norm_eps": 1e-5, **config},
         sliding_windows=windows,
         moe=moe_spec(config, 8, 2, size(config, "intermediate_size")),
     )
