@@ -322,6 +322,7 @@ COMMAND_R = {
     "layer_norm_eps": 1e-5,
     "logit_scale": 0.0625,
     "max_position_embeddings": 8192,
+    "model_max_length": 131072,
     "rope_theta": 8000000.0,
 }
 
@@ -339,6 +340,7 @@ COMMAND_R = {
         (GEMMA3_4B, {"tie_embeddings": True, "embed_scale": 2560**0.5, "logits_soft_cap": 0}),
         (PHI4_MINI, {"limit": 131072, "tie_embeddings": True, "norm_eps": 1e-5}),
         (COMMAND_R, {"tie_embeddings": True, "logits_scale": 0.0625, "num_kv_heads": 32}),
+        (COMMAND_R, {"limit": 131072}),
     ],
 )
 def test_configs_as_published(config: dict[str, Any], expected: dict[str, Any]) -> None:

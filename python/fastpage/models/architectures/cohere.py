@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fastpage.models.architectures.config import Config, base_spec, flag, number
+from fastpage.models.architectures.config import Config, base_spec, flag, number, present, size
 from fastpage.models.architectures.llama import llama_sources
 from fastpage.models.sources import FLATTENED, Sources
 from fastpage.models.spec import DecoderSpec
@@ -19,8 +19,10 @@ def spec(config: Config) -> DecoderSpec:
 def cohere_spec(config: Config, **more: Any) -> DecoderSpec:
     """What Command R and its successor have in common."""
     attention_bias = flag(config, "attention_bias", False)
+    # Command R's max_position_embeddings is 8,192, though it was made for 131,072.
+    limit = present(config, "model_max_length", "max_position_embeddings")
     spec = base_spec(
-        config,
+        {**config, "max_position_embeddings": size(config, limit)},
         norm_kind="layer",
         norm_eps=number(config, "layer_norm_eps", 1e-5),
         residual="parallel",
