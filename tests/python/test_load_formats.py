@@ -71,6 +71,16 @@ def test_pickled_tensors_equal_those_saved(tmp_path, dtype, num_files):
         np.testing.assert_array_equal(array, theirs.numpy())
 
 
+def test_pickled_parameters(tmp_path):
+    """Tensors that would take part in training, as some checkpoints hold them."""
+    model = tiny_llama()
+    save_pickled(tmp_path, model)
+    torch.save(dict(model.named_parameters()), tmp_path / "pytorch_model.bin")
+    checkpoint = open_checkpoint(tmp_path, load_format="pt")
+    for name, parameter in model.named_parameters():
+        np.testing.assert_array_equal(checkpoint.tensor(name)[0], parameter.detach().numpy())
+
+
 def test_pickles_are_read_only_if_asked_for(tmp_path):
     save_pickled(tmp_path, tiny_llama())
     for load_format in ("auto", "gguf"):
@@ -310,3 +320,11 @@ def test_sampling_defaults(servable, tmp_path):
         (servable / "generation_config.json").write_text(json.dumps(wrong))
         with pytest.raises(CheckpointError, match=r"generation_config\.json: .*ignores the file"):
             LLM(str(servable), **options)
+
+
+def test_architectures_as_one_string(servable, tmp_path):
+    copy = shutil.copytree(servable, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": "LlamaForCausalLM"}))
+    llm = LLM(str(copy), max_model_len=64, kv_cache_memory="4MiB", generation_config="vllm")
+    assert llm.info.architecture == "LlamaForCausalLM"

@@ -41,7 +41,7 @@ class PickledCheckpoint(DirectoryCheckpoint):
         import torch
 
         self.shape(name)
-        tensor = self._tensors[name].contiguous()
+        tensor = self._tensors[name].detach().contiguous()
         dtype = _dtype_name(tensor)
         if dtype is None:
             raise CheckpointError(

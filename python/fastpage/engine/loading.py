@@ -18,6 +18,7 @@ from fastpage.engine.args import EngineArgs
 from fastpage.engine.memory import available_bytes, format_bytes, parse_bytes
 from fastpage.errors import CheckpointError, InvalidArgument, ResourceExhausted
 from fastpage.models.loader import Model, build_model
+from fastpage.models.registry import architecture_names
 from fastpage.sampling_params import SamplingParams
 from fastpage.tokenizer import Tokenizer
 
@@ -217,7 +218,7 @@ def _decide(
     return ModelInfo(
         served_model_name=args.served_model_name or checkpoint.name,
         model=args.model,
-        architecture=(checkpoint.config.get("architectures") or ["unknown"])[0],
+        architecture=architecture_names(checkpoint.config)[0],
         dtype=dtype,
         quantization=args.quantization,
         kv_cache_dtype=kv_cache_dtype,

@@ -101,10 +101,15 @@ def register_architecture(name: str, architecture: Architecture) -> None:
     _registered[name] = architecture
 
 
+def architecture_names(config: Config) -> list[str]:
+    """The config's `architectures`, which may be one string."""
+    given = config.get("architectures") or []
+    return [str(name) for name in given] if isinstance(given, list) else [str(given)]
+
+
 def find_architecture(config: Config) -> Architecture:
     """The first of the config's `architectures` that is known. Raises UnsupportedArchitecture."""
-    given = config.get("architectures") or []
-    names = [str(name) for name in given] if isinstance(given, list) else [str(given)]
+    names = architecture_names(config)
     for name in names:
         if name in _registered:
             return _registered[name]
