@@ -152,9 +152,9 @@ def test_load_names_all_that_does_not_fit(checkpoint: MakeCheckpoint) -> None:
         model.load_weights(fake, make_executor(model, "cpu"))
     message = str(error.value)
     assert "4 fault(s)" in message
-    assert "missing model.norm.weight" in message
+    assert "missing model.norm.weight, for final_norm [54]" in message
     assert "missing model.layers.1.self_attn.k_proj.weight" in message
-    assert "surplus model.layers.3.mlp.up_proj.weight" in message
+    assert "surplus model.layers.3.mlp.up_proj.weight [2, 2]" in message
     assert "model.layers.0.mlp.down_proj.weight [5, 4] should make layers.0.mlp.down [54, 77]" in (
         message
     )

@@ -78,10 +78,18 @@ class Model:
         self, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], sources: Sources
     ) -> None:
         available = set(checkpoint.names())
-        wanted = {tensor for source in sources.values() for tensor in source.tensors}
-        faults = [f"missing {name}" for name in sorted(wanted - available)]
+        wanted = {
+            tensor: f"{name} {list(shapes[name])}"
+            for name, source in sources.items()
+            for tensor in source.tensors
+        }
+        faults = [
+            f"missing {name}, for {wanted[name]}" for name in sorted(wanted.keys() - available)
+        ]
         faults += [
-            f"surplus {name}" for name in sorted(available - wanted) if not self._is_ignored(name)
+            f"surplus {name} {list(checkpoint.shape(name))}"
+            for name in sorted(available - wanted.keys())
+            if not self._is_ignored(name)
         ]
         for name, source in sources.items():
             if not available.issuperset(source.tensors):
