@@ -185,7 +185,7 @@ def generate(path: Path, prompts: list[list[int]], max_tokens: int) -> list[list
 
 RUBBISH: tuple[Any, ...] = (
     *(None, "x", "", True, [], [1], {}, {"x": 1}),
-    *(-1, 0, 1, 1.5, 1e308, float("nan"), 2**31 - 1, 10**30, 10**400),
+    *(-1, 0, 1, 1.5, 1e-320, 1e308, float("nan"), 2**31 - 1, 10**30, 10**400),
 )
 
 

@@ -244,7 +244,8 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_rubbish_in_a_config_is_an_error_of_one_line(family: str) -> None:
-    rope = {**YARN_ROPE, "rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}
+    scales = {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    rope = {**YARN_ROPE, **scales}
     config = {
         **SMALL,
         **QWEN_WINDOW,

@@ -86,11 +86,10 @@ def _llama3(spec: RotarySpec, plain: npt.NDArray[np.float32]) -> npt.NDArray[np.
 
 def _yarn(spec: RotarySpec, plain: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """NTK-by-parts: a linear ramp over the dimensions from kept to divided by factor."""
-    low = _dimension_of(spec, spec.beta_fast)
-    high = _dimension_of(spec, spec.beta_slow)
+    low = min(max(_dimension_of(spec, spec.beta_fast), 0), spec.dim)
+    high = min(_dimension_of(spec, spec.beta_slow), spec.dim - 1)
     if spec.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, spec.dim - 1)
     ramp = (np.arange(spec.dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
     ramp = np.clip(ramp, 0, 1)
     return plain / spec.factor * ramp + plain * (1 - ramp)
