@@ -26,6 +26,7 @@ from fastpage import LLM, SamplingParams
 FP32 = {"dtype": "float32", "kv_cache_dtype": "float32"}
 CASES: dict[str, dict[str, Any]] = {
     "fp32": FP32,
+    "bf16, fp32 activations": {"dtype": "bfloat16", "quantize_activations": False},
     "bf16": {"dtype": "bfloat16"},
     "int8, fp32 activations": {"quantization": "int8", "quantize_activations": False},
     "int8": {"quantization": "int8"},

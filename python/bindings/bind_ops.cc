@@ -392,10 +392,10 @@ void bind_ops(py::module_& m) {
 
   o.def("linear", &linear, py::arg("pool"), py::arg("x"), py::arg("weight"),
         py::arg("bias") = py::none(), py::arg("out").noconvert() = py::none(),
-        py::arg("activations") = "int8");
+        py::arg("activations") = "quantized");
   o.def("moe", &moe, py::arg("pool"), py::arg("x"), py::arg("router_logits"), py::arg("experts"),
         py::arg("top_k"), py::arg("renormalize") = false, py::arg("kind") = "silu_and_mul",
-        py::arg("activations") = "int8");
+        py::arg("activations") = "quantized");
   o.def("embed", &embed, py::arg("pool"), py::arg("ids"), py::arg("table"));
   o.def("norm", &norm, py::arg("pool"), py::arg("x"), py::arg("weight"), py::arg("eps"),
         py::arg("bias") = py::none(), py::arg("group") = 0, py::arg("kind") = "rms");

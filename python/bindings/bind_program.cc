@@ -159,7 +159,7 @@ void bind_executor(py::module_& m) {
              return std::make_shared<CpuExecutor>(program, config, std::move(pool));
            }),
            "program"_a, py::kw_only(), "num_kv_blocks"_a, "num_host_kv_blocks"_a = 0,
-           "weight_dtype"_a = "bfloat16", "quantization"_a = "none", "activations"_a = "int8",
+           "weight_dtype"_a = "bfloat16", "quantization"_a = "none", "activations"_a = "quantized",
            "kv_cache_dtype"_a = "bfloat16", "block_size"_a = 16, "max_num_tokens"_a = 2048,
            "max_num_logits"_a = 256, "disabled_passes"_a = std::vector<std::string>(),
            "pool"_a = nullptr)

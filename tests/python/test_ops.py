@@ -17,6 +17,8 @@ from fastpage._C import ops
 
 RTOL = {"float32": 2e-6, "bfloat16": 2e-6, "float16": 2e-6}  # of values already rounded
 DTYPES = ["float32", "bfloat16", "float16"]
+ACTIVATIONS = ["quantized", "float32"]
+BF16_ISAS = ["avx512_bf16"]  # where bf16 activations meet bf16 weights
 KV_DTYPES = [*DTYPES, "int8"]
 
 
@@ -69,12 +71,20 @@ LINEAR_SHAPES = [
 ]  # fmt: skip
 
 
+def as_met(x, dtype, activations):
+    """x as it meets weights of that type."""
+    rounds = activations == "quantized" and dtype == "bfloat16" and ops.cpu_isa() in BF16_ISAS
+    return rounded(x, dtype) if rounds else x
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
-def test_linear(pools, shape, dtype):
+def test_linear(pools, shape, dtype, activations):
     rows, n_in, n_out = shape
     rng = np.random.default_rng(hash(shape) % 2**32)
-    x = rng.standard_normal((rows, n_in), np.float32)
+    given = rng.standard_normal((rows, n_in), np.float32)
+    x = as_met(given, dtype, activations)
     w = rng.standard_normal((n_out, n_in), np.float32)
     bias = rng.standard_normal(n_out).astype(np.float32)
     want = x.astype(np.float64) @ rounded(w, dtype).astype(np.float64).T
@@ -84,27 +94,64 @@ def test_linear(pools, shape, dtype):
         packed = ops.PackedWeight(w, dtype, pool)
         assert (packed.in_features, packed.out_features, packed.format) == (n_in, n_out, dtype)
         assert packed.nbytes >= w.size * (4 if dtype == "float32" else 2)
-        got = ops.linear(pool, x, packed)
+        got = ops.linear(pool, given, packed, activations=activations)
         assert_close(got, want, scale)
-        assert_close(ops.linear(pool, x, packed, bias), want + bias, scale + np.abs(bias))
-        np.testing.assert_array_equal(ops.linear(pool, x, packed, bias), got + bias)
+        biased = ops.linear(pool, given, packed, bias, activations=activations)
+        assert_close(biased, want + bias, scale + np.abs(bias))
+        np.testing.assert_array_equal(biased, got + bias)
         out = np.empty_like(got)
-        assert ops.linear(pool, x, packed, out=out) is out
+        assert ops.linear(pool, given, packed, out=out, activations=activations) is out
         np.testing.assert_array_equal(out, got)
         results.append(got)
     for got in results[1:]:
         np.testing.assert_array_equal(got, results[0])
 
 
+@pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_row_does_not_depend_on_batch(pool, dtype):
+def test_linear_row_does_not_depend_on_batch(pools, dtype, activations):
+    pool = pools[2]
     rng = np.random.default_rng(1)
     x = rng.standard_normal((230, 1300), np.float32)
     w = ops.PackedWeight(rng.standard_normal((75, 1300), np.float32), dtype, pool)
-    whole = ops.linear(pool, x, w)
+    whole = ops.linear(pool, x, w, activations=activations)
     for rows in [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 23, 64, 200]:
         at = int(rng.integers(0, 230 - rows))
-        np.testing.assert_array_equal(ops.linear(pool, x[at : at + rows], w), whole[at : at + rows])
+        got = ops.linear(pools[rows % 2], x[at : at + rows], w, activations=activations)
+        np.testing.assert_array_equal(got, whole[at : at + rows])
+
+
+@pytest.mark.skipif(ops.cpu_isa() not in BF16_ISAS, reason="bf16 is not multiplied here")
+def test_linear_with_bf16_activations_rounds_them_to_nearest_even(pool):
+    """Ties, infinities, NaN, denormals: against weights of 1, one in_feature a row."""
+    values = np.array(
+        [0.0, -0.0, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-20, -1 - 2.0**-8, 3.4e38,
+         np.inf, -np.inf, np.nan, 1e-39, 2.0**-126, -1e-45], np.float32)  # fmt: skip
+    n_in = 33
+    w = ops.PackedWeight(np.ones((40, n_in), np.float32), "bfloat16", pool)
+    for column in (0, 1, 31, 32):
+        x = np.zeros((len(values), n_in), np.float32)
+        x[:, column] = values
+        want = rounded(values, "bfloat16")
+        want[np.isnan(values)] = np.nan
+        want[np.abs(values) < 2.0**-126] = 0  # denormals count as zero
+        got = ops.linear(pool, x, w)
+        np.testing.assert_array_equal(got, np.repeat(want[:, None], 40, 1))
+
+
+@pytest.mark.skipif(ops.cpu_isa() not in BF16_ISAS, reason="bf16 is not multiplied here")
+def test_linear_adds_products_of_bf16_in_the_order_of_the_manual(pool):
+    """Pair by pair, the odd in_feature first, each product added exactly and rounded once."""
+    rng = np.random.default_rng(12)
+    x = rounded(rng.standard_normal((14, 70), np.float32), "bfloat16")
+    w = rounded(rng.standard_normal((37, 70), np.float32), "bfloat16")
+    want = np.zeros((14, 37), np.float32)
+    for k in range(70):
+        k ^= 1
+        product = x[:, k, None].astype(np.longdouble) * w[None, :, k]
+        want = (want + product).astype(np.float32)
+    packed = ops.PackedWeight(w, "bfloat16", pool)
+    np.testing.assert_array_equal(ops.linear(pool, x, packed), want)
 
 
 def test_linear_takes_strided_rows_and_all_sources(pool):
@@ -646,7 +693,7 @@ def test_errors_name_the_argument(pool):
         (lambda: ops.PackedWeight.from_blocks(x, "q8_0", pool), ["float32", "uint8"]),
         (lambda: ops.PackedWeight.from_blocks(x.astype(np.uint8), "q4_1", pool), ["8", "20"]),
         (lambda: ops.PackedWeight.from_blocks(x.astype(np.uint8), "int8", pool), ["int8", "q8_0"]),
-        (lambda: ops.linear(pool, x, w, activations="int4"), ["int4", "int8 or float32"]),
+        (lambda: ops.linear(pool, x, w, activations="int4"), ["int4", "quantized or float32"]),
         (lambda: ops.PackedWeight(x, "float8", pool), ["float8"]),
         (lambda: ops.embed(pool, np.array([4]), w), ["ids", "4"]),
         (lambda: ops.embed(pool, np.array([2**40]), w), ["ids", "32 bits"]),
@@ -753,7 +800,8 @@ def test_torch_tensors(pool):
 # ---------------------------------------------------------------- instruction sets
 
 
-ISAS = ["portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni"]  # each above those before it
+# Each above those before it.
+ISAS = ["portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16"]
 
 
 def test_cpu_isa():

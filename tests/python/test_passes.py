@@ -212,7 +212,7 @@ def test_random_models(seed: int) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("activations", ["int8", "float32"])
+@pytest.mark.parametrize("activations", ["quantized", "float32"])
 def test_quantized(quantization: str, activations: str) -> None:
     options = {"quantization": quantization, "activations": activations, "kv_cache_dtype": "int8"}
     assert_same_bits(decoder(WIDE), [], **options)

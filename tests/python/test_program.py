@@ -96,12 +96,15 @@ class Pair:
         seed: int,
         num_host_kv_blocks: int = 0,
         kv_cache_dtype: str | None = None,
+        activations: str = "float32",
     ) -> None:
         random = np.random.default_rng(seed)
         options: dict[str, Any] = {"num_kv_blocks": NUM_BLOCKS, "block_size": block_size}
         options |= {"weight_dtype": dtype, "kv_cache_dtype": kv_cache_dtype or dtype}
         options |= {"num_host_kv_blocks": num_host_kv_blocks}
-        self.cpu = CpuExecutor(program, max_num_tokens=128, max_num_logits=13, **options)
+        self.cpu = CpuExecutor(
+            program, max_num_tokens=128, max_num_logits=13, activations=activations, **options
+        )
         self.torch = TorchExecutor(program, **options)
         for buffer in program.buffers:
             if buffer.kind != "weight":
@@ -343,6 +346,16 @@ def test_random_models_in_half_precision(seed: int, dtype: str) -> None:
     for step in mixed_steps(paged, random):
         # An ulp of fp32 may move a key or a value to the next number of the cache's type.
         assert pair.error(step) < 3e-3
+
+
+@pytest.mark.parametrize("seed", range(20, 24))
+def test_random_models_with_activations_like_the_weights(seed: int) -> None:
+    """Where the CPU multiplies bf16, activations are rounded to it in front of linear layers."""
+    random = np.random.default_rng(seed)
+    pair = Pair(decoder(random_spec(random)), "bfloat16", 16, seed, activations="quantized")
+    paged = PagedSequences(random_tokens(random, [70, 3, 33, 90]), NUM_BLOCKS, 16, seed)
+    for step in mixed_steps(paged, random):
+        assert pair.error(step) < 2e-2
 
 
 @pytest.mark.parametrize("seed", range(30, 33))

@@ -80,8 +80,8 @@ def test_linear(pools, shape, fmt):
     assert packed.nbytes >= w.size * bits / 8
     x = rng.standard_normal((rows, n_in), np.float32)
     bias = rng.standard_normal(n_out).astype(np.float32)
-    for activations in ("int8", "float32"):
-        exact = as_int8(x)[0] if activations == "int8" else x.astype(np.float64)
+    for activations in ("quantized", "float32"):
+        exact = as_int8(x)[0] if activations == "quantized" else x.astype(np.float64)
         want = exact @ w.astype(np.float64).T
         scale = np.abs(exact) @ np.abs(w.astype(np.float64)).T
         # The minimum and the steps above it, each as large as both, are summed apart.
@@ -97,7 +97,7 @@ def test_linear(pools, shape, fmt):
         for got in results:
             np.testing.assert_array_equal(got, results[0])
         # The bound that ops.h gives, for what rounding the activations does.
-        if activations == "int8" and rows:
+        if activations == "quantized" and rows:
             step = np.repeat(as_int8(x)[1], 32, 1)[:, :n_in]
             bound = (step * 0.501) @ np.abs(w).T
             assert np.all(np.abs(got - x.astype(np.float64) @ w.T) <= bound + 3e-6 * (scale + 1e-6))
@@ -114,14 +114,14 @@ def test_in_features_that_are_no_whole_groups(pools, n_in, fmt):
         stored = ops.embed(pool, np.arange(45), packed)
         assert np.abs(stored - w).max() <= np.abs(w).max() * (0.005 if fmt == "int8" else 0.2)
         for rows in (1, 2, 9):
-            for activations in ("int8", "float32"):
-                exact = as_int8(x[:rows])[0] if activations == "int8" else x[:rows]
+            for activations in ("quantized", "float32"):
+                exact = as_int8(x[:rows])[0] if activations == "quantized" else x[:rows]
                 scale = 8 * np.abs(exact) @ np.abs(stored).T
                 got = ops.linear(pool, x[:rows], packed, activations=activations)
                 assert_close(got, exact @ stored.T.astype(np.float64), scale)
 
 
-@pytest.mark.parametrize("activations", ["int8", "float32"])
+@pytest.mark.parametrize("activations", ["quantized", "float32"])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_row_does_not_depend_on_batch(pools, fmt, activations):
     rng = np.random.default_rng(1)

@@ -1,7 +1,8 @@
 // The CPU ops. They know nothing of requests: matrices, block tables and lengths only. Activations
 // are fp32. Every output element is a sum in one fixed order (ascending k, by fused multiply-add;
-// the portable kernels round the product first), whatever the number of rows and threads and
-// wherever a chunk begins: a row's result does not depend on its batch.
+// the portable kernels round the product first; products of bf16 come in pairs, the odd one first),
+// whatever the number of rows and threads and wherever a chunk begins: a row's result does not
+// depend on its batch.
 //
 // The implementations are one source compiled for several instruction sets and chosen at run time.
 #pragma once
@@ -15,8 +16,8 @@
 
 namespace fastpage::ops {
 
-// Instruction set in use: "avx512_vnni", "avx512", "avx2_vnni", "avx2" or "portable".
-// FASTPAGE_CPU_ISA in the environment, read once, lowers it (for tests).
+// Instruction set in use: "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2" or
+// "portable". FASTPAGE_CPU_ISA in the environment, read once, lowers it (for tests).
 const char* cpu_isa();
 
 // A weight matrix [out_features][in_features] repacked for `linear`: panels of out_features, in the
@@ -50,14 +51,20 @@ class PackedWeight {
   std::unique_ptr<Impl> impl_;
 };
 
-// What activations are turned into before they meet quantized weights.
+// What activations are turned into before they meet the weights of a linear layer.
 enum class Activations : uint8_t {
-  kInt8,    // in groups of 32 along a row, the largest magnitude of each becoming 127; sums of
-            // products are integers within a group, and fp32 over the groups, in order
+  // What the weights are:
+  // - int8 for quantized weights, in groups of 32 along a row, the largest magnitude of each
+  //   becoming 127; sums of products are integers within a group, and fp32 over the groups, in
+  //   order;
+  // - bf16 for bf16 weights where the instruction set multiplies bf16 (avx512_bf16), rounded to
+  //   nearest even; sums are fp32;
+  // - nothing else for other weights.
+  kQuantized,
   kFloat32  // nothing: the weights are widened
 };
 
-Activations activations_from_name(const std::string& name);  // "int8", "float32"
+Activations activations_from_name(const std::string& name);  // "quantized", "float32"
 
 // A function of single activations.
 enum class ActivationKind : uint8_t {
@@ -85,11 +92,11 @@ struct LinearFusion {
 };
 
 // y = x w^T (+ bias). x: [rows][in], y: [rows][out], bias: [out] or null. y must not overlap x.
-// `activations` says nothing where the weights are floats. Against exact sums over the weights as
-// they are stored, int8 activations are off by at most half a quantum: by the sum over the groups
-// of (largest |x| / 254) * (sum of |w|), and by fp32 rounding.
+// Against exact sums over the weights as they are stored, int8 activations are off by at most half
+// a quantum: by the sum over the groups of (largest |x| / 254) * (sum of |w|), bf16 ones by the sum
+// of |x w| / 256, and both by fp32 rounding. Products of bf16 take and give zero for denormals.
 void linear(ThreadPool& pool, Matrix<const float> x, const PackedWeight& w, const float* bias,
-            Matrix<float> y, Activations activations = Activations::kInt8,
+            Matrix<float> y, Activations activations = Activations::kQuantized,
             const LinearFusion& fusion = {});
 
 // One expert of a mixture: a gated feed-forward layer.

@@ -58,6 +58,16 @@ bool machine_has_avx512_vnni() {
 #endif
 }
 
+bool machine_has_avx512_bf16() {
+#if defined(__x86_64__)
+  unsigned eax, ebx, ecx, edx;
+  return machine_has_avx512_vnni() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 &&
+         (eax & (1u << 5)) != 0;
+#else
+  return false;
+#endif
+}
+
 struct InstructionSet {
   const char* name;
   const KernelTable* (*kernels)();
@@ -65,6 +75,7 @@ struct InstructionSet {
 };
 // Best first.
 const InstructionSet kInstructionSets[] = {
+    {"avx512_bf16", cpu::avx512_bf16_kernels, machine_has_avx512_bf16},
     {"avx512_vnni", cpu::avx512_vnni_kernels, machine_has_avx512_vnni},
     {"avx512", cpu::avx512_kernels, machine_has_avx512},
     {"avx2_vnni", cpu::avx2_vnni_kernels, machine_has_avx2_vnni},
@@ -81,7 +92,7 @@ const KernelTable* choose_kernels() {
     if (is_allowed && isa.kernels() != nullptr && isa.is_here()) return isa.kernels();
   }
   throw InvalidArgument("FASTPAGE_CPU_ISA is '" + highest +
-                        "': one of portable, avx2, avx2_vnni, avx512, avx512_vnni");
+                        "': one of portable, avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16");
 }
 
 }  // namespace

@@ -19,22 +19,36 @@ constexpr int64_t kRowBlock = 192;
 
 // How x is packed and met by the panels of a weight. A step is an in_feature, or a group of them.
 struct Method {
+  enum class Packing { kFloat32, kBf16, kInt8 };
   void (*const* tile)(const cpu::LinearTile&);  // per height
   int row_tile;
-  bool is_integer;         // activations are quantized, or else fp32
+  Packing packing;         // of activations
   int64_t in_step;         // in_features of a step
   int64_t row_step_bytes;  // of one row of activations
 };
 
 Method choose_method(const PackedWeight::Impl& w, Activations activations) {
+  using Packing = Method::Packing;
   const cpu::KernelTable& table = kernels();
-  if (!w.is_quantized) return {table.linear_tile[w.type], table.row_tile, false, 1, sizeof(float)};
-  if (activations == Activations::kInt8) {
-    return {table.quant.tile[w.quant], table.quant.row_tile, true, cpu::kGroup,
+  const bool quantizes = activations == Activations::kQuantized;
+  constexpr int64_t kWideGroupBytes = cpu::kGroup * sizeof(float);
+  if (w.is_quantized && quantizes) {
+    return {table.quant.tile[w.quant], table.quant.row_tile, Packing::kInt8, cpu::kGroup,
             cpu::kActivationGroupBytes};
   }
-  return {table.quant.widened_tile[w.quant], table.quant.row_tile, false, cpu::kGroup,
-          cpu::kGroup * sizeof(float)};
+  if (w.is_quantized) {
+    return {table.quant.widened_tile[w.quant], table.quant.row_tile, Packing::kFloat32, cpu::kGroup,
+            kWideGroupBytes};
+  }
+  if (w.type != cpu::kBf16) {
+    return {table.linear_tile[w.type], table.row_tile, Packing::kFloat32, 1, sizeof(float)};
+  }
+  if (quantizes && table.bf16.round_rows != nullptr) {
+    return {table.bf16.tile, table.bf16.row_tile, Packing::kBf16, cpu::kGroup,
+            cpu::kBf16GroupBytes};
+  }
+  return {table.linear_tile[w.type], table.row_tile, Packing::kFloat32, cpu::kGroup,
+          kWideGroupBytes};
 }
 
 // The rows of x, cut into tiles of nearly equal height; tile i is height(i) rows, step by step.
@@ -57,9 +71,11 @@ int zero_of(cpu::QuantFormat format) {
 
 void pack_tile(const PackedWeight::Impl& w, const Method& method, const float* const* rows, int m,
                char* out) {
-  if (method.is_integer) {
-    kernels().quant.quantize_rows(rows, m, w.in_features, zero_of(w.quant), out);
-    return;
+  if (method.packing == Method::Packing::kInt8) {
+    return kernels().quant.quantize_rows(rows, m, w.in_features, zero_of(w.quant), out);
+  }
+  if (method.packing == Method::Packing::kBf16) {
+    return kernels().bf16.round_rows(rows, m, w.in_features, out);
   }
   auto* floats = reinterpret_cast<float*>(out);
   kernels().pack_rows(rows, m, w.in_features, 1.0f, floats);
@@ -126,7 +142,7 @@ void pack_shared(ThreadPool& pool, const Layer& layer, RowTiles* tiles) {
 // All rows, by this thread for itself.
 void pack_alone(const Layer& layer, RowTiles* tiles) {
   thread_local Scratch scratch;
-  if (tiles->rows == 1 && !layer.method.is_integer &&
+  if (tiles->rows == 1 && layer.method.packing == Method::Packing::kFloat32 &&
       layer.x.cols == layer.w.num_steps * layer.method.in_step) {
     float* room = scratch.floats(static_cast<size_t>(layer.x.cols));
     tiles->data = reinterpret_cast<const char*>(source_row(layer, 0, room));
@@ -240,9 +256,9 @@ int64_t row_parts(int64_t tiles, int64_t panels, int64_t threads) {
 }  // namespace
 
 Activations activations_from_name(const std::string& name) {
-  if (name == "int8") return Activations::kInt8;
+  if (name == "quantized") return Activations::kQuantized;
   if (name == "float32") return Activations::kFloat32;
-  throw InvalidArgument("activations are '" + name + "': int8 or float32");
+  throw InvalidArgument("activations are '" + name + "': quantized or float32");
 }
 
 namespace {

@@ -57,8 +57,9 @@ void prepare(PackedWeight::Impl* impl, WeightFormat format, int64_t out_features
     impl->step_bytes = cpu::group_bytes(impl->quant, static_cast<int>(width));
   } else {
     impl->type = static_cast<cpu::ElementType>(format);
-    impl->num_steps = in_features;
-    impl->step_bytes = width * (impl->type == cpu::kF32 ? 4 : 2);
+    const int64_t step = impl->type == cpu::kBf16 ? cpu::kGroup : 1;
+    impl->num_steps = (in_features + step - 1) / step;
+    impl->step_bytes = step * width * (impl->type == cpu::kF32 ? 4 : 2);
   }
   impl->panel_bytes = impl->num_steps * impl->step_bytes;
   if (impl->is_quantized && !cpu::has_group_scales(impl->quant)) {

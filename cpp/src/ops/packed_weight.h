@@ -1,6 +1,6 @@
 // How a PackedWeight is stored: panels of kernels().panel_width out_features one after the other,
-// each [in_features][panel_width] of `type` (see cpu/linear_impl.h) or groups of `quant` (see
-// cpu/quant_format.h), the last one filled up with zeros.
+// each in_features of `type` (see cpu/linear_impl.h) or groups of `quant` (see cpu/quant_format.h),
+// the last one filled up with zeros.
 #pragma once
 
 #include "fastpage/ops.h"
@@ -16,7 +16,7 @@ struct PackedWeight::Impl {
   bool is_quantized = false;
   cpu::ElementType type = cpu::kF32;    // unless quantized
   cpu::QuantFormat quant = cpu::kInt8;  // if quantized
-  int64_t num_steps = 0;                // in_features, or groups of them if quantized
+  int64_t num_steps = 0;                // in_features, or groups of them if bf16 or quantized
   int64_t step_bytes = 0;               // of a panel
   int64_t num_panels = 0;
   int64_t panel_bytes = 0;

@@ -521,7 +521,7 @@ class CpuExecutor:
         num_host_kv_blocks: int = 0,
         weight_dtype: str = "bfloat16",
         quantization: str = "none",
-        activations: str = "int8",
+        activations: str = "quantized",
         kv_cache_dtype: str = "bfloat16",
         block_size: int = 16,
         max_num_tokens: int = 2048,

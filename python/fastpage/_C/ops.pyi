@@ -32,9 +32,9 @@ def linear(
     weight: PackedWeight,
     bias: DLPackTensor | None = None,
     out: npt.NDArray[np.float32] | None = None,
-    activations: str = "int8",
+    activations: str = "quantized",
 ) -> npt.NDArray[np.float32]:
-    """activations: int8 or float32, what meets quantized weights."""
+    """activations: float32, or quantized to what the weights are (fastpage/ops.h)."""
 
 def moe(
     pool: ThreadPool,

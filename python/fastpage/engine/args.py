@@ -88,8 +88,9 @@ class EngineArgs:
     quantize_activations: bool = _arg(
         True,
         "Model",
-        "let int8 activations meet quantized weights, by integer dot products; off, only the "
-        "weights are rounded, and it is slower (default: on)",
+        "let activations of the weights' own precision meet them: int8 for int8 and int4 weights, "
+        "bf16 for bf16 ones where the CPU multiplies bf16; off, only the weights are rounded, and "
+        "it is slower (default: on)",
         action=argparse.BooleanOptionalAction,
     )
     max_model_len: int | None = _arg(

@@ -305,7 +305,7 @@ def _load_runner(
         max_num_tokens=info.max_num_batched_tokens,
         max_num_logits=info.max_num_seqs,
         quantization="none" if info.quantization == "gguf" else info.quantization,
-        activations="int8" if args.quantize_activations else "float32",
+        activations="quantized" if args.quantize_activations else "float32",
         pool=pool,
     )
     keep_blocks = info.quantization == "gguf"

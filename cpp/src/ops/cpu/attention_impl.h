@@ -277,17 +277,6 @@ constexpr RowTileKernels kRowTileKernels = {
     wide_columns(M), score_columns<M, wide_columns(M), Cache>, score_columns<M, 2, Cache>,
     value_columns<M, wide_columns(M), Cache>, value_columns<M, 2, Cache>};
 
-#define FASTPAGE_ROW_TILES_4(name, T) name<1, T>, name<2, T>, name<3, T>, name<4, T>
-#define FASTPAGE_ROW_TILES_6(name, T) FASTPAGE_ROW_TILES_4(name, T), name<5, T>, name<6, T>
-#define FASTPAGE_ROW_TILES_12(name, T)                                                         \
-  FASTPAGE_ROW_TILES_6(name, T), name<7, T>, name<8, T>, name<9, T>, name<10, T>, name<11, T>, \
-      name<12, T>
-#define FASTPAGE_CONCAT_(a, b) a##b
-#define FASTPAGE_CONCAT(a, b) FASTPAGE_CONCAT_(a, b)
-// One instantiation per number of rows, 1 to kRowTile.
-#define FASTPAGE_ROW_TILES(name, T) \
-  {FASTPAGE_CONCAT(FASTPAGE_ROW_TILES_, FASTPAGE_ROW_TILE)(name, T)}
-
 template <typename Cache>
 constexpr RowTileKernels kKernelsByRows[] = FASTPAGE_ROW_TILES(kRowTileKernels, Cache);
 

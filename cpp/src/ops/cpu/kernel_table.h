@@ -22,10 +22,13 @@ inline constexpr int kGranule = 16;  // positions that lie together in a KV bloc
 inline constexpr int kKvTile = 128;  // positions of an attention tile
 inline constexpr int kTileGranules = kKvTile / kGranule;
 
+// Bytes of one row of kGroup bf16 activations.
+inline constexpr int64_t kBf16GroupBytes = 2 * kGroup;
+
 // y[0..m)[0..n) = a^T panel: rows of one row tile times one panel, over `k` steps of the summed
-// dimension: in_features, or groups of them where the weights are quantized.
+// dimension: in_features, or groups of them where the weights are bf16 or quantized.
 struct LinearTile {
-  const void* a;      // [k][m], or what quantize_rows gives
+  const void* a;      // [in_features][m], or what round_rows or quantize_rows gives
   const void* panel;  // [k][panel_width] in the panel's own order
   int64_t k;
   float* y;
@@ -62,6 +65,15 @@ struct AttentionTile {
   float* row_sum;  // [rows]
 };
 
+// Linear layers over bf16 weights with bf16 activations. No tile is there if the instruction set
+// does not multiply bf16.
+struct Bf16Kernels {
+  int row_tile;  // rows per register tile
+  // Rows [0, m) of k fp32 activations -> one tile, [k / kGroup][m][kGroup], filled up with zeros.
+  void (*round_rows)(const float* const* rows, int m, int64_t k, void* out);
+  void (*tile[kMaxRowTile])(const LinearTile&);
+};
+
 // Linear layers over quantized weights.
 struct QuantKernels {
   int row_tile;   // rows per register tile
@@ -89,7 +101,7 @@ struct KernelTable {
   void (*pack_rows)(const float* const* rows, int m, int64_t k, float scale, float* out);
 
   // Rows [0, n) of weight (`stride` elements apart, `source` elements) -> one panel of `stored`
-  // elements; columns past n are zero.
+  // elements; columns past n are zero, and so are bf16 in_features that fill up a group.
   void (*pack_panel)(ElementType source, const void* weight, int64_t stride, int n, int64_t k,
                      ElementType stored, void* panel);
   void (*unpack_row)(ElementType stored, const void* panel, int column, int64_t k, float* out);
@@ -121,6 +133,7 @@ struct KernelTable {
   void (*soft_cap)(const float* x, float cap, int64_t n, float* y);
 
   QuantKernels quant;
+  Bf16Kernels bf16;
 };
 
 const KernelTable* portable_kernels();
@@ -128,5 +141,6 @@ const KernelTable* avx2_kernels();         // null where not compiled in
 const KernelTable* avx2_vnni_kernels();    // null where not compiled in
 const KernelTable* avx512_kernels();       // null where not compiled in
 const KernelTable* avx512_vnni_kernels();  // null where not compiled in
+const KernelTable* avx512_bf16_kernels();  // null where not compiled in
 
 }  // namespace fastpage::ops::cpu

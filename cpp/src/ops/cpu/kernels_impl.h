@@ -2,6 +2,8 @@
 // inside a namespace of its own. See kernel_table.h on what may be included here.
 // FASTPAGE_ROW_TILE is kRowTile for the preprocessor, FASTPAGE_QUANT_ROW_TILE kQuantRowTile.
 #include "ops/cpu/elementwise_impl.h"
+#include "ops/cpu/tile_impl.h"
+//
 #include "ops/cpu/linear_impl.h"
 //
 #include "ops/cpu/attention_impl.h"
@@ -38,6 +40,7 @@ constexpr KernelTable make_table(const char* name) {
       clamp,
       soft_cap,
       make_quant_kernels(),
+      {},
   };
   return t;
 }

@@ -1,100 +1,63 @@
-// Linear layers: packing, and the register tile of kRowTile rows times one panel.
+// Linear layers over float weights and fp32 activations: packing, and the register tile of kRowTile
+// rows times one panel.
 //
-// A panel holds kPanel = 2 * kLanes consecutive out_features, [in_features][kPanel]. bf16 panels
-// interleave the two halves of a row (lane i of the first beside lane i of the second), so that a
-// shift and a mask widen one register to two.
+// A panel holds kPanel consecutive out_features, [in_features][kPanel]. bf16 panels hold pairs of
+// in_features, [in_features / 2][kPanel][2], in_features being filled up to a multiple of kGroup
+// with zeros: a shift and a mask widen one register to two, and instructions that multiply pairs
+// of bf16 take them as they are (bf16_impl.h).
 
-constexpr int kPanel = 2 * kLanes;
-
-// Reads one panel row.
+// Reads one row of a panel, of which kTogether lie together; a step of the tile is kStep of them.
 struct PanelF32 {
   using Element = float;
-  static inline void load(const float* p, V* b0, V* b1) {
-    *b0 = vload(p);
-    *b1 = vload(p + kLanes);
-  }
+  static constexpr int kTogether = 1;
+  static constexpr int kStep = 1;
+  static inline V load(const float* p, int, int half) { return vload(p + half * kLanes); }
 };
 struct PanelBf16 {
   using Element = uint16_t;
-  static inline void load(const uint16_t* p, V* b0, V* b1) { vload_bf16_pair(p, b0, b1); }
+  static constexpr int kTogether = 2;
+  static constexpr int kStep = kGroup;
+  static inline V load(const uint16_t* p, int i, int half) {
+    V even, odd;
+    vload_bf16_pair(p + half * 2 * kLanes, &even, &odd);
+    return i == 0 ? even : odd;
+  }
 };
 struct PanelF16 {
   using Element = uint16_t;
-  static inline void load(const uint16_t* p, V* b0, V* b1) {
-    *b0 = vload_f16(p);
-    *b1 = vload_f16(p + kLanes);
-  }
+  static constexpr int kTogether = 1;
+  static constexpr int kStep = 1;
+  static inline V load(const uint16_t* p, int, int half) { return vload_f16(p + half * kLanes); }
 };
-
-// The last panel may be wider than y: it is computed beside y, and what exists is copied.
-static void linear_edge_tile(void (*linear_tile)(const LinearTile&), int m, const LinearTile& t) {
-  float y[kRowTile * kPanel] = {};
-  float bias[kPanel] = {};
-  const size_t bytes = static_cast<size_t>(t.n) * sizeof(float);
-  LinearTile whole = t;
-  whole.n = kPanel;
-  whole.y = y;
-  whole.y_stride = kPanel;
-  if (t.bias != nullptr) {
-    __builtin_memcpy(bias, t.bias, bytes);
-    whole.bias = bias;
-  }
-  if (t.accumulate) {
-    for (int i = 0; i < m; ++i) __builtin_memcpy(y + i * kPanel, t.y + i * t.y_stride, bytes);
-  }
-  linear_tile(whole);
-  for (int i = 0; i < m; ++i) __builtin_memcpy(t.y + i * t.y_stride, y + i * kPanel, bytes);
-}
 
 template <int M, typename Panel>
 void linear_tile(const LinearTile& t) {
-  if (t.n < kPanel) return linear_edge_tile(linear_tile<M, Panel>, M, t);
+  if (t.n < kPanel) return linear_edge_tile<M, kPanel>(linear_tile<M, Panel>, t);
   V acc[M][2];
-  if (t.accumulate) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      acc[m][0] = vload(t.y + m * t.y_stride);
-      acc[m][1] = vload(t.y + m * t.y_stride + kLanes);
-    }
-  } else {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = vzero();
-  }
-
+  begin_sums<M>(t, acc);
   const auto* a = static_cast<const float*>(t.a);
   const auto* b = static_cast<const typename Panel::Element*>(t.panel);
   const char* prefetch = t.prefetch;
-  const int64_t prefetch_step = t.prefetch_step;
+  const int64_t prefetch_step = t.prefetch_step / Panel::kStep;
 #pragma GCC unroll 4
-  for (int64_t k = t.k; k > 0; --k) {
-    V b0, b1;
-    Panel::load(b, &b0, &b1);
-    __builtin_prefetch(prefetch);
+  for (int64_t k = t.k * (Panel::kStep / Panel::kTogether); k > 0; --k) {
+#pragma GCC unroll 2
+    for (int i = 0; i < Panel::kTogether; ++i) {
+      const V b0 = Panel::load(b, i, 0);
+      const V b1 = Panel::load(b, i, 1);
+      __builtin_prefetch(prefetch);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const V x = vset(a[m]);
-      acc[m][0] = vfma(x, b0, acc[m][0]);
-      acc[m][1] = vfma(x, b1, acc[m][1]);
+      for (int m = 0; m < M; ++m) {
+        const V x = vset(a[m]);
+        acc[m][0] = vfma(x, b0, acc[m][0]);
+        acc[m][1] = vfma(x, b1, acc[m][1]);
+      }
+      a += M;
+      prefetch += prefetch_step;
     }
-    a += M;
-    b += kPanel;
-    prefetch += prefetch_step;
+    b += Panel::kTogether * kPanel;
   }
-
-  if (t.bias != nullptr) {
-    const V c0 = vload(t.bias);
-    const V c1 = vload(t.bias + kLanes);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      acc[m][0] = vadd(acc[m][0], c0);
-      acc[m][1] = vadd(acc[m][1], c1);
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    vstore(t.y + m * t.y_stride, acc[m][0]);
-    vstore(t.y + m * t.y_stride + kLanes, acc[m][1]);
-  }
+  end_sums<M>(t, acc);
 }
 
 void pack_rows(const float* const* rows, int m, int64_t k, float scale, float* out) {
@@ -125,53 +88,60 @@ void pack_rows(const float* const* rows, int m, int64_t k, float scale, float* o
   }
 }
 
-// Where out_feature `column` of a panel lies within a row of it.
-static inline int panel_slot(ElementType stored, int column) {
-  if (stored != kBf16) return column;
-  return column < kLanes ? 2 * column : 2 * (column - kLanes) + 1;
+// n elements to every kPanel-th place.
+template <typename Element>
+static inline void scatter(const Element* x, int64_t n, Element* out) {
+  for (int64_t i = 0; i < n; ++i) out[i * kPanel] = x[i];
 }
 
 void pack_panel(ElementType source, const void* weight, int64_t stride, int n, int64_t k,
                 ElementType stored, void* panel) {
-  constexpr int64_t kBlock = 64;  // rows of the panel at a time: they stay in the L1 cache
+  constexpr int64_t kBlock = 2 * kGroup;  // rows of the panel at a time: they stay in the L1 cache
   const int64_t source_size = source == kF32 ? 4 : 2;
+  const int64_t rows = stored == kBf16 ? (k + kGroup - 1) / kGroup * kGroup : k;
   float wide[kBlock];
   uint16_t narrow[kBlock];
-  for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
-    const int64_t count = k - k0 < kBlock ? k - k0 : kBlock;
+  uint32_t pairs[kBlock / 2];
+  for (int64_t k0 = 0; k0 < rows; k0 += kBlock) {
+    const int64_t count = rows - k0 < kBlock ? rows - k0 : kBlock;
+    const int64_t there = k - k0 < count ? k - k0 : count;
     for (int c = 0; c < kPanel; ++c) {
-      const int slot = panel_slot(stored, c);
-      if (c >= n) {
-        for (int64_t i = 0; i < count; ++i) wide[i] = 0.0f;
-      } else {
+      for (int64_t i = c < n ? there : 0; i < count; ++i) wide[i] = 0.0f;
+      if (c < n) {
         const char* row = static_cast<const char*>(weight) + (c * stride + k0) * source_size;
-        convert_to_f32(source, row, count, wide);
+        convert_to_f32(source, row, there, wide);
       }
       if (stored == kF32) {
-        float* out = static_cast<float*>(panel) + k0 * kPanel + slot;
-        for (int64_t i = 0; i < count; ++i) out[i * kPanel] = wide[i];
+        scatter(wide, count, static_cast<float*>(panel) + k0 * kPanel + c);
+        continue;
+      }
+      convert_from_f32(stored, wide, count, narrow);
+      if (stored == kF16) {
+        scatter(narrow, count, static_cast<uint16_t*>(panel) + k0 * kPanel + c);
       } else {
-        convert_from_f32(stored, wide, count, narrow);
-        uint16_t* out = static_cast<uint16_t*>(panel) + k0 * kPanel + slot;
-        for (int64_t i = 0; i < count; ++i) out[i * kPanel] = narrow[i];
+        __builtin_memcpy(pairs, narrow, static_cast<size_t>(count) * sizeof(uint16_t));
+        scatter(pairs, count / 2, static_cast<uint32_t*>(panel) + k0 / 2 * kPanel + c);
       }
     }
   }
 }
 
 void unpack_row(ElementType stored, const void* panel, int column, int64_t k, float* out) {
-  const int slot = panel_slot(stored, column);
   if (stored == kF32) {
-    const float* p = static_cast<const float*>(panel) + slot;
+    const float* p = static_cast<const float*>(panel) + column;
     for (int64_t i = 0; i < k; ++i) out[i] = p[i * kPanel];
     return;
   }
   constexpr int64_t kBlock = 64;
   uint16_t narrow[kBlock];
-  const uint16_t* p = static_cast<const uint16_t*>(panel) + slot;
+  const uint16_t* p = static_cast<const uint16_t*>(panel);
   for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
     const int64_t count = k - k0 < kBlock ? k - k0 : kBlock;
-    for (int64_t i = 0; i < count; ++i) narrow[i] = p[(k0 + i) * kPanel];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = k0 + i;
+      narrow[i] =
+          stored == kBf16 ? p[(at / 2 * kPanel + column) * 2 + at % 2] : p[at * kPanel + column];
+    }
     convert_to_f32(stored, narrow, count, out + k0);
   }
 }

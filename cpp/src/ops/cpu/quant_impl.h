@@ -100,40 +100,6 @@ static inline void dot_group(const char* words, const int32_t* a, VI (*sums)[2])
   }
 }
 
-// Begins a tile's sums: zero, or what y holds.
-template <int M>
-static inline void begin_sums(const LinearTile& t, V (*sum)[2]) {
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    sum[m][0] = t.accumulate ? vload(t.y + m * t.y_stride) : vzero();
-    sum[m][1] = t.accumulate ? vload(t.y + m * t.y_stride + kLanes) : vzero();
-  }
-}
-
-template <int M>
-static inline void end_sums(const LinearTile& t, V (*sum)[2]) {
-  const V one = vset(1.0f);
-  const V s0 = t.scale != nullptr ? vload(t.scale) : one;
-  const V s1 = t.scale != nullptr ? vload(t.scale + kLanes) : one;
-  const V c0 = t.bias != nullptr ? vload(t.bias) : vzero();
-  const V c1 = t.bias != nullptr ? vload(t.bias + kLanes) : vzero();
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    V y0 = sum[m][0];
-    V y1 = sum[m][1];
-    if (t.scale != nullptr) {
-      y0 = vmul(y0, s0);
-      y1 = vmul(y1, s1);
-    }
-    if (t.bias != nullptr) {
-      y0 = vadd(y0, c0);
-      y1 = vadd(y1, c1);
-    }
-    vstore(t.y + m * t.y_stride, y0);
-    vstore(t.y + m * t.y_stride + kLanes, y1);
-  }
-}
-
 template <QuantFormat F>
 static inline void prefetch_group(const char* p) {
   constexpr int kBytes = group_bytes(F, kPanel);
@@ -143,7 +109,7 @@ static inline void prefetch_group(const char* p) {
 
 template <int M, QuantFormat F>
 void quant_tile(const LinearTile& t) {
-  if (t.n < kPanel) return linear_edge_tile(quant_tile<M, F>, M, t);
+  if (t.n < kPanel) return linear_edge_tile<M, kPanel>(quant_tile<M, F>, t);
   V sum[M][2];
   begin_sums<M>(t, sum);
   const auto* a = static_cast<const int32_t*>(t.a);
@@ -214,7 +180,7 @@ static inline void widened_words(VI b0, VI b1, const V* d, const V* min, const f
 // The same with fp32 activations, [in_features][m]: only the weights are rounded.
 template <int M, QuantFormat F>
 void widened_tile(const LinearTile& t) {
-  if (t.n < kPanel) return linear_edge_tile(widened_tile<M, F>, M, t);
+  if (t.n < kPanel) return linear_edge_tile<M, kPanel>(widened_tile<M, F>, t);
   constexpr uint32_t kFlip = has_4_bits(F) ? 0 : static_cast<uint32_t>(kInt8Zero) * 0x01010101u;
   V sum[M][2];
   begin_sums<M>(t, sum);
