@@ -40,7 +40,7 @@ SHAPES = {
     "1B": {(2048, 8192): 2, (8192, 2048): 1, (2048, 2048): 2},  # of a layer
 }
 FORMATS = {
-    "bf16": "bfloat16",
+    "bf16": "bfloat16",  # with bf16 activations where the CPU multiplies bf16
     "fp16": "float16",
     "fp32": "float32",
     "int8": "int8",  # with int8 activations, as int4
@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
         "--weights",
-        default="bf16,int8,int4",
+        default="bf16,fp16,int8,int4",
         help=f"how they are kept: of {', '.join(FORMATS)}, separated by commas",
     )
     parser.add_argument("--kv-dtypes", default="bfloat16,int8", help="separated by commas")
@@ -407,9 +407,11 @@ def main() -> None:
 
     if args.experts:
         result |= print_mixtures(pool, machine, args.weights.split(","), args.seconds)
-    for dtype in filter(None, args.kv_dtypes.split(",")):
+    kv_dtypes = list(filter(None, args.kv_dtypes.split(",")))
+    for dtype in kv_dtypes:
         result |= attention_rows(pool, machine, dtype, args.seconds)
-    result |= print_transfers(machine, args.kv_dtypes.split(",")[0], args.seconds)
+    if kv_dtypes:
+        result |= print_transfers(machine, kv_dtypes[0], args.seconds)
     result["read_gbs"] = round(machine.median("read_gbs"), 1)
     result["fma_gflops"] = round(machine.median("fma_gflops"), 1)
     print(json.dumps(result))

@@ -1,8 +1,8 @@
 // The CPU ops. They know nothing of requests: matrices, block tables and lengths only. Activations
 // are fp32. Every output element is a sum in one fixed order (ascending k, by fused multiply-add;
-// the portable kernels round the product first; products of bf16 come in pairs, the odd one first),
-// whatever the number of rows and threads and wherever a chunk begins: a row's result does not
-// depend on its batch.
+// the portable kernels round the product first; with bf16 weights the order within 32 in_features
+// is the kernel's own), whatever the number of rows and threads and wherever a chunk begins: a
+// row's result does not depend on its batch.
 //
 // The implementations are one source compiled for several instruction sets and chosen at run time.
 #pragma once
@@ -109,7 +109,7 @@ struct MoeParams {
   int32_t top_k = 1;
   bool renormalize = false;  // the weights of a row's experts are divided by their sum
   Activation activation = {ActivationKind::kSilu, true};  // gated
-  Activations activations = Activations::kInt8;
+  Activations activations = Activations::kQuantized;
 };
 
 // Sparse mixture of experts (Shazeer et al. 2017): y[i] = sum of p[e] * down_e(f(gate_e(x[i])) *

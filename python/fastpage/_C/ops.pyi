@@ -44,7 +44,7 @@ def moe(
     top_k: int,
     renormalize: bool = False,
     kind: str = "silu_and_mul",
-    activations: str = "int8",
+    activations: str = "quantized",
 ) -> npt.NDArray[np.float32]:
     """experts: gate_up [2 * intermediate, hidden] and down [hidden, intermediate] of each."""
 

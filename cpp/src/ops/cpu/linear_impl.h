@@ -6,17 +6,15 @@
 // with zeros: a shift and a mask widen one register to two, and instructions that multiply pairs
 // of bf16 take them as they are (bf16_impl.h).
 
-// Reads one row of a panel, of which kTogether lie together; a step of the tile is kStep of them.
+// Reads one row of a panel, of which kTogether lie together; the i-th of them.
 struct PanelF32 {
   using Element = float;
   static constexpr int kTogether = 1;
-  static constexpr int kStep = 1;
   static inline V load(const float* p, int, int half) { return vload(p + half * kLanes); }
 };
 struct PanelBf16 {
   using Element = uint16_t;
   static constexpr int kTogether = 2;
-  static constexpr int kStep = kGroup;
   static inline V load(const uint16_t* p, int i, int half) {
     V even, odd;
     vload_bf16_pair(p + half * 2 * kLanes, &even, &odd);
@@ -26,10 +24,34 @@ struct PanelBf16 {
 struct PanelF16 {
   using Element = uint16_t;
   static constexpr int kTogether = 1;
-  static constexpr int kStep = 1;
   static inline V load(const uint16_t* p, int, int half) { return vload_f16(p + half * kLanes); }
 };
 
+// Every kTogether-th row of a panel from the i-th on, `count` of them.
+template <int M, typename Panel>
+static inline __attribute__((always_inline)) void add_products(
+    const float* a, const typename Panel::Element* b, int i, int64_t count, const char* prefetch,
+    int64_t prefetch_step, V (*acc)[2]) {
+  a += i * M;
+#pragma GCC unroll 4
+  for (; count > 0; --count) {
+    const V b0 = Panel::load(b, i, 0);
+    const V b1 = Panel::load(b, i, 1);
+    __builtin_prefetch(prefetch);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const V x = vset(a[m]);
+      acc[m][0] = vfma(x, b0, acc[m][0]);
+      acc[m][1] = vfma(x, b1, acc[m][1]);
+    }
+    a += Panel::kTogether * M;
+    b += Panel::kTogether * kPanel;
+    prefetch += prefetch_step;
+  }
+}
+
+// A step is an in_feature, of bf16 weights a group of them: of each the even ones come first, then
+// the odd ones. (Turn by turn they would take more registers than AVX2 has.)
 template <int M, typename Panel>
 void linear_tile(const LinearTile& t) {
   if (t.n < kPanel) return linear_edge_tile<M, kPanel>(linear_tile<M, Panel>, t);
@@ -37,25 +59,19 @@ void linear_tile(const LinearTile& t) {
   begin_sums<M>(t, acc);
   const auto* a = static_cast<const float*>(t.a);
   const auto* b = static_cast<const typename Panel::Element*>(t.panel);
-  const char* prefetch = t.prefetch;
-  const int64_t prefetch_step = t.prefetch_step / Panel::kStep;
-#pragma GCC unroll 4
-  for (int64_t k = t.k * (Panel::kStep / Panel::kTogether); k > 0; --k) {
-#pragma GCC unroll 2
-    for (int i = 0; i < Panel::kTogether; ++i) {
-      const V b0 = Panel::load(b, i, 0);
-      const V b1 = Panel::load(b, i, 1);
-      __builtin_prefetch(prefetch);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const V x = vset(a[m]);
-        acc[m][0] = vfma(x, b0, acc[m][0]);
-        acc[m][1] = vfma(x, b1, acc[m][1]);
+  if (Panel::kTogether == 1) {
+    add_products<M, Panel>(a, b, 0, t.k, t.prefetch, t.prefetch_step, acc);
+  } else {
+    const char* prefetch = t.prefetch;
+    const int64_t prefetch_step = t.prefetch_step / kGroup;
+    for (int64_t g = t.k; g > 0; --g) {
+      for (int i = 0; i < 2; ++i) {
+        add_products<M, Panel>(a, b, i, kGroup / 2, prefetch, prefetch_step, acc);
+        prefetch += prefetch_step * (kGroup / 2);
       }
-      a += M;
-      prefetch += prefetch_step;
+      a += kGroup * M;
+      b += kGroup * kPanel;
     }
-    b += Panel::kTogether * kPanel;
   }
   end_sums<M>(t, acc);
 }
