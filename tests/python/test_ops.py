@@ -18,7 +18,7 @@ from fastpage._C import ops
 RTOL = {"float32": 2e-6, "bfloat16": 2e-6, "float16": 2e-6}  # of values already rounded
 DTYPES = ["float32", "bfloat16", "float16"]
 ACTIVATIONS = ["quantized", "float32"]
-BF16_ISAS = ["avx512_bf16"]  # where bf16 activations meet bf16 weights
+BF16_ISAS = ["avx512_bf16", "amx"]  # where bf16 activations meet bf16 weights
 KV_DTYPES = [*DTYPES, "int8"]
 
 
@@ -139,7 +139,7 @@ def test_linear_with_bf16_activations_rounds_them_to_nearest_even(pool):
         np.testing.assert_array_equal(got, np.repeat(want[:, None], 40, 1))
 
 
-@pytest.mark.skipif(ops.cpu_isa() not in BF16_ISAS, reason="bf16 is not multiplied here")
+@pytest.mark.skipif(ops.cpu_isa() != "avx512_bf16", reason="another instruction's order")
 def test_linear_adds_products_of_bf16_in_the_order_of_the_manual(pool):
     """Pair by pair, the odd in_feature first, each product added exactly and rounded once."""
     rng = np.random.default_rng(12)
@@ -801,7 +801,7 @@ def test_torch_tensors(pool):
 
 
 # Each above those before it.
-ISAS = ["portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16"]
+ISAS = ["portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 
 
 def test_cpu_isa():

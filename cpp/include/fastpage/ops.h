@@ -16,7 +16,7 @@
 
 namespace fastpage::ops {
 
-// Instruction set in use: "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2" or
+// Instruction set in use: "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2" or
 // "portable". FASTPAGE_CPU_ISA in the environment, read once, lowers it (for tests).
 const char* cpu_isa();
 
@@ -57,7 +57,8 @@ enum class Activations : uint8_t {
   // - int8 for quantized weights, in groups of 32 along a row, the largest magnitude of each
   //   becoming 127; sums of products are integers within a group, and fp32 over the groups, in
   //   order;
-  // - bf16 for bf16 weights where the instruction set multiplies bf16 (avx512_bf16), rounded to
+  // - bf16 for bf16 weights where the instruction set multiplies bf16 (avx512_bf16, amx), rounded
+  // to
   //   nearest even; sums are fp32;
   // - nothing else for other weights.
   kQuantized,

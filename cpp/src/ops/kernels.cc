@@ -7,6 +7,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace fastpage::ops {
@@ -68,6 +72,33 @@ bool machine_has_avx512_bf16() {
 #endif
 }
 
+#if defined(__x86_64__) && defined(__linux__) && !defined(FASTPAGE_EMULATE_AMX)
+// The system saves tiles only for processes that ask for it, once (Linux 5.16).
+bool system_grants_tiles() {
+  unsigned low, high;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned kTileStates = 3u << 17;  // of XCR0: the configuration, and the tiles
+  constexpr long kRequestPermission = 0x1023;
+  constexpr long kTileData = 18;
+  return (low & kTileStates) == kTileStates &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+bool machine_has_amx() {
+#if defined(FASTPAGE_EMULATE_AMX)
+  const char* env = std::getenv("FASTPAGE_CPU_ISA");
+  return env != nullptr && std::string(env) == "amx" && machine_has_avx512_bf16();
+#elif defined(__x86_64__) && defined(__linux__)
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kBf16TilesInt8 = 1u << 22 | 1u << 24 | 1u << 25;
+  return machine_has_avx512_bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 &&
+         (edx & kBf16TilesInt8) == kBf16TilesInt8 && system_grants_tiles();
+#else
+  return false;
+#endif
+}
+
 struct InstructionSet {
   const char* name;
   const KernelTable* (*kernels)();
@@ -75,6 +106,7 @@ struct InstructionSet {
 };
 // Best first.
 const InstructionSet kInstructionSets[] = {
+    {"amx", cpu::amx_kernels, machine_has_amx},
     {"avx512_bf16", cpu::avx512_bf16_kernels, machine_has_avx512_bf16},
     {"avx512_vnni", cpu::avx512_vnni_kernels, machine_has_avx512_vnni},
     {"avx512", cpu::avx512_kernels, machine_has_avx512},
@@ -91,8 +123,9 @@ const KernelTable* choose_kernels() {
     is_allowed = is_allowed || highest == isa.name;
     if (is_allowed && isa.kernels() != nullptr && isa.is_here()) return isa.kernels();
   }
-  throw InvalidArgument("FASTPAGE_CPU_ISA is '" + highest +
-                        "': one of portable, avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16");
+  throw InvalidArgument(
+      "FASTPAGE_CPU_ISA is '" + highest +
+      "': one of portable, avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16, amx");
 }
 
 }  // namespace

@@ -33,12 +33,12 @@ Method choose_method(const PackedWeight::Impl& w, Activations activations) {
   const bool quantizes = activations == Activations::kQuantized;
   constexpr int64_t kWideGroupBytes = cpu::kGroup * sizeof(float);
   if (w.is_quantized && quantizes) {
-    return {table.quant.tile[w.quant], table.quant.row_tile, Packing::kInt8, cpu::kGroup,
+    return {table.quant.tile[w.quant], table.quant.row_tile[w.quant], Packing::kInt8, cpu::kGroup,
             cpu::kActivationGroupBytes};
   }
   if (w.is_quantized) {
-    return {table.quant.widened_tile[w.quant], table.quant.row_tile, Packing::kFloat32, cpu::kGroup,
-            kWideGroupBytes};
+    return {table.quant.widened_tile[w.quant], table.quant.widened_row_tile, Packing::kFloat32,
+            cpu::kGroup, kWideGroupBytes};
   }
   if (w.type != cpu::kBf16) {
     return {table.linear_tile[w.type], table.row_tile, Packing::kFloat32, 1, sizeof(float)};

@@ -17,7 +17,7 @@ enum ElementType : int { kF32 = 0, kBf16 = 1, kF16 = 2, kNumElementTypes = 3 };
 // In the order of ActivationKind, without kNone.
 enum ActivationType : int { kSilu, kGelu, kGeluTanh, kRelu, kNumActivations };
 
-inline constexpr int kMaxRowTile = 12;
+inline constexpr int kMaxRowTile = 32;
 inline constexpr int kGranule = 16;  // positions that lie together in a KV block
 inline constexpr int kKvTile = 128;  // positions of an attention tile
 inline constexpr int kTileGranules = kKvTile / kGranule;
@@ -76,7 +76,8 @@ struct Bf16Kernels {
 
 // Linear layers over quantized weights.
 struct QuantKernels {
-  int row_tile;   // rows per register tile
+  int row_tile[kNumQuantFormats];  // rows per register tile
+  int widened_row_tile;
   int int8_zero;  // what is added to int8 weights where they are stored
 
   // Rows [0, m) of k fp32 activations -> one tile of int8 ones; `zero`: that of the weights.
@@ -142,5 +143,6 @@ const KernelTable* avx2_vnni_kernels();    // null where not compiled in
 const KernelTable* avx512_kernels();       // null where not compiled in
 const KernelTable* avx512_vnni_kernels();  // null where not compiled in
 const KernelTable* avx512_bf16_kernels();  // null where not compiled in
+const KernelTable* amx_kernels();          // null where not compiled in
 
 }  // namespace fastpage::ops::cpu

@@ -29,9 +29,11 @@ struct PanelF16 {
 
 // Every kTogether-th row of a panel from the i-th on, `count` of them.
 template <int M, typename Panel>
-static inline __attribute__((always_inline)) void add_products(
-    const float* a, const typename Panel::Element* b, int i, int64_t count, const char* prefetch,
-    int64_t prefetch_step, V (*acc)[2]) {
+static inline __attribute__((always_inline)) void add_products(const float* a,
+                                                               const typename Panel::Element* b,
+                                                               int i, int64_t count,
+                                                               const char* prefetch,
+                                                               int64_t prefetch_step, V (*acc)[2]) {
   a += i * M;
 #pragma GCC unroll 4
   for (; count > 0; --count) {

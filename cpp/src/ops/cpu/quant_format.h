@@ -49,7 +49,7 @@ constexpr int64_t block_bytes(QuantFormat f) {
 }
 
 // Activations of m rows, quantized to int8 in the same groups, for one row tile; per group:
-//   words [8][m] int32, scales [m] fp32, scaled sums of the quants [m] fp32, and [m] int32: where
+//   words [m][8] int32, scales [m] fp32, scaled sums of the quants [m] fp32, and [m] int32: where
 //   the integer sums begin, minus the sum of the quants times the weights' zero.
 constexpr int64_t kActivationGroupBytes = 4 * (8 + 3);  // per row
 

@@ -33,10 +33,9 @@ void quantize_rows(const float* const* rows, int m, int64_t k, int zero, void* o
     float* const scales = reinterpret_cast<float*>(words + 8 * m);
     int32_t* const begins = words + 10 * m;
     for (int r = 0; r < m; ++r) {
-      int8_t q[kGroup];
       int32_t sum;
-      const float scale = quantize_group(rows[r] + k0, k - k0 < kGroup ? k - k0 : kGroup, q, &sum);
-      for (int i = 0; i < 8; ++i) __builtin_memcpy(words + i * m + r, q + 4 * i, 4);
+      const float scale = quantize_group(rows[r] + k0, k - k0 < kGroup ? k - k0 : kGroup,
+                                         reinterpret_cast<int8_t*>(words + 8 * r), &sum);
       scales[r] = scale;
       scales[m + r] = scale * static_cast<float>(sum);
       begins[r] = -zero * sum;
@@ -77,8 +76,8 @@ static inline void dot_group(const char* words, const int32_t* a, VI (*sums)[2])
   const auto step = [&](VI b0, VI b1, const int32_t* x) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      acc[m][0] = Dot::step(acc[m][0], b0, VI{} + x[m]);
-      acc[m][1] = Dot::step(acc[m][1], b1, VI{} + x[m]);
+      acc[m][0] = Dot::step(acc[m][0], b0, VI{} + x[8 * m]);
+      acc[m][1] = Dot::step(acc[m][1], b1, VI{} + x[8 * m]);
     }
   };
   constexpr int kWords = words_per_group(F);
@@ -87,10 +86,10 @@ static inline void dot_group(const char* words, const int32_t* a, VI (*sums)[2])
     const VI b0 = vload_words(words + i * kPanel * 4);
     const VI b1 = vload_words(words + i * kPanel * 4 + sizeof(VI));
     if (has_4_bits(F)) {
-      step(b0 & 0x0f0f0f0f, b1 & 0x0f0f0f0f, a + i * M);
-      step((b0 >> 4) & 0x0f0f0f0f, (b1 >> 4) & 0x0f0f0f0f, a + (i + 4) * M);
+      step(b0 & 0x0f0f0f0f, b1 & 0x0f0f0f0f, a + i);
+      step((b0 >> 4) & 0x0f0f0f0f, (b1 >> 4) & 0x0f0f0f0f, a + i + 4);
     } else {
-      step(b0, b1, a + i * M);
+      step(b0, b1, a + i);
     }
   }
 #pragma GCC unroll 16
@@ -345,6 +344,7 @@ constexpr QuantKernels make_quant_kernels() {
   static_assert(kQuantRowTile == FASTPAGE_QUANT_ROW_TILE && kQuantRowTile <= kRowTile, "");
   static_assert(kGroup % kLanes == 0, "");
   QuantKernels kernels = {
+      {kQuantRowTile, kQuantRowTile, kQuantRowTile, kQuantRowTile},
       kQuantRowTile,
       kInt8Zero,
       quantize_rows,
