@@ -216,18 +216,22 @@ def print_mixtures(
 
 @dataclass(frozen=True)
 class Attention:
-    """One new token (or new_tokens) of each sequence, over a cache of blocks that lie anywhere."""
+    """One new token (or new_tokens) of each sequence, over a cache of blocks that lie anywhere, or
+    in a row as an unused pool hands them out."""
 
     lens: tuple[int, ...]
     new_tokens: int = 1
     kv_heads: int = 3
     head_dim: int = 64
     shared: int = 0  # tokens that all sequences have in common, in the same blocks
+    in_order: bool = False
 
     def tables(self, rng: np.random.Generator) -> tuple[npt.NDArray[np.int32], int]:
         """Block tables, and how many blocks there are."""
         counts = [-(-n // 16) for n in self.lens]
-        blocks = rng.permutation(sum(counts)).astype(np.int32)
+        blocks = np.arange(sum(counts), dtype=np.int32)
+        if not self.in_order:
+            rng.shuffle(blocks)
         tables = np.zeros((len(counts), max(counts)), np.int32)
         for i, count in enumerate(counts):
             tables[i, :count], blocks = blocks[:count], blocks[count:]
@@ -273,6 +277,10 @@ DECODE = {
     "decode, 64 x 1000 tokens, 3 KV heads of 64": Attention((1000,) * 64),
     "decode, 64 x 1000 tokens, 8 KV heads of 128": Attention((1000,) * 64, 1, 8, 128),
 }
+IN_ORDER = {
+    "the same in order, 3 KV heads of 64": Attention((1000,) * 64, in_order=True),
+    "the same in order, 8 KV heads of 128": Attention((1000,) * 64, 1, 8, 128, in_order=True),
+}
 PREFILL = {
     "prefill, 2048 tokens, 3 KV heads of 64": Attention((2048,), 2048),
     "prefill, 2048 tokens, 8 KV heads of 128": Attention((2048,), 2048, 8, 128),
@@ -295,13 +303,14 @@ def attention_rows(
     """Prints a table; what of it belongs into the JSON line."""
     print(f"\n{f'attention, {dtype} KV':<60}{'read':>8}{'FMA':>8}")
     timed = {}
-    for name, case in (DECODE | PREFILL | OTHERS).items():
+    for name, case in (DECODE | IN_ORDER | PREFILL | OTHERS).items():
         seconds, read, flops = timed[name] = attention(pool, machine, case, dtype, budget)
         print(f"{name:<48}{seconds * 1e3:>9.3f} ms{read / seconds:>8.0%}{flops / seconds:>8.0%}")
     prefix = "attn" if dtype == "bfloat16" else f"attn_{dtype}"
     alone = attention(_C.ThreadPool(1), machine, OTHERS[SKEWED], dtype, budget)[0]
     result = {
         "decode_share": min(timed[name][1] / timed[name][0] for name in DECODE),
+        "decode_in_order_share": min(timed[name][1] / timed[name][0] for name in IN_ORDER),
         "prefill_share": min(timed[name][2] / timed[name][0] for name in PREFILL),
         "decode_ms": timed[next(iter(DECODE))][0] * 1e3,
         "shared_prefix_speedup": timed[APART][0] / timed[SHARED][0],
@@ -309,6 +318,9 @@ def attention_rows(
     }
     print(f"a prefix in common: {result['shared_prefix_speedup']:.2f} times as fast as apart")
     print(f"one long sequence: {result['skewed_thread_share']:.0%} of the ideal split")
+    for name, case in DECODE.items():
+        shape = f"{case.kv_heads}x{case.head_dim}"
+        result[f"decode_{shape}_share"] = timed[name][1] / timed[name][0]
     return {f"{prefix}_{key}": round(value, 3) for key, value in result.items()}
 
 

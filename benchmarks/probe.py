@@ -29,6 +29,13 @@ def _library() -> ctypes.CDLL:
     for function in (library.probe_read_gbs, library.probe_fma_gflops):
         function.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
         function.restype = ctypes.c_double
+    library.probe_scattered_gbs.argtypes = [
+        ctypes.c_int,
+        ctypes.c_size_t,
+        ctypes.c_size_t,
+        ctypes.c_int,
+    ]
+    library.probe_scattered_gbs.restype = ctypes.c_double
     return library
 
 
@@ -42,5 +49,19 @@ def measure(threads: int, repeats: int = 5) -> dict[str, float]:
     }
 
 
+def scattered_share(threads: int, piece: int, rounds: int = 20) -> float:
+    """What pieces of so many bytes, read in random order with eight multiply-adds a vector, get of
+    the plain read loop; the median of rounds in which the two take turns."""
+    library = _library()
+    shares = []
+    for _ in range(rounds):
+        read = library.probe_read_gbs(threads, READ_BYTES, 1)
+        shares.append(library.probe_scattered_gbs(threads, READ_BYTES, piece, 1) / read)
+    return sorted(shares)[rounds // 2]
+
+
 if __name__ == "__main__":
-    print(measure(len(os.sched_getaffinity(0))))
+    threads = len(os.sched_getaffinity(0))
+    print(measure(threads))
+    for piece in (2 << 10, 4 << 10, 12 << 10, 48 << 10, 1 << 20):
+        print(f"pieces of {piece >> 10:>4} KiB: {scattered_share(threads, piece):.0%}")

@@ -58,18 +58,29 @@ struct KvCache {
       throw InvalidArgument("KvCache: dtype " + dtype +
                             " cannot hold keys and values: float32, bfloat16, float16 or int8");
     }
-    const py::object zeros = py::module_::import("numpy").attr("zeros");
     const int32_t granules = block_size / 16;
     if (view.dtype == DType::kInt8) {
-      k = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, view.granule_bytes()), "uint8");
-      v = zeros(k.attr("shape"), "uint8");
+      const py::tuple shape = py::make_tuple(num_blocks, num_kv_heads, granules, -1);
+      k = pages("uint8", shape);
+      v = pages("uint8", shape);
     } else {
       const char* type = view.dtype == DType::kFloat32 ? "float32" : "uint16";
-      k = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, head_dim, 16), type);
-      v = zeros(py::make_tuple(num_blocks, num_kv_heads, granules, 16, head_dim), type);
+      k = pages(type, py::make_tuple(num_blocks, num_kv_heads, granules, head_dim, 16));
+      v = pages(type, py::make_tuple(num_blocks, num_kv_heads, granules, 16, head_dim));
     }
     view.k = k.mutable_data();
     view.v = v.mutable_data();
+  }
+
+  // Zeroed, from the start of a page on as an executor's caches: numpy's own begin 16 bytes into
+  // one, where every vector straddles two cache lines.
+  py::array pages(const char* type, const py::tuple& shape) const {
+    constexpr int64_t kPage = 4096;
+    const int64_t bytes = view.bytes_per_block() * view.num_blocks;
+    const py::array memory = py::module_::import("numpy").attr("zeros")(bytes + kPage, "uint8");
+    const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.data()) % kPage);
+    const py::slice part(kPage - past, kPage - past + bytes, 1);
+    return memory[part].attr("view")(type).attr("reshape")(shape);
   }
 };
 
