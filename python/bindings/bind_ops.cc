@@ -356,7 +356,8 @@ void swap_blocks(ThreadPool& pool, KvCache& device, KvCache& host, py::object sw
 
 void bind_ops(py::module_& m) {
   py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
-      .def(py::init<int>(), py::arg("num_threads") = 0, py::call_guard<py::gil_scoped_release>())
+      .def(py::init<int, std::vector<int>>(), py::arg("num_threads") = 0,
+           py::arg("cpus") = std::vector<int>(), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_threads", &ThreadPool::num_threads)
       .def_property_readonly("num_loops", &ThreadPool::num_loops)
       .def(

@@ -1,6 +1,7 @@
 #include "fastpage/thread_pool.h"
 
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -34,6 +35,44 @@ TEST(ThreadPool, RunsEveryThreadOnce) {
 TEST(ThreadPool, DefaultsToTheCoresAndRefusesNegativeNumbers) {
   EXPECT_GE(ThreadPool().num_threads(), 1);
   EXPECT_THROW(ThreadPool(-1), InvalidArgument);
+}
+
+std::vector<int> cpus_of_this_thread() {
+  cpu_set_t set;
+  std::vector<int> cpus;
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return cpus;
+  for (int i = 0; i < CPU_SETSIZE; ++i) {
+    if (CPU_ISSET(static_cast<size_t>(i), &set)) cpus.push_back(i);
+  }
+  return cpus;
+}
+
+TEST(ThreadPool, ThreadsStayOnTheCpusTheyAreGiven) {
+  const std::vector<int> all = cpus_of_this_thread();
+  std::vector<int> cpus(all.rbegin(), all.rend());
+  std::vector<std::vector<int>> found(cpus.size());
+  std::thread([&] {  // a caller that may stay bound
+    ThreadPool pool(0, cpus);
+    ASSERT_EQ(pool.num_threads(), static_cast<int>(cpus.size()));
+    pool.run([&](int t) { found[static_cast<size_t>(t)] = cpus_of_this_thread(); });
+  })
+      .join();
+  for (size_t t = 0; t < cpus.size(); ++t) EXPECT_EQ(found[t], std::vector<int>{cpus[t]});
+  EXPECT_EQ(cpus_of_this_thread(), all);
+
+  std::thread([&] {
+    ThreadPool pool(2);
+    std::vector<int> workers[2];
+    pool.run([&](int t) { workers[t] = cpus_of_this_thread(); });
+    EXPECT_EQ(workers[0], all);
+    EXPECT_EQ(workers[1], all);
+  }).join();
+}
+
+TEST(ThreadPool, RefusesCpusThatAreNotThere) {
+  EXPECT_THROW(ThreadPool(1, {CPU_SETSIZE - 1}), InvalidArgument);
+  EXPECT_THROW(ThreadPool(1, {-1}), InvalidArgument);
+  EXPECT_THROW(ThreadPool(2, {cpus_of_this_thread().front()}), InvalidArgument);
 }
 
 TEST(ThreadPool, ParallelForCoversTheRangeInWholeGrains) {

@@ -19,6 +19,7 @@ from fakes import load_alphabet
 from test_grpc_server import collect, serve, text_request
 
 from fastpage import LLM, SamplingParams
+from fastpage.engine.args import EngineArgs, parse_cpus
 from fastpage.errors import InvalidArgument, ModelError, ResourceExhausted
 from fastpage.v1 import fastpage_pb2 as pb
 
@@ -362,3 +363,10 @@ def test_sampling_params() -> None:
             SamplingParams(**options)
     with pytest.raises(TypeError):
         SamplingParams(temprature=1.0)
+
+
+@pytest.mark.parametrize("text", ["", "x", "1-", "-1", "3-1", "0,0", "0-99999999999", "1 2"])
+def test_cpu_affinity(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="cpu_affinity"):
+        EngineArgs(model="x", cpu_affinity=text)
+    assert parse_cpus("0-3, 8") == [0, 1, 2, 3, 8]

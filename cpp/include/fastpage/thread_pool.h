@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <memory>
+#include <vector>
 
 #include "fastpage/types.h"
 
@@ -11,10 +12,13 @@ namespace fastpage {
 
 class ThreadPool {
  public:
-  // num_threads counts the caller; 0 = the cores this process may use (its affinity and, on Linux,
-  // its container's CPU quota). Throws InvalidArgument for a negative number, ResourceExhausted if
-  // the system refuses a thread.
-  explicit ThreadPool(int num_threads = 0);
+  // num_threads counts the caller; 0 = the physical cores this process may use (on Linux: of its
+  // affinity, no more than its container's CPU quota), or one for each of `cpus`.
+  // cpus: thread i stays on CPU cpus[i], the caller from its first loop on and for good; empty:
+  // wherever the system puts them. Throws InvalidArgument for a negative number, for fewer cpus
+  // than threads or a CPU that this process may not use, ResourceExhausted if the system refuses a
+  // thread.
+  explicit ThreadPool(int num_threads = 0, std::vector<int> cpus = {});
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;

@@ -6,12 +6,17 @@
 #include <condition_variable>
 #include <cstdio>
 #include <exception>
+#include <fstream>
 #include <mutex>
+#include <set>
+#include <string>
 #include <thread>
+#include <utility>
 
 #include "ops/fork_depth.h"
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sched.h>
 #endif
 #if defined(__x86_64__)
@@ -38,13 +43,57 @@ int cgroup_cores() {
   if (fields != 2 || quota <= 0 || period <= 0) return 0;
   return static_cast<int>((quota + period - 1) / period);
 }
+
+// Cores of which the set holds a CPU: two hyper-threads of one core share its arithmetic. A CPU of
+// which the system does not say counts as a core.
+int physical_cores(const cpu_set_t& set) {
+  std::set<std::string> cores;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &set)) continue;
+    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) +
+                       "/topology/thread_siblings_list");
+    std::string siblings;
+    if (!std::getline(file, siblings)) siblings = "cpu " + std::to_string(cpu);
+    cores.insert(siblings);
+  }
+  return static_cast<int>(cores.size());
+}
+
+bool bind_this_thread(int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(static_cast<size_t>(cpu), &set);
+  return pthread_setaffinity_np(pthread_self(), sizeof(set), &set) == 0;
+}
+#else
+bool bind_this_thread(int) { return false; }
 #endif
+
+void check_cpus(const std::vector<int>& cpus, int num_threads) {
+  if (cpus.empty()) return;
+  if (static_cast<int>(cpus.size()) < num_threads) {
+    throw InvalidArgument(std::to_string(cpus.size()) + " CPUs for " + std::to_string(num_threads) +
+                          " threads: name one for each");
+  }
+#if defined(__linux__)
+  cpu_set_t set;
+  const bool known = sched_getaffinity(0, sizeof(set), &set) == 0;
+  for (const int cpu : cpus) {
+    if (cpu < 0 || cpu >= CPU_SETSIZE || (known && !CPU_ISSET(static_cast<size_t>(cpu), &set))) {
+      throw InvalidArgument("CPU " + std::to_string(cpu) +
+                            " is none that this process may use: see taskset -p");
+    }
+  }
+#else
+  throw InvalidArgument("threads cannot be bound to CPUs on this system: name none");
+#endif
+}
 
 int available_cores() {
   int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 #if defined(__linux__)
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) cores = std::max(1, CPU_COUNT(&set));
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) cores = std::max(1, physical_cores(set));
   const int quota = cgroup_cores();
   if (quota > 0) cores = std::min(cores, quota);
 #endif
@@ -94,6 +143,7 @@ struct ThreadPool::Impl {
   std::condition_variable work;
   std::condition_variable done;
   std::vector<std::thread> threads;
+  std::vector<int> cpus;  // per thread, or none
   const int made_at_depth = fork_depth();
 
   bool workers_exist() const { return made_at_depth == fork_depth(); }
@@ -143,7 +193,16 @@ struct ThreadPool::Impl {
     caller_sleeps.store(false, std::memory_order_relaxed);
   }
 
+  // A caller whom the system refuses, later on, is left where it is: that costs time, not results.
+  void bind(int index) {
+    thread_local const void* bound_by = nullptr;
+    if (cpus.empty() || bound_by == this) return;
+    bound_by = this;
+    static_cast<void>(bind_this_thread(cpus[static_cast<size_t>(index)]));
+  }
+
   void worker(int index) {
+    bind(index);
     for (uint64_t seen = 0;; ++seen) {
       wait_for_epoch_after(seen);
       if (stop) return;
@@ -153,13 +212,17 @@ struct ThreadPool::Impl {
   }
 };
 
-ThreadPool::ThreadPool(int num_threads)
+ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus)
     : impl_(std::make_unique<Impl>()),
-      num_threads_(num_threads > 0 ? num_threads : available_cores()) {
+      num_threads_(num_threads > 0 ? num_threads
+                   : cpus.empty()  ? available_cores()
+                                   : static_cast<int>(cpus.size())) {
   if (num_threads < 0) {
     throw InvalidArgument("num_threads is " + std::to_string(num_threads) +
                           ": give a positive number, or 0 for all cores");
   }
+  check_cpus(cpus, num_threads_);
+  impl_->cpus = std::move(cpus);
   impl_->oversubscribed = num_threads_ > available_cores();
   for (int i = 1; i < num_threads_; ++i) {
     try {
@@ -184,6 +247,7 @@ ThreadPool::~ThreadPool() {
 uint64_t ThreadPool::num_loops() const { return impl_->epoch.load(std::memory_order_relaxed); }
 
 void ThreadPool::run_raw(RawFn fn, void* arg) {
+  impl_->bind(0);
   if (num_threads_ == 1) {
     fn(arg, 0);
     return;

@@ -503,7 +503,8 @@ def apply_passes(program: Program, disabled: Sequence[str] = ()) -> Program:
     """All passes but those named; "all" names all."""
 
 class ThreadPool:
-    def __init__(self, num_threads: int = 0) -> None: ...
+    def __init__(self, num_threads: int = 0, cpus: list[int] = []) -> None:
+        """num_threads 0: the physical cores, or as many as cpus. cpus: where each thread stays."""
     @property
     def num_threads(self) -> int: ...
     @property

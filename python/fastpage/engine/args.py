@@ -28,6 +28,22 @@ def full_dtype_name(name: str) -> str:
     return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
 
 
+def parse_cpus(text: str) -> list[int]:
+    """ "0-3,8" -> [0, 1, 2, 3, 8]"""
+    cpus: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InvalidArgument(f"cpu_affinity={text!r}: give CPUs like 0-31,64")
+        begin, end = int(first), int(last or first)
+        if not begin <= end < 2**16:
+            raise InvalidArgument(f"cpu_affinity={text!r}: {part.strip()} is no range of CPUs")
+        cpus += range(begin, end + 1)
+    if len(set(cpus)) < len(cpus):
+        raise InvalidArgument(f"cpu_affinity={text!r} names a CPU twice")
+    return cpus
+
+
 def _arg(default: Any, group: str, text: str, **options: Any) -> Any:
     """A field that is a command line option too; `options` go to add_argument."""
     metadata = {"group": group, "help": text, "options": options}
@@ -178,7 +194,14 @@ class EngineArgs:
     )
 
     threads: int = _arg(
-        0, "Execution", "CPU threads of the model; 0: all cores", metavar="N", type=int
+        0, "Execution", "CPU threads of the model; 0: all physical cores", metavar="N", type=int
+    )
+    cpu_affinity: str | None = _arg(
+        None,
+        "Execution",
+        "CPUs that the threads stay on, one each, e.g. 0-31,64; this many threads, unless "
+        "--threads says fewer (default: wherever the system puts them)",
+        metavar="CPUS",
     )
     executor: str = _arg(
         "cpu",
@@ -231,6 +254,8 @@ class EngineArgs:
                 raise InvalidArgument(
                     f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
                 )
+        if self.cpu_affinity is not None:
+            parse_cpus(self.cpu_affinity)
         for name in ("enable_prefix_caching", "async_scheduling"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"{name}={getattr(self, name)!r} is not True or False")

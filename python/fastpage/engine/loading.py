@@ -14,7 +14,7 @@ from typing import Any
 from fastpage import _C
 from fastpage.checkpoints import Checkpoint, open_checkpoint
 from fastpage.checkpoints.safetensors import read_json
-from fastpage.engine.args import EngineArgs
+from fastpage.engine.args import EngineArgs, parse_cpus
 from fastpage.engine.memory import available_bytes, format_bytes, parse_bytes
 from fastpage.errors import CheckpointError, InvalidArgument, ResourceExhausted
 from fastpage.models.loader import Model, build_model
@@ -124,7 +124,8 @@ def load_model(args: EngineArgs, progress: Callable[[int, int], None] | None = N
         sampling_defaults = _sampling_defaults(args, checkpoint)
     with phase("tokenizer"):
         tokenizer = _open_tokenizer(args, checkpoint)
-    pool = _C.ThreadPool(args.threads)
+    cpus = [] if args.cpu_affinity is None else parse_cpus(args.cpu_affinity)
+    pool = _C.ThreadPool(args.threads, cpus)
     info = _decide(args, checkpoint, model, tokenizer, pool.num_threads)
     config = _engine_config(args, info)
     config.scheduler.validate()  # before minutes are spent on the weights
