@@ -334,7 +334,7 @@ def test_random_mixtures(seed: int) -> None:
     pair = Pair(decoder(spec), "float32", 16, seed)
     paged = PagedSequences(random_tokens(random, [70, 3, 33, 90]), NUM_BLOCKS, 16, seed)
     for step in mixed_steps(paged, random):
-        assert pair.error(step) < 5e-5, spec
+        assert pair.error(step) < 2e-4, spec
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -355,7 +355,8 @@ def test_random_models_with_activations_like_the_weights(seed: int) -> None:
     pair = Pair(decoder(random_spec(random)), "bfloat16", 16, seed, activations="quantized")
     paged = PagedSequences(random_tokens(random, [70, 3, 33, 90]), NUM_BLOCKS, 16, seed)
     for step in mixed_steps(paged, random):
-        assert pair.error(step) < 2e-2
+        # 2 ** -9 a product, and attention scores in the hundreds.
+        assert pair.error(step) < 1e-1
 
 
 @pytest.mark.parametrize("seed", range(30, 33))
