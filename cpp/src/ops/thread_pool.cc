@@ -59,6 +59,21 @@ int physical_cores(const cpu_set_t& set) {
   return static_cast<int>(cores.size());
 }
 
+int current_cpu() { return sched_getcpu(); }
+
+// Moves this thread elsewhere if it is on `cpu`. The system may wake a worker on the CPU where its
+// caller computes (the worker's last one, say) and takes milliseconds to part the two.
+void leave_cpu(int cpu) {
+  if (cpu < 0 || sched_getcpu() != cpu) return;
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(static_cast<size_t>(cpu), &others);
+  if (CPU_COUNT(&others) == 0) return;
+  if (sched_setaffinity(0, sizeof(others), &others) != 0) return;
+  sched_setaffinity(0, sizeof(allowed), &allowed);
+}
+
 bool bind_this_thread(int cpu) {
   cpu_set_t set;
   CPU_ZERO(&set);
@@ -66,6 +81,8 @@ bool bind_this_thread(int cpu) {
   return pthread_setaffinity_np(pthread_self(), sizeof(set), &set) == 0;
 }
 #else
+int current_cpu() { return -1; }
+void leave_cpu(int) {}
 bool bind_this_thread(int) { return false; }
 #endif
 
@@ -143,7 +160,8 @@ struct ThreadPool::Impl {
   std::condition_variable work;
   std::condition_variable done;
   std::vector<std::thread> threads;
-  std::vector<int> cpus;  // per thread, or none
+  std::vector<int> cpus;            // per thread, or none
+  std::atomic<int> caller_cpu{-1};  // when it last had to wake a worker
   const int made_at_depth = fork_depth();
 
   bool workers_exist() const { return made_at_depth == fork_depth(); }
@@ -159,6 +177,7 @@ struct ThreadPool::Impl {
     epoch.fetch_add(1, std::memory_order_seq_cst);
     if (sleeping_workers.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(mutex);
+      caller_cpu.store(current_cpu(), std::memory_order_relaxed);
       work.notify_all();
     }
   }
@@ -172,6 +191,8 @@ struct ThreadPool::Impl {
       work.wait(lock, changed);
     }
     sleeping_workers.fetch_sub(1, std::memory_order_relaxed);
+    const bool may_move = cpus.empty() && !oversubscribed;
+    if (may_move) leave_cpu(caller_cpu.load(std::memory_order_relaxed));
   }
 
   void finish_part() {
