@@ -503,6 +503,7 @@ def test_templates_that_fail(smollm2, template, words):
     assert "\n" not in str(error.value)
 
 
+NESTED = "{% set x = [1] %}{% set y = [1] %}" + "{% set x = [x, x] %}{% set y = [y, y] %}" * 50
 BOMBS = {
     "loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "loop over a string": "{% for c in 'ab' * 9999999 %}{% endfor %}",
@@ -527,6 +528,19 @@ BOMBS = {
     "{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}",
     "nested lists to JSON": "{% set ns = namespace(s=[]) %}{% for i in range(99) %}"
     "{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s | tojson }}",
+    "nested lists in a namespace": "{% set ns = namespace(s=[]) %}{% for i in range(99) %}"
+    "{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns }}",
+    "nested lists in a view": NESTED + "{{ {'x': x}.values() }}",
+    "nested lists compared": NESTED + "{{ x == y }}",
+    "nested lists sought": NESTED + "{{ x in [y] }}",
+    "nested lists tested": NESTED + "{{ x is eq(y) }}",
+    "nested lists selected": NESTED + "{{ [x] | select('eq', y) | list | length }}",
+    "nested lists sorted": NESTED + "{{ [x, y] | sort | length }}",
+    "nested lists counted": NESTED + "{{ [x].count(y) }}",
+    "nested lists changing": NESTED + "{% for z in [x, y] %}{{ loop.changed(z) }}{% endfor %}",
+    "nested tuples as a key": "{% set x = (1, 1) %}" + "{% set x = (x, x) %}" * 50 + "{{ {x: 1} }}",
+    "sum of lists": "{% set x = range(99999) | map('string') | map('list') | list %}"
+    "{{ x | sum(start=[]) | length }}",
     "set blocks": "{% set a = 'x' %}" + "{% set a %}{{ a }}{{ a }}{% endset %}" * 60,
     "slices": "{% set s = 'x' * 999999 %}{% set ns = namespace(l=[]) %}{% for i in range(99999) %}"
     "{% set ns.l = ns.l + [s[1:]] %}{% endfor %}",

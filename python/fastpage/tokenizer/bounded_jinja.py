@@ -3,7 +3,8 @@
 Jinja's sandbox keeps a template from Python's internals, but not from looping for hours or from
 making a string of gigabytes. Here each rendering has an allowance of characters and of CPU time.
 Loops, macros, operators, filters and methods of strings draw on it, and where the result can be
-much larger than what it is made of, before it is made.
+much larger than what it is made of, before it is made. So do comparisons: a list that holds one
+twice that holds one twice, and so on, takes forever to go through.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 _MAX_SOURCE_CHARS = 1 << 20
@@ -37,6 +39,13 @@ _WIDTH_METHODS = ("center", "expandtabs", "ljust", "rjust", "zfill")
 _LISTERS = ("batch", "list", "slice", "sort", "unique")  # of a string, its characters
 # Filters that write all of what they are given, however deep.
 _WRITERS = ("e", "escape", "forceescape", "format", "join", "pprint", "string", "tojson", "urlize")
+# What compares the items of what it is given.
+_COMPARING_FILTERS = ("dictsort", "groupby", "max", "min", "sort", "unique")
+_COMPARING_METHODS = ("changed", "count", "index")
+_COMPARING_TESTS = (
+    *("==", "eq", "equalto", "!=", "ne", "<", "lt", "lessthan", "<=", "le"),
+    *(">", "gt", "greaterthan", ">=", "ge", "in"),
+)
 _REFUSED_METHODS = ("encode", "to_bytes", "translate")
 # A width of many figures, or one that is an argument.
 _WIDE_FORMAT = re.compile(r"\{[^{}]*:[^{}]*(\d{4}|\{)|%[-+ #0.]*(\d{4}|\*)")
@@ -57,6 +66,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]  # makes text without end, which no model asks for
         for name, function in list(self.filters.items()):
             self.add_filter(name, function)
+        for name in _COMPARING_TESTS:
+            self.tests[name] = self._comparing(self.tests[name])
 
     @contextmanager
     def bounded(self) -> Iterator[None]:
@@ -68,8 +79,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         def filtered(*args: Any, **kwargs: Any) -> Any:
             first = 1 if hasattr(function, "jinja_pass_arg") else 0
             value, rest = args[first], (*args[first + 1 :], *kwargs.values())
-            if name == "join" and not isinstance(value, str):
-                value = list(value)  # a generator shows its length only so
+            if name in ("join", "sum", *_COMPARING_FILTERS) and isinstance(value, Iterator):
+                value = list(value)  # which alone shows its length
             size = self._written_size if name in _WRITERS else _size
             self.spend(size(value) + sum(map(size, rest)))
             if name in _WIDTH_FILTERS:
@@ -77,8 +88,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 self.spend(size(value) * width if name in ("indent", "tojson") else 0)
             if name in _LISTERS and isinstance(value, str):
                 self.spend(_ITEM_CHARS * len(value))
+            if name in _COMPARING_FILTERS:
+                self.weighed(value)
             if name == "format":
                 check_format(value)
+            elif name == "sum" and any(isinstance(part, (list, tuple)) for part in rest):
+                self.spend(len(value) * self._written_size(value))  # copied again for each item
             elif name == "join":
                 self.spend(len(value) * sum(map(size, rest)))
             elif name == "replace":
@@ -97,6 +112,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def copied(self, value: Any) -> Any:
         """A slice."""
         self.spend(_size(value))
+        return value
+
+    def weighed(self, value: Any) -> Any:
+        """What is compared, or may be a key: a list counts with all that is in it."""
+        self._written_size(value)
         return value
 
     def concatenated(self, *parts: Any) -> str:
@@ -122,6 +142,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(owner, (str, int)):
             given = {name: arg for name, arg in kwargs.items() if name[:1] != "_"}
             self._check_method(owner, function.__name__, (*args, *given.values()))
+        elif owner is not None and getattr(function, "__name__", "") in _COMPARING_METHODS:
+            self.weighed((owner, *args))
         self.spend()
         result = super().call(context, function, *args, **kwargs)
         self.spend(_size(result) if isinstance(owner, str) else 0)
@@ -162,6 +184,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     # ------------------------------------------------------------ inside
 
+    def _comparing(self, test: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda value, other: test(self.weighed(value), self.weighed(other))
+
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         if len(source) > _MAX_SOURCE_CHARS:
             raise jinja2.TemplateSyntaxError(f"longer than {_MAX_SOURCE_CHARS} characters", 1)
@@ -182,8 +207,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return len(value)
         if isinstance(value, Mapping):
             parts = [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple, set)):
+        elif isinstance(value, (list, tuple, set, KeysView, ValuesView, ItemsView)):
             parts = list(value)
+        elif isinstance(value, Namespace):
+            raise TemplateTooExpensive("it takes a namespace for a value")
         else:
             return _STEP_CHARS
         # Counting costs, too: one list may be in another again and again.
@@ -230,6 +257,17 @@ class _Metering(NodeTransformer):
         self.generic_visit(node)
         return _call("copied", [node]) if isinstance(node.arg, nodes.Slice) else node
 
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = _weighed(node.expr)
+        for operand in node.ops:
+            operand.expr = _weighed(operand.expr)
+        return node
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return _weighed(node) if node.ctx == "load" else node
+
     def _metered(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
         self.generic_visit(node)
         text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
@@ -240,6 +278,10 @@ class _Metering(NodeTransformer):
 def _call(method: str, args: list[nodes.Expr]) -> nodes.Call:
     """A call of a method of the environment: no template can take that name for a variable."""
     return nodes.Call(nodes.EnvironmentAttribute(method), args, [], None, None)
+
+
+def _weighed(expr: nodes.Expr) -> nodes.Expr:
+    return expr if isinstance(expr, nodes.Const) else _call("weighed", [expr])
 
 
 def _size(value: Any) -> int:
