@@ -184,7 +184,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     # ------------------------------------------------------------ inside
 
-    def _comparing(self, test: Callable[..., Any]) -> Callable[..., Any]:
+    def _comparing(self, test: Any) -> Callable[..., Any]:
         return lambda value, other: test(self.weighed(value), self.weighed(other))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
