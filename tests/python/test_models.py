@@ -213,6 +213,9 @@ def test_unsupported_options_are_named() -> None:
         build_model({**config, "rope_scaling": {"rope_type": "proportional"}})
     with pytest.raises(CheckpointError, match="no hidden_size"):
         build_model({**config, "hidden_size": None})
+    for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+        with pytest.raises(CheckpointError, match=f"{name} 'false': true or false needed"):
+            build_model({**config, name: "false"})
 
 
 FAMILIES = (

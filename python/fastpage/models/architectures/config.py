@@ -124,7 +124,7 @@ def base_spec(config: Config, *, head_dim: int | None = None, **more: Any) -> De
         "max_position_embeddings": _longest(max_position, rotary),
         "rotary": rotary,
         "activation": activation(config, "hidden_act", "silu"),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "tie_embeddings": flag(config, "tie_word_embeddings", False),
     }
     return DecoderSpec(**{**fields, **more})
 
@@ -249,6 +249,13 @@ def layered_rotary(
         whole = {"rope_theta": theta, **config}
         local = {"rope_theta": number(config, "rope_local_base_freq", local_theta, above=1)}
     return rotary_spec(whole, head_dim, max_position), rotary_spec(local, head_dim, max_position)
+
+
+def windows_everywhere(config: Config) -> tuple[int, ...]:
+    """The config's sliding_window for each layer; null or none: no entries."""
+    if config.get("sliding_window") is None:
+        return ()
+    return (size(config, "sliding_window"),) * num_layers(config)
 
 
 def every_nth_layer(config: Config, n: int) -> list[str]:

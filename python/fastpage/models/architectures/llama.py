@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fastpage.models.architectures.config import Config, base_spec
+from fastpage.models.architectures.config import Config, base_spec, flag
 from fastpage.models.sources import AS_IS, Sources, Transform, affine, source
 from fastpage.models.spec import DecoderSpec
 
@@ -31,12 +31,12 @@ _LINEARS: Mapping[str, tuple[str, ...]] = {
 
 
 def spec(config: Config) -> DecoderSpec:
-    attention_bias = bool(config.get("attention_bias", False))
+    attention_bias = flag(config, "attention_bias", False)
     return base_spec(
         {"max_position_embeddings": 2048, **config},  # the first Llama's configs have none
         qkv_bias=attention_bias,
         o_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        mlp_bias=flag(config, "mlp_bias", False),
     )
 
 

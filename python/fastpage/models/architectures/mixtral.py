@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from fastpage.models.architectures import llama
-from fastpage.models.architectures.config import Config, base_spec, num_layers, size
+from fastpage.models.architectures.config import Config, base_spec, size, windows_everywhere
 from fastpage.models.architectures.experts import expert_sources, moe_spec
 from fastpage.models.sources import Sources
 from fastpage.models.spec import DecoderSpec
 
 
 def spec(config: Config) -> DecoderSpec:
-    windows: tuple[int, ...] = ()
-    if config.get("sliding_window") is not None:
-        windows = (size(config, "sliding_window"),) * num_layers(config)
     return base_spec(
         {"rope_theta": 1_000_000.0, "rms_norm_eps": 1e-5, **config},
-        sliding_windows=windows,
+        sliding_windows=windows_everywhere(config),
         moe=moe_spec(config, 8, 2, size(config, "intermediate_size")),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fastpage.models.architectures.config import Config, base_spec, num_layers, number, size
+from fastpage.models.architectures.config import Config, base_spec, number, windows_everywhere
 from fastpage.models.architectures.llama import llama_sources
 from fastpage.models.sources import Sources
 from fastpage.models.spec import DecoderSpec
@@ -18,13 +18,10 @@ _PACKED = {"attn.qkv": ("self_attn.qkv_proj",), "mlp.gate_up": ("mlp.gate_up_pro
 
 
 def spec(config: Config) -> DecoderSpec:
-    windows: tuple[int, ...] = ()
-    if config.get("sliding_window") is not None:
-        windows = (size(config, "sliding_window"),) * num_layers(config)
     return base_spec(
         {"original_max_position_embeddings": 4096, **_with_longrope(config)},
         norm_eps=number(config, "rms_norm_eps", 1e-5),
-        sliding_windows=windows,
+        sliding_windows=windows_everywhere(config),
     )
 
 

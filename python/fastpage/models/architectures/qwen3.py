@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fastpage.models.architectures.config import Config, base_spec, qwen_sliding_windows
+from fastpage.models.architectures.config import Config, base_spec, flag, qwen_sliding_windows
 from fastpage.models.architectures.llama import sources
 from fastpage.models.spec import DecoderSpec
 
 
 def spec(config: Config) -> DecoderSpec:
-    attention_bias = bool(config.get("attention_bias", False))
+    attention_bias = flag(config, "attention_bias", False)
     return base_spec(
         config,
         head_dim=128,

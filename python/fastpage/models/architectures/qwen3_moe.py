@@ -7,7 +7,14 @@ import dataclasses
 
 from fastpage.errors import CheckpointError
 from fastpage.models.architectures import llama
-from fastpage.models.architectures.config import Config, base_spec, flag, num_layers, size
+from fastpage.models.architectures.config import (
+    Config,
+    base_spec,
+    flag,
+    num_layers,
+    size,
+    windows_everywhere,
+)
 from fastpage.models.architectures.experts import expert_sources, moe_spec
 from fastpage.models.sources import Sources
 from fastpage.models.spec import DecoderSpec
@@ -15,16 +22,14 @@ from fastpage.models.spec import DecoderSpec
 
 def spec(config: Config) -> DecoderSpec:
     attention_bias = flag(config, "attention_bias", False)
-    windows: tuple[int, ...] = ()
-    if flag(config, "use_sliding_window", False) and config.get("sliding_window") is not None:
-        windows = (size(config, "sliding_window"),) * num_layers(config)
+    has_windows = flag(config, "use_sliding_window", False)
     moe = moe_spec(config, 128, 8, size(config, "moe_intermediate_size", 768))
     return base_spec(
         config,
         qk_norm="head",
         qkv_bias=attention_bias,
         o_bias=attention_bias,
-        sliding_windows=windows,
+        sliding_windows=windows_everywhere(config) if has_windows else (),
         moe=dataclasses.replace(
             moe,
             renormalize=flag(config, "norm_topk_prob", False),

@@ -7,9 +7,8 @@ from fastpage.models.architectures.config import (
     activation,
     base_spec,
     flag,
-    num_layers,
     number,
-    size,
+    windows_everywhere,
 )
 from fastpage.models.architectures.llama import llama_sources
 from fastpage.models.sources import Sources
@@ -20,9 +19,6 @@ _LINEARS = {"mlp.up": ("mlp.c_fc",), "mlp.down": ("mlp.c_proj",)}
 
 def spec(config: Config) -> DecoderSpec:
     has_bias = flag(config, "use_bias", True)
-    windows: tuple[int, ...] = ()
-    if config.get("sliding_window") is not None:
-        windows = (size(config, "sliding_window"),) * num_layers(config)
     return base_spec(
         config,
         norm_kind="layer",
@@ -34,7 +30,7 @@ def spec(config: Config) -> DecoderSpec:
         o_bias=has_bias,
         mlp_bias=has_bias,
         tie_embeddings=flag(config, "tie_word_embeddings", True),
-        sliding_windows=windows,
+        sliding_windows=windows_everywhere(config),
     )
 
 
