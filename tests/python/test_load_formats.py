@@ -228,6 +228,10 @@ def test_what_is_fetched_from_the_hub(tmp_path, monkeypatch):
         open_checkpoint("owner/name", load_format=load_format)
     open_checkpoint("owner/name/a.gguf", "main")
     assert asked == ["*.safetensors", "*.gguf", "*.bin", ("owner/name", "a.gguf", "main")]
+    for file in ("model.safetensors", "pytorch_model.bin", "a.gguf"):  # what was not fetched
+        (tmp_path / file).unlink()
+    with pytest.raises(CheckpointError, match=r"owner/name: .*--load-format pt"):
+        open_checkpoint("owner/name")
 
 
 # ---------------------------------------------------------------- tied embeddings

@@ -37,7 +37,15 @@ def open_checkpoint(
         return _open_gguf(fetch_file(str(model), revision))
     if path.suffix == ".gguf" or path.is_absolute() or str(model).startswith("."):
         raise CheckpointError(f"{model}: no such file or directory")
-    return _open_directory(fetch(str(model), revision, load_format), str(model), load_format)
+    fetched = fetch(str(model), revision, load_format)
+    found = (*fetched.glob("*.safetensors*"), *fetched.glob("*.gguf"))
+    if load_format == "auto" and not found:
+        raise CheckpointError(
+            f"{model}: no .safetensors file on the Hub. If it has pytorch_model.bin there: "
+            "--load-format pt (load_format='pt'), which reads a pickle; if it has GGUF files: give "
+            f"{model}/FILE.gguf"
+        )
+    return _open_directory(fetched, str(model), load_format)
 
 
 def _open_directory(path: Path, name: str, load_format: str) -> Checkpoint:
