@@ -299,7 +299,7 @@ Array paged_attention(ThreadPool& pool, py::object q_arg, const KvCache& cache,
                       py::object query_start_loc_arg, py::object seq_lens_arg,
                       py::object block_tables_arg, int32_t num_heads, float scale,
                       int32_t sliding_window, float soft_cap, const OptionalArg& slopes_arg,
-                      const std::optional<Array>& out_arg) {
+                      const std::optional<Array>& out_arg, const std::string& activations) {
   const ImportedTensor q(q_arg, "q");
   const Matrix<const float> qm = q.matrix();
   const std::vector<int32_t> query_start_loc =
@@ -323,6 +323,7 @@ Array paged_attention(ThreadPool& pool, py::object q_arg, const KvCache& cache,
   params.scale = scale;
   params.sliding_window = sliding_window;
   params.soft_cap = soft_cap;
+  params.activations = ops::activations_from_name(activations);
   std::unique_ptr<ImportedTensor> slopes;
   if (slopes_arg) {
     slopes = std::make_unique<ImportedTensor>(*slopes_arg, "alibi_slopes");
@@ -425,7 +426,7 @@ void bind_ops(py::module_& m) {
         py::arg("query_start_loc"), py::arg("seq_lens"), py::arg("block_tables"),
         py::arg("num_heads"), py::arg("scale"), py::arg("sliding_window") = 0,
         py::arg("soft_cap") = 0.0f, py::arg("alibi_slopes") = py::none(),
-        py::arg("out").noconvert() = py::none());
+        py::arg("out").noconvert() = py::none(), py::arg("activations") = "quantized");
   o.def("copy_blocks", &copy_blocks, py::arg("pool"), py::arg("cache"), py::arg("copies"));
   o.def("swap_blocks", &swap_blocks, py::arg("pool"), py::arg("device"), py::arg("host"),
         py::arg("swaps"), py::arg("direction"));

@@ -18,7 +18,7 @@ from fastpage._C import ops
 RTOL = {"float32": 2e-6, "bfloat16": 2e-6, "float16": 2e-6}  # of values already rounded
 DTYPES = ["float32", "bfloat16", "float16"]
 ACTIVATIONS = ["quantized", "float32"]
-BF16_ISAS = ["avx512_bf16", "amx"]  # where bf16 activations meet bf16 weights
+BF16_ISAS = ["avx512_bf16", "amx"]  # where bf16 activations meet bf16 weights and caches
 KV_DTYPES = [*DTYPES, "int8"]
 
 
@@ -416,6 +416,13 @@ ATTENTION_CASES = [
     (2, 1, 96, "float16", 16, 0, 30.0),
     (1, 3, 256, "bfloat16", 16, 130, 20.0),
     (2, 2, 5, "bfloat16", 16, 1, 0.0),
+    (2, 3, 80, "bfloat16", 16, 0, 0.0),
+    (1, 4, 96, "bfloat16", 32, 77, 0.0),
+    (2, 5, 40, "bfloat16", 16, 0, 15.0),
+    (1, 13, 72, "bfloat16", 16, 31, 0.0, True),
+    (3, 1, 9, "bfloat16", 16, 0, 0.0),
+    (1, 2, 10, "bfloat16", 16, 3, 0.0, True),
+    (1, 1, 33, "bfloat16", 16, 2, 0.0),
     (1, 16, 32, "bfloat16", 64, 0, 0.0),
     (1, 130, 16, "float32", 16, 0, 0.0),
 ]
@@ -426,8 +433,10 @@ def alibi_slopes(heads):
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
-def test_paged_attention(pools, case):
+@pytest.mark.parametrize("activations", ["quantized", "float32"])
+def test_paged_attention(pools, case, activations):
     kv_heads, group, head_dim, dtype, block_size, window, cap, *alibi = case
+    rounds = activations == "quantized" and dtype == "bfloat16" and ops.cpu_isa() in BF16_ISAS
     rng = np.random.default_rng(8)
     lens = [1, 16, 17, 130, 300, 129, 45]
     new = [1, 16, 3, 1, 1, 129, 0]
@@ -437,15 +446,35 @@ def test_paged_attention(pools, case):
     start = np.concatenate([[0], np.cumsum(new)])
     slopes = alibi_slopes(heads) if alibi else None
     options = (heads, 0.3, window, cap, slopes)
+    exact = rounded(q * np.float32(0.3), "bfloat16") / 0.3 if rounds else q
     want = [
-        seqs.reference(i, q[start[i] : start[i + 1]], lens[i] - new[i], *options)
+        seqs.reference(i, exact[start[i] : start[i + 1]], lens[i] - new[i], *options)
         for i in range(len(lens))
     ]
     args = (q, seqs.cache, start, np.array(lens), seqs.tables, *options)
-    results = [ops.paged_attention(pool, *args) for pool in pools]
+    results = [ops.paged_attention(pool, *args, activations=activations) for pool in pools]
+    # A probability is rounded by at most 2^-9 of it, and a result by as much of the values.
+    largest = max(np.abs(v).max() for v in seqs.v)
     for got in results:
-        assert_close(got, np.concatenate(want), 4.0, 3e-6)
+        assert_close(got, np.concatenate(want), *((largest, 2**-9) if rounds else (4.0, 3e-6)))
         np.testing.assert_array_equal(got, results[0])
+
+
+@pytest.mark.skipif(ops.cpu_isa() not in BF16_ISAS, reason="bf16 is not multiplied here")
+def test_attention_over_a_bf16_cache_rounds_queries_and_probabilities(pool):
+    """Of two tokens whose scores differ by the query's own rounding, and by e^-1."""
+    cache = ops.KvCache(1, 1, 2, 16, "bfloat16")
+    keys = np.array([[1, 0], [0, 1]], np.float32)
+    values = np.array([[0, 1], [1, 0]], np.float32)
+    ops.reshape_and_cache(pool, keys, values, np.arange(2), cache)
+    q = np.array([[2 + 2.0**-7, 1]], np.float32)  # a tie, to even: 2
+    args = (pool, q, cache, np.array([0, 1]), np.array([2]), np.array([[0]]), 1, 1.0)
+    p = rounded(np.exp(np.array([-1, 0], np.float32)), "bfloat16")
+    got = ops.paged_attention(*args)
+    np.testing.assert_allclose(got[0], p / (1 + np.exp(-1.0)), rtol=1e-6)
+    exact = np.exp([-1 - 2.0**-7, 0])
+    got = ops.paged_attention(*args, activations="float32")
+    np.testing.assert_allclose(got[0], exact / exact.sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
@@ -548,7 +577,7 @@ def test_one_long_sequence_among_short_ones(pools):
     q = rng.standard_normal((4, 4 * 32)).astype(np.float32)
     want = [seqs.reference(i, q[i : i + 1], lens[i] - 1, 4, 0.3) for i in range(4)]
     args = (q, seqs.cache, np.arange(5), np.array(lens), seqs.tables, 4, 0.3)
-    results = [ops.paged_attention(pool, *args) for pool in pools]
+    results = [ops.paged_attention(pool, *args, activations="float32") for pool in pools]
     assert_close(results[0], np.concatenate(want), 4.0, 3e-6)
     for got in results[1:]:
         np.testing.assert_array_equal(got, results[0])

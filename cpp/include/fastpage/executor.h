@@ -27,7 +27,7 @@ struct ExecutorConfig {
   DType weight_dtype =
       DType::kBFloat16;  // of linear weights and embedding tables: fp32, bf16 or fp16
   Quantization quantization = Quantization::kNone;
-  ops::Activations activations = ops::Activations::kQuantized;  // in linear layers
+  ops::Activations activations = ops::Activations::kQuantized;  // in linear layers, attention
   DType kv_cache_dtype = DType::kBFloat16;
   int32_t num_kv_blocks = 0;
   int32_t num_host_kv_blocks = 0;  // of the host cache, where blocks are swapped to; 0 = none

@@ -231,13 +231,18 @@ struct AttentionParams {
   float soft_cap = 0.0f;  // 0 = none; else cap * tanh(score / cap)
   // [num_heads], or null: ALiBi (Press et al. 2022), slope * (position - own position) is added.
   const float* alibi_slopes = nullptr;
+  // What queries (scaled) and probabilities are turned into before they meet the cache: kQuantized
+  // makes them bf16 where the cache is and the instruction set multiplies bf16, rounded to nearest
+  // even; sums and softmax are fp32. Nothing changes for other caches.
+  Activations activations = Activations::kQuantized;
 };
 
 // Causal PagedAttention (Kwon et al. 2023) with an online softmax over KV tiles at fixed absolute
 // positions. Sequences of few new tokens whose block tables begin alike read what they share once,
 // for all of them. q, out: [num_tokens][num_heads * head_dim]; num_heads % num_kv_heads == 0; the
 // new tokens' keys and values are in the cache already. Token j of sequence i sits at position
-// seq_lens[i] - new_tokens(i) + j.
+// seq_lens[i] - new_tokens(i) + j. Rounded to bf16, queries change a score by at most the sum of
+// |q k| * scale / 512, and probabilities a result by the largest |v| / 512.
 void paged_attention(ThreadPool& pool, Matrix<const float> q, const KvCacheView& cache,
                      const AttentionBatch& batch, const AttentionParams& params, Matrix<float> out);
 

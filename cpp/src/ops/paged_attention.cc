@@ -75,6 +75,9 @@ class PagedAttention {
         params_(params),
         out_(out),
         type_(cache_type(cache.dtype)),
+        multiplies_bf16_(type_ == cpu::kCacheBf16 &&
+                         params.activations == Activations::kQuantized &&
+                         kernels().bf16.attention_tile != nullptr),
         group_(params.num_heads / cache.num_kv_heads),
         padded_((cache.head_dim + kernels().panel_width - 1) / kernels().panel_width *
                 kernels().panel_width),
@@ -123,6 +126,7 @@ class PagedAttention {
   void compute_item(const Item& item, int32_t tile_begin, int32_t tile_end,
                     const Item* next_item) const {
     const cpu::KernelTable& table = kernels();
+    const auto attend = multiplies_bf16_ ? table.bf16.attention_tile : table.attention_tile[type_];
     const int64_t n = plan_.rows(item);
     const int64_t all = all_rows(item);
     const auto whole_lines = [](int64_t floats) { return (floats + 15) / 16 * 16; };
@@ -174,7 +178,7 @@ class PagedAttention {
         tile.out = rows.out;
         tile.row_max = rows.max;
         tile.row_sum = rows.sum;
-        table.attention_tile[type_](tile);
+        attend(tile);
       }
     }
     if (!is_first) return;
@@ -211,8 +215,9 @@ class PagedAttention {
           const int64_t row = first + begin + r;
           heads[r] = q_.row(token(item, row)) + head(item, row) * cache_.head_dim;
         }
-        table.pack_rows(heads, m, cache_.head_dim, params_.scale,
-                        packed + (first + begin) * cache_.head_dim);
+        float* tile = packed + (first + begin) * cache_.head_dim;
+        table.pack_rows(heads, m, cache_.head_dim, params_.scale, tile);
+        if (multiplies_bf16_) table.bf16.pair_queries(tile, m, cache_.head_dim);
       }
     }
   }
@@ -304,6 +309,7 @@ class PagedAttention {
   const AttentionParams& params_;
   const Matrix<float> out_;
   const cpu::CacheType type_;
+  const bool multiplies_bf16_;
   const int32_t group_;
   const int64_t padded_;
   const int64_t granule_bytes_;

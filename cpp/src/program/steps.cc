@@ -142,6 +142,7 @@ class Compiler {
     params.scale = static_cast<float>(op.attr_double("scale", 1));
     params.sliding_window = static_cast<int32_t>(op.attr_int("sliding_window", 0));
     params.soft_cap = static_cast<float>(op.attr_double("soft_cap", 0));
+    params.activations = activations_;
     if (op.inputs.size() == 2) params.alibi_slopes = vector(op.inputs[1]);
     return params;
   }

@@ -105,6 +105,7 @@ def paged_attention(
     soft_cap: float = 0.0,
     alibi_slopes: DLPackTensor | None = None,
     out: npt.NDArray[np.float32] | None = None,
+    activations: str = "quantized",
 ) -> npt.NDArray[np.float32]: ...
 def copy_blocks(pool: ThreadPool, cache: KvCache, copies: DLPackTensor) -> None:
     """copies: [n][2], source and destination blocks, in order."""

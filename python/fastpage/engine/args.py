@@ -105,8 +105,8 @@ class EngineArgs:
         True,
         "Model",
         "let activations of the weights' own precision meet them: int8 for int8 and int4 weights, "
-        "bf16 for bf16 ones where the CPU multiplies bf16; off, only the weights are rounded, and "
-        "it is slower (default: on)",
+        "bf16 for bf16 ones and a bf16 KV cache where the CPU multiplies bf16; off, only the "
+        "weights and the cache are rounded, and it is slower (default: on)",
         action=argparse.BooleanOptionalAction,
     )
     max_model_len: int | None = _arg(

@@ -5,7 +5,8 @@
 // Milakov & Gimelshein 2018). A tile's partial result depends on nothing but the row and the tile,
 // so tiles may be computed anywhere as long as they are folded in order.
 //
-// A single row tile reads the cache as it is; several share a copy widened to fp32.
+// A single row tile reads the cache as it is; several share a copy widened to fp32. Where bf16 is
+// multiplied as it is (attention_bf16_impl.h), all read the cache.
 
 // How the cache lies in memory. A step of the scores reads kRowsTogether rows of head_dim, a cache
 // line of a granule: load_k(p, r) is row r of it for the kLanes positions at p, kPositionStride
@@ -17,6 +18,7 @@ struct CacheF32 {
   static constexpr int kPositionStride = 1;
   static constexpr bool kPairedValues = false;
   static constexpr bool kScaled = false;
+  static constexpr bool kRoundsProbabilities = false;
   static inline float value(float x) { return x; }
   static inline V load(const float* p) { return vload(p); }
   static inline V load_k(const float* p, int) { return load(p); }
@@ -28,6 +30,7 @@ struct CacheBf16 {
   static constexpr int kPositionStride = 2;
   static constexpr bool kPairedValues = true;
   static constexpr bool kScaled = false;
+  static constexpr bool kRoundsProbabilities = false;
   static inline float value(uint16_t x) { return f32_from_bf16(x); }
   static inline V load(const uint16_t* p) { return vload_bf16(p); }
   static inline V load_half(const uint16_t* p, int odd) {
@@ -46,6 +49,7 @@ struct CacheF16 {
   static constexpr int kPositionStride = 1;
   static constexpr bool kPairedValues = false;
   static constexpr bool kScaled = false;
+  static constexpr bool kRoundsProbabilities = false;
   static inline float value(uint16_t x) { return f32_from_f16(x); }
   static inline V load(const uint16_t* p) { return vload_f16(p); }
   static inline V load_k(const uint16_t* p, int r) { return load(p + r * kGranule); }
@@ -59,6 +63,7 @@ struct CacheI8 {
   static constexpr int kPositionStride = 1;
   static constexpr bool kPairedValues = false;
   static constexpr bool kScaled = true;
+  static constexpr bool kRoundsProbabilities = false;
   static inline float value(int8_t x) { return static_cast<float>(x); }
   static inline V load(const int8_t* p) { return vload_i8(p); }
   static inline V load_k(const int8_t* p, int r) { return load(p + r * kGranule); }
@@ -369,6 +374,9 @@ void attend_row_tile(const AttentionTile& t, const Granules& g, int row, int m, 
   float old_weight[kFoldRows];
   float new_weight[kFoldRows];
   attend_softmax<kScaled>(t, g, row, m, begin, end, scores, old_weight, new_weight);
+  if constexpr (Cache::kRoundsProbabilities) {
+    for (int i = 0; i < m; ++i) Cache::round_probabilities(scores + i * kKvTile, begin, end);
+  }
 
   const int padded = padded_head_dim(t.head_dim);
   ValueRange range{g.v, g.next_k, seen.first, seen.last, g.v_stride, 0};
@@ -380,7 +388,7 @@ void attend_row_tile(const AttentionTile& t, const Granules& g, int row, int m, 
   }
 }
 
-size_t attention_scratch(int head_dim) {
+static inline size_t attention_scratch(int head_dim) {
   const size_t tile = static_cast<size_t>(kKvTile) * kRowTile;
   return tile + static_cast<size_t>(kKvTile) * (head_dim + padded_head_dim(head_dim));
 }
@@ -484,8 +492,9 @@ void attention_tile(const AttentionTile& t) {
   }
 }
 
-void attention_merge(int rows, int d, float* out, float* row_max, float* row_sum,
-                     const float* other, const float* other_max, const float* other_sum) {
+static inline void attention_merge(int rows, int d, float* out, float* row_max, float* row_sum,
+                                   const float* other, const float* other_max,
+                                   const float* other_sum) {
   for (int first = 0; first < rows; first += kFoldRows) {
     const int m = rows - first < kFoldRows ? rows - first : kFoldRows;
     float max[kFoldRows] = {};
@@ -510,7 +519,7 @@ void attention_merge(int rows, int d, float* out, float* row_max, float* row_sum
   }
 }
 
-float quantize_i8(const float* x, int64_t n, int8_t* y) {
+static inline float quantize_i8(const float* x, int64_t n, int8_t* y) {
   float largest = 0.0f;
   for (int64_t i = 0; i < n; ++i) {
     const float a = x[i] < 0.0f ? -x[i] : x[i];

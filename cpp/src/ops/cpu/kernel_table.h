@@ -47,7 +47,9 @@ enum CacheType : int { kCacheF32, kCacheBf16, kCacheF16, kCacheI8, kNumCacheType
 // One KV tile's contribution to the rows of an item: tokens of one or several sequences, times the
 // query heads of one KV head.
 struct AttentionTile {
-  const float* q;  // scaled; row tiles one after the other, each [head_dim][m]
+  // Scaled; row tiles one after the other, each [head_dim][m], or what pair_queries makes of it in
+  // the same place.
+  const float* q;
   int rows;
   int head_dim;
   const int32_t* positions;      // [rows]
@@ -65,13 +67,17 @@ struct AttentionTile {
   float* row_sum;  // [rows]
 };
 
-// Linear layers over bf16 weights with bf16 activations. No tile is there if the instruction set
-// does not multiply bf16.
+// Linear layers over bf16 weights with bf16 activations, and attention over a bf16 cache with bf16
+// queries and probabilities. Nothing is there if the instruction set does not multiply bf16.
 struct Bf16Kernels {
   int row_tile;  // rows per register tile
   // Rows [0, m) of k fp32 activations -> one tile, [k / kGroup][m][kGroup], filled up with zeros.
   void (*round_rows)(const float* const* rows, int m, int64_t k, void* out);
   void (*tile[kMaxRowTile])(const LinearTile&);
+  // A row tile's packed queries, [head_dim][m] fp32 -> [head_dim / 2][m][2] bf16, in place; the
+  // last of an odd head_dim is paired with zero.
+  void (*pair_queries)(float* q, int m, int head_dim);
+  void (*attention_tile)(const AttentionTile&);
 };
 
 // Linear layers over quantized weights.

@@ -1,6 +1,8 @@
 // The kernels, over the vector type V that was defined before; included once per instruction set,
 // inside a namespace of its own. See kernel_table.h on what may be included here.
 // FASTPAGE_ROW_TILE is kRowTile for the preprocessor, FASTPAGE_QUANT_ROW_TILE kQuantRowTile.
+#include "ops/cpu/vector_math.h"
+//
 #include "ops/cpu/elementwise_impl.h"
 #include "ops/cpu/tile_impl.h"
 //
