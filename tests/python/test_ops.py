@@ -258,7 +258,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-np.clip(x, -700, 700)))
 
 
-ACTIVATIONS = {
+FUNCTIONS = {
     "silu": lambda x: x * sigmoid(x),
     "gelu": gelu,
     "gelu_tanh": lambda x: x * sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
@@ -266,13 +266,13 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("kind", FUNCTIONS)
 def test_activations(pool, kind):
     """From underflow to overflow, and densely where the approximations of erfc meet."""
     near = np.linspace(-5, 5, 4001)
     far = np.concatenate([-np.geomspace(1e-30, 40, 500), np.geomspace(1e-30, 3e38, 500), [0]])
     x = np.concatenate([near, far]).astype(np.float32)[None, :]
-    want = ACTIVATIONS[kind](x.astype(np.float64))
+    want = FUNCTIONS[kind](x.astype(np.float64))
     np.testing.assert_allclose(ops.activate(pool, x, kind), want, rtol=6e-6, atol=1e-36)
     gated = np.concatenate([x, 2 * np.ones_like(x)], axis=1)
     finite = np.abs(want) < 1e38
