@@ -28,7 +28,7 @@ def start_once(model: Path, dtype: str) -> tuple[float, dict[str, float]]:
     arguments = ["--model", str(model), "--dtype", dtype, "--port", "0"]
     began = time.perf_counter()
     server = subprocess.Popen(
-        [sys.executable, "-m", "fastpage.serving.cli", *arguments],
+        [sys.executable, "-m", "fastpage.serving.grpc.cli", *arguments],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -108,7 +108,15 @@ def smollm2() -> Path:
 
 def start_server(model: Path) -> tuple[subprocess.Popen[str], str]:
     print(f"$ fastpage-grpc --model {model} --port 0", flush=True)
-    command = [sys.executable, "-m", "fastpage.serving.cli", "--model", str(model), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "fastpage.serving.grpc.cli",
+        "--model",
+        str(model),
+        "--port",
+        "0",
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     match = re.search(r"listening on (\S+:\d+)", server.stdout.readline())

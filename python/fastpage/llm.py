@@ -199,8 +199,8 @@ class LLM:
 
     def _step_until_done(self, states: list[RequestState], use_tqdm: bool) -> None:
         # Steps run on a thread of their own, so that the text of one is made during the next.
-        news: queue.SimpleQueue[list[_C.RequestOutput] | Exception] = queue.SimpleQueue()
-        thread = EngineThread(self._core, news.put, news.put)
+        news: queue.SimpleQueue[_C.StepOutput | Exception] = queue.SimpleQueue()
+        thread = EngineThread(self._core, lambda step, stats: news.put(step), news.put)
         thread.start()
         try:
             with _Progress(states, use_tqdm) as progress:
@@ -209,7 +209,7 @@ class LLM:
                     if isinstance(item, Exception):
                         self._processor.step_failed(item)
                         continue
-                    changed, aborts = self._processor.process(item)
+                    changed, aborts = self._processor.process(item.outputs)
                     for abort in aborts:
                         abort.tell(self._core)
                     progress.update(changed)

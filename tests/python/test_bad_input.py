@@ -28,7 +28,7 @@ from fastpage.v1 import fastpage_pb2 as pb
 
 def serve_command(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "fastpage.serving.cli", *options],
+        [sys.executable, "-m", "fastpage.serving.grpc.cli", *options],
         capture_output=True,
         text=True,
         timeout=120,
@@ -126,7 +126,7 @@ def test_more_memory_than_there_is(smollm2_gguf: Path) -> None:
 
 def test_ctrl_c_before_the_server_listens() -> None:
     interrupted = (
-        "import signal, sys; from fastpage.serving import cli; sys.argv = ['fastpage-grpc'];"
+        "import signal, sys; from fastpage.serving.grpc import cli; sys.argv = ['fastpage-grpc'];"
         "cli._seconds_since_process_start = lambda: signal.raise_signal(signal.SIGINT);"
         "cli.main()"
     )

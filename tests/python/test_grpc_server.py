@@ -24,7 +24,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from fastpage import LLM, AsyncEngine, SamplingParams
 from fastpage.engine.loading import LoadedModel
-from fastpage.serving.server import GrpcServer
+from fastpage.serving.grpc.server import GrpcServer
 from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
@@ -408,7 +408,15 @@ def test_64_clients_of_which_a_quarter_cancels(smollm2_gguf: Path) -> None:
 
 @contextlib.contextmanager
 def server_process(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "fastpage.serving.cli", "--model", str(model), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "fastpage.serving.grpc.cli",
+        "--model",
+        str(model),
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -186,6 +186,13 @@ class EngineArgs:
         metavar="N",
         type=int,
     )
+    enable_kv_events: bool = _arg(
+        False,
+        "Memory and batching",
+        "tell routers which prefixes are cached, so that they send a request where its own is "
+        "(default: off)",
+        action=argparse.BooleanOptionalAction,
+    )
     scheduling_policy: str = _arg(
         "fcfs",
         "Memory and batching",
@@ -256,7 +263,7 @@ class EngineArgs:
                 )
         if self.cpu_affinity is not None:
             parse_cpus(self.cpu_affinity)
-        for name in ("enable_prefix_caching", "async_scheduling"):
+        for name in ("enable_prefix_caching", "enable_kv_events", "async_scheduling"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"{name}={getattr(self, name)!r} is not True or False")
         if not self.generation_config or not isinstance(self.generation_config, str):

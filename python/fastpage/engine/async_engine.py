@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any
@@ -12,12 +13,15 @@ from fastpage import _C
 from fastpage.engine.args import EngineArgs
 from fastpage.engine.engine_thread import EngineThread
 from fastpage.engine.loading import LoadedModel, ModelInfo, load_model
+from fastpage.engine.observer import EngineObserver
 from fastpage.engine.output_processor import OutputProcessor, RequestState
 from fastpage.engine.prompts import Prompt, PromptType, to_prompt, truncate
 from fastpage.errors import FastpageError, InvalidArgument
 from fastpage.outputs import RequestOutput, RequestOutputKind
 from fastpage.sampling_params import SamplingParams
 from fastpage.tokenizer import Tokenizer
+
+KvEventListener = Callable[[list[_C.KvEvent]], None]
 
 # Texts longer than this are tokenized off the event loop.
 _LONG_TEXT = 1 << 14
@@ -83,7 +87,9 @@ class RequestStream:
 class AsyncEngine:
     """All methods but stats() belong to the event loop of the first request."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, observer: EngineObserver | None = None) -> None:
+        self._observer = observer or EngineObserver()
+        self._kv_event_listeners: list[KvEventListener] = []
         self._core = loaded.engine
         self._tokenizer = loaded.tokenizer
         self._loaded = loaded
@@ -93,7 +99,7 @@ class AsyncEngine:
         self._auto_ids = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = False
-        self._thread = EngineThread(self._core, self._post_outputs, self._post_error)
+        self._thread = EngineThread(self._core, self._post_step, self._post_error)
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> AsyncEngine:
@@ -112,6 +118,22 @@ class AsyncEngine:
     ) -> RequestStream:
         """Raises InvalidArgument or ResourceExhausted if the request can never, or not now, be
         served. The caller reads the stream to its end or calls its abort()."""
+        try:
+            return await self._add_request(
+                prompt, sampling_params, request_id, priority, output_kind
+            )
+        except Exception as error:
+            self._observer.request_refused(error)
+            raise
+
+    async def _add_request(
+        self,
+        prompt: PromptType | Prompt,
+        sampling_params: SamplingParams | None,
+        request_id: str | None,
+        priority: int,
+        output_kind: RequestOutputKind,
+    ) -> RequestStream:
         self.info.check_priority(priority)
         params = sampling_params or SamplingParams()
         request_id = request_id or f"request-{next(self._auto_ids)}"
@@ -132,6 +154,7 @@ class AsyncEngine:
         stream = RequestStream(self, state, output_kind)
         self._streams[core_id] = stream
         self._core_ids[request_id] = core_id
+        self._observer.request_added(state)
         return stream
 
     async def generate(
@@ -189,10 +212,25 @@ class AsyncEngine:
         """Most KV blocks in use at the end of a step."""
         return self._thread.peak_used_blocks
 
+    def listen_to_kv_events(self, listener: KvEventListener) -> None:
+        """`listener` is called on the event loop with what steps stored and removed, if the engine
+        was started with enable_kv_events."""
+        self._kv_event_listeners.append(listener)
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes. False, and nothing is done, if a request is in progress."""
+        return await asyncio.to_thread(self._core.reset_prefix_cache)
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """No new requests from now on; returns when those in progress are done, or the time is
+        over: shutdown() ends what is left."""
+        self._stopped = True
+        deadline = time.monotonic() + timeout_seconds
+        while self._streams and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
     async def shutdown(self) -> None:
         """Ends the requests in progress with EngineStopped, and the engine's thread."""
-        if self._stopped:
-            return
         self._stopped = True
         for stream in list(self._streams.values()):
             self._core.abort(stream._state.core_id)
@@ -220,27 +258,33 @@ class AsyncEngine:
             self._loop = asyncio.get_running_loop()
             self._thread.start()
 
-    def _post_outputs(self, outputs: list[_C.RequestOutput]) -> None:
-        self._post(self._process, outputs)
+    def _post_step(self, step: _C.StepOutput, stats: _C.EngineStats) -> None:
+        self._post(self._process, step, stats)
 
     def _post_error(self, error: Exception) -> None:
         self._post(self._processor.step_failed, error)
 
-    def _post(self, call: Callable[[Any], None], argument: Any) -> None:
+    def _post(self, call: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(call, argument)
+            self._loop.call_soon_threadsafe(call, *arguments)
         except RuntimeError:  # the loop was closed without shutdown(): nobody listens any more
             self._stopped = True
 
-    def _process(self, outputs: list[_C.RequestOutput]) -> None:
-        changed, aborts = self._processor.process(outputs)
+    def _process(self, step: _C.StepOutput, stats: _C.EngineStats) -> None:
+        self._observer.stepped(stats, step.num_tokens)
+        if events := step.kv_events:
+            for listener in self._kv_event_listeners:
+                listener(events)
+        changed, aborts = self._processor.process(step.outputs)
         for abort in aborts:
             abort.tell(self._core)
+        now = time.monotonic()
         for state in changed:
             stream = self._streams.get(state.core_id)
             if stream is None:
                 continue
+            self._observer.request_progressed(state, now)
             if state.finished:
                 self._remove(state)
             stream._notify()
@@ -260,3 +304,4 @@ class AsyncEngine:
     def _remove(self, state: RequestState) -> None:
         del self._streams[state.core_id]
         del self._core_ids[state.request_id]
+        self._observer.request_finished(state)

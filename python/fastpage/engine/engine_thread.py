@@ -54,11 +54,11 @@ class EngineThread:
     def __init__(
         self,
         engine: _C.Engine,
-        on_outputs: Callable[[list[_C.RequestOutput]], None],
+        on_step: Callable[[_C.StepOutput, _C.EngineStats], None],
         on_error: Callable[[Exception], None],
     ) -> None:
         self._engine = engine
-        self._on_outputs = on_outputs
+        self._on_step = on_step
         self._on_error = on_error
         self._stopping = False
         self._preemption_log = PreemptionLog()
@@ -89,16 +89,16 @@ class EngineThread:
             if not self._engine.wait_for_work(timeout_seconds=1.0):
                 continue
             try:
-                outputs = self._engine.step().outputs
+                step = self._engine.step()
             except Exception as error:
                 self._on_error(error)
                 # The requests of that step are lost, not the engine. If it goes on like this there
                 # is no hurry.
                 time.sleep(0.01)
                 continue
-            if outputs:
-                self._on_outputs(outputs)
-            scheduler = self._engine.stats().scheduler
+            stats = self._engine.stats()
+            self._on_step(step, stats)
+            scheduler = stats.scheduler
             used = scheduler.num_blocks - scheduler.num_free_blocks
             self._peak_used_blocks = max(self._peak_used_blocks, used)
             self._preemption_log.look_at(scheduler)

@@ -16,7 +16,7 @@ from fastpage.engine.prompts import Prompt, chat_prompt
 from fastpage.errors import InvalidArgument, ResourceExhausted
 from fastpage.outputs import RequestOutputKind
 from fastpage.sampling_params import SamplingParams
-from fastpage.serving.convert import (
+from fastpage.serving.grpc.convert import (
     refuse_unknown_fields,
     response_to_proto,
     sampling_params_from_proto,

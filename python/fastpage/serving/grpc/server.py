@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from fastpage.engine.async_engine import AsyncEngine
 from fastpage.errors import FastpageError
-from fastpage.serving.service import SERVICE_NAME, FastpageService
+from fastpage.serving.grpc.service import SERVICE_NAME, FastpageService
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
 # A million tokens or so. Tokenizing takes some 150 bytes of memory for each byte of text, and

@@ -1,0 +1,91 @@
+// An Engine in a process of its own: EngineServer beside the engine, EngineClient in a front end,
+// and a connected local stream socket (socketpair) between them. Both ends are of one build: the
+// format of the messages is no interface.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "fastpage/engine.h"
+
+namespace fastpage {
+
+// One message from the engine to a front end.
+struct EngineNews {
+  enum class Kind : uint8_t {
+    kAccepted,    // the request is in the queue; comes before any output of it
+    kRefused,     // it never was: `error`
+    kStep,        // `step`, `stats`
+    kStepFailed,  // `error` is what the model said; the requests that it cost end with kAbort in
+                  // the next kStep
+    kReset,       // the answer to reset_prefix_cache(): `done`
+  };
+  Kind kind;
+  RequestId request_id = 0;  // kAccepted, kRefused: the client's
+  std::string error;
+  bool out_of_resources = false;  // kRefused: ResourceExhausted, or else InvalidArgument
+  bool done = false;
+  // The outputs of this front end's requests, under the ids that its client gave out; all of the
+  // KV events. A step without either is told too: its `stats` are news.
+  StepOutput step;
+  EngineStats stats;  // after that step
+};
+
+struct EngineServerConfig {
+  // What is kept for a front end that does not read. Beyond it the engine waits for it: a front end
+  // reads whatever its clients do, so that it cannot be far behind but for a moment.
+  size_t max_unsent_bytes = size_t{64} << 20;
+  // Longest message that a front end may send: a prompt and its parameters.
+  size_t max_message_bytes = size_t{256} << 20;
+};
+
+// Steps an engine for the front ends at the other ends of some sockets.
+class EngineServer {
+ public:
+  // Takes the sockets over. `engine` must outlive the server; nobody else steps it.
+  EngineServer(Engine* engine, std::vector<int> sockets, EngineServerConfig config = {});
+  ~EngineServer();
+
+  // Steps the engine while there is work, and sleeps while there is none, until every front end has
+  // closed its socket or stop() is called. What a front end that has gone left behind is aborted. A
+  // front end that sends what no EngineClient sends is cut off.
+  void run();
+  void stop();  // from any thread, or a signal handler
+
+ private:
+  struct State;
+  std::unique_ptr<State> s_;
+};
+
+// An engine behind a socket. One thread at a time; no call waits: what the socket does not take is
+// kept for flush().
+class EngineClient {
+ public:
+  explicit EngineClient(int socket);  // takes it over
+  ~EngineClient();
+
+  int fileno() const;  // readable: call receive(); writable, while has_unsent(): call flush()
+
+  // The ids are this client's own. kAccepted or kRefused will follow.
+  RequestId add_request(const Request& request);
+  void abort(RequestId id);
+  void abort(RequestId id, int32_t index);
+  void reset_prefix_cache();
+
+  bool has_unsent() const;
+  size_t num_unsent_bytes() const;
+  void flush();
+
+  // All that has come. Once the engine's process has gone: what it still said, and from then on
+  // nothing, with closed() true. Calls of the others do nothing then.
+  std::vector<EngineNews> receive();
+  bool closed() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> s_;
+};
+
+}  // namespace fastpage

@@ -1,0 +1,1 @@
+"""fastpage-grpc: the service fastpage.v1.Fastpage."""
