@@ -108,4 +108,11 @@ def load_alphabet(
         num_threads=1,
         scheduling_policy=options.get("policy", "fcfs"),
     )
-    return LoadedModel(engine, runner, letter_tokenizer(), info, {}, {})
+    return LoadedModel(
+        engine=engine,
+        runner=runner,
+        tokenizer=letter_tokenizer(),
+        info=info,
+        sampling_defaults={},
+        phases={},
+    )

@@ -33,10 +33,11 @@ def run(
     """Runs `test(engine)`; afterwards nothing is left running and every block is free."""
 
     async def main() -> None:
-        async with AsyncEngine(load_alphabet(before_step, **options)) as engine:
+        loaded = load_alphabet(before_step, **options)
+        async with AsyncEngine(loaded) as engine:
             await asyncio.wait_for(test(engine), timeout=60)
             await wait_until_idle(engine)
-            engine._core.check_integrity()
+            loaded.engine.check_integrity()
 
     asyncio.run(main())
 

@@ -7,28 +7,23 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Any
 
 from fastpage import _C
 from fastpage.engine.args import EngineArgs
-from fastpage.engine.engine_thread import EngineThread
-from fastpage.engine.loading import LoadedModel, ModelInfo, load_model
+from fastpage.engine.core import Core, EngineDied, EngineStopped, LocalCore
+from fastpage.engine.loading import LoadedModel, ModelInfo, ServedModel, load_model
 from fastpage.engine.observer import EngineObserver
 from fastpage.engine.output_processor import OutputProcessor, RequestState
 from fastpage.engine.prompts import Prompt, PromptType, to_prompt, truncate
-from fastpage.errors import FastpageError, InvalidArgument
+from fastpage.errors import InvalidArgument, ResourceExhausted
 from fastpage.outputs import RequestOutput, RequestOutputKind
 from fastpage.sampling_params import SamplingParams
 from fastpage.tokenizer import Tokenizer
 
 KvEventListener = Callable[[list[_C.KvEvent]], None]
 
-# Texts longer than this are tokenized off the event loop.
-_LONG_TEXT = 1 << 14
-
-
-class EngineStopped(FastpageError):
-    """The engine was shut down before the request was done."""
+# Texts, and lists of token ids, that are longer than this are looked at off the event loop.
+_LONG_PROMPT = 1 << 14
 
 
 class DuplicateRequestId(InvalidArgument):
@@ -47,8 +42,8 @@ class RequestStream:
         self._state = state
         self._kind = kind
         self._news = asyncio.Event()
-        self._stopped = False
         self._ended = False
+        self._announced = False  # to the observers
 
     @property
     def request_id(self) -> str:
@@ -63,11 +58,9 @@ class RequestStream:
         await self._news.wait()
         self._news.clear()
         state = self._state
-        self._ended = state.finished or self._stopped
+        self._ended = state.finished
         if state.error is not None:
             raise state.error
-        if self._stopped and not state.finished:
-            raise EngineStopped("the engine was shut down")
         return state.delta() if self._kind is RequestOutputKind.DELTA else state.snapshot()
 
     def abort(self) -> None:
@@ -79,31 +72,51 @@ class RequestStream:
         if self._kind is not RequestOutputKind.FINAL_ONLY or self._state.finished:
             self._news.set()
 
-    def _stop(self) -> None:
-        self._stopped = True
-        self._news.set()
-
 
 class AsyncEngine:
     """All methods but stats() belong to the event loop of the first request."""
 
-    def __init__(self, loaded: LoadedModel, observer: EngineObserver | None = None) -> None:
-        self._observer = observer or EngineObserver()
+    def __init__(
+        self,
+        model: LoadedModel | ServedModel,
+        observer: EngineObserver | None = None,
+        core: Core | None = None,
+    ) -> None:
+        """`core`: what computes `model`; that of a LoadedModel is its own engine."""
+        if core is None:
+            assert isinstance(model, LoadedModel)
+            core = LocalCore(model.engine)
+        self._core = core
+        self._model = model
+        self._observers = [] if observer is None else [observer]
         self._kv_event_listeners: list[KvEventListener] = []
-        self._core = loaded.engine
-        self._tokenizer = loaded.tokenizer
-        self._loaded = loaded
-        self._processor = OutputProcessor(loaded.tokenizer)
+        self._processor = OutputProcessor(model.tokenizer)
         self._streams: dict[int, RequestStream] = {}
         self._core_ids: dict[str, int] = {}
         self._auto_ids = itertools.count()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pace = _Pace()
         self._stopped = False
-        self._thread = EngineThread(self._core, self._post_step, self._post_error)
 
     @classmethod
-    def from_engine_args(cls, args: EngineArgs) -> AsyncEngine:
-        return cls(load_model(args))
+    def from_engine_args(
+        cls, args: EngineArgs, observer: EngineObserver | None = None
+    ) -> AsyncEngine:
+        """In this process: what a notebook wants."""
+        return cls(load_model(args), observer)
+
+    @classmethod
+    async def start_process(
+        cls, args: EngineArgs, observer: EngineObserver | None = None
+    ) -> AsyncEngine:
+        """In a process of its own, which is started again if it dies: what a server wants. Returns
+        when the model is loaded. Raises what load_model() raises, and EngineDied if the process
+        ends instead."""
+        from fastpage.engine.process_core import ProcessCore
+
+        core, model = await ProcessCore.launch(args)
+        engine = cls(model, observer, core)
+        core.start(engine)
+        return engine
 
     # ---- requests
 
@@ -116,15 +129,21 @@ class AsyncEngine:
         priority: int = 0,
         output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
     ) -> RequestStream:
-        """Raises InvalidArgument or ResourceExhausted if the request can never, or not now, be
-        served. The caller reads the stream to its end or calls its abort()."""
+        """Raises InvalidArgument if the request can never be served, ResourceExhausted if it cannot
+        be served now (with `retry_after_seconds`, an estimate), EngineStopped if no request can.
+        The caller reads the stream to its end or calls its abort()."""
         try:
-            return await self._add_request(
+            stream = await self._add_request(
                 prompt, sampling_params, request_id, priority, output_kind
             )
         except Exception as error:
-            self._observer.request_refused(error)
+            if isinstance(error, ResourceExhausted):
+                error.retry_after_seconds = self._pace.seconds_per_request()  # type: ignore[attr-defined]
+            for observer in self._observers:
+                observer.request_refused(error)
             raise
+        self._announce(stream)
+        return stream
 
     async def _add_request(
         self,
@@ -140,13 +159,13 @@ class AsyncEngine:
         if not isinstance(prompt, Prompt):
             prompt = await self.to_prompt(prompt)
         prompt = truncate(prompt, params, self.info.max_model_len)
-        core_params = params.to_core(self._tokenizer)
-        # No await from here on: of two requests with one id, one comes first.
+        core_params = params.to_core(self.tokenizer)
+        # No await from here on until the request is known: of two with one id, one comes first.
         if self._stopped:
-            raise EngineStopped("the engine was shut down")
+            raise EngineStopped("the engine is shutting down")
         if request_id in self._core_ids:
             raise DuplicateRequestId(f"request_id={request_id!r} is in use by another request")
-        self._start()
+        self._core.start(self)
         core_id = self._core.add_request(
             prompt.token_ids, core_params, priority=priority, cache_salt=prompt.cache_salt
         )
@@ -154,7 +173,11 @@ class AsyncEngine:
         stream = RequestStream(self, state, output_kind)
         self._streams[core_id] = stream
         self._core_ids[request_id] = core_id
-        self._observer.request_added(state)
+        try:
+            await self._core.accepted(core_id)
+        except BaseException:  # the core refuses it, or the caller has gone meanwhile
+            stream.abort()
+            raise
         return stream
 
     async def generate(
@@ -185,41 +208,55 @@ class AsyncEngine:
         return True
 
     async def to_prompt(self, prompt: PromptType) -> Prompt:
-        text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
-        vocab_size = self.info.vocab_size
-        if isinstance(text, str) and len(text) > _LONG_TEXT:
-            return await asyncio.to_thread(to_prompt, prompt, self._tokenizer, vocab_size)
-        return to_prompt(prompt, self._tokenizer, vocab_size)
+        arguments = (prompt, self.tokenizer, self.info.vocab_size)
+        if _is_long(prompt):
+            return await asyncio.to_thread(to_prompt, *arguments)
+        return to_prompt(*arguments)
 
     # ---- the rest
 
     @property
     def info(self) -> ModelInfo:
-        return self._loaded.info
+        return self._model.info
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
+        return self._model.tokenizer
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds that each part of the loading took."""
+        return self._model.phases
+
+    @property
+    def ready(self) -> bool:
+        """False while its process is being started again, and from drain() or shutdown() on."""
+        return self._core.ready and not self._stopped
 
     def get_default_sampling_params(self) -> SamplingParams:
-        return self._loaded.default_sampling_params()
+        return self._model.default_sampling_params()
 
     def stats(self) -> _C.EngineStats:
+        """As of the last step, if the engine is in a process of its own."""
         return self._core.stats()
 
     @property
     def peak_used_blocks(self) -> int:
         """Most KV blocks in use at the end of a step."""
-        return self._thread.peak_used_blocks
+        return self._core.peak_used_blocks
+
+    def add_observer(self, observer: EngineObserver) -> None:
+        self._observers.append(observer)
 
     def listen_to_kv_events(self, listener: KvEventListener) -> None:
         """`listener` is called on the event loop with what steps stored and removed, if the engine
-        was started with enable_kv_events."""
+        was started with enable_kv_events. All is forgotten when an engine process dies: see
+        EngineObserver.engine_died()."""
         self._kv_event_listeners.append(listener)
 
     async def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes. False, and nothing is done, if a request is in progress."""
-        return await asyncio.to_thread(self._core.reset_prefix_cache)
+        return await self._core.reset_prefix_cache()
 
     async def drain(self, timeout_seconds: float) -> None:
         """No new requests from now on; returns when those in progress are done, or the time is
@@ -230,15 +267,12 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
 
     async def shutdown(self) -> None:
-        """Ends the requests in progress with EngineStopped, and the engine's thread."""
+        """Ends the requests in progress with EngineStopped, and the core."""
         self._stopped = True
-        for stream in list(self._streams.values()):
-            self._core.abort(stream._state.core_id)
-            self._processor.forget(stream._state.core_id)
-            stream._stop()
-        self._streams.clear()
-        self._core_ids.clear()
-        await asyncio.to_thread(self._thread.stop)
+        for core_id in self._streams:
+            self._core.abort(core_id)
+        self._lose_all(EngineStopped("the engine was shut down"))
+        await self._core.stop()
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -251,29 +285,12 @@ class AsyncEngine:
     ) -> None:
         await self.shutdown()
 
-    # ---- between the two threads: one call_soon_threadsafe a step, not one a token
+    # ---- what the core tells (CoreListener)
 
-    def _start(self) -> None:
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-            self._thread.start()
-
-    def _post_step(self, step: _C.StepOutput, stats: _C.EngineStats) -> None:
-        self._post(self._process, step, stats)
-
-    def _post_error(self, error: Exception) -> None:
-        self._post(self._processor.step_failed, error)
-
-    def _post(self, call: Callable[..., None], *arguments: Any) -> None:
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(call, *arguments)
-        except RuntimeError:  # the loop was closed without shutdown(): nobody listens any more
-            self._stopped = True
-
-    def _process(self, step: _C.StepOutput, stats: _C.EngineStats) -> None:
-        self._observer.stepped(stats, step.num_tokens)
-        if events := step.kv_events:
+    def on_step(self, step: _C.StepOutput, stats: _C.EngineStats) -> None:
+        for observer in self._observers:
+            observer.stepped(stats, step.num_tokens)
+        if self._kv_event_listeners and (events := step.kv_events):
             for listener in self._kv_event_listeners:
                 listener(events)
         changed, aborts = self._processor.process(step.outputs)
@@ -284,24 +301,85 @@ class AsyncEngine:
             stream = self._streams.get(state.core_id)
             if stream is None:
                 continue
-            self._observer.request_progressed(state, now)
+            self._announce(stream)
+            for observer in self._observers:
+                observer.request_progressed(state, now)
             if state.finished:
-                self._remove(state)
+                self._pace.request_finished(now)
+                self._remove(stream)
             stream._notify()
+
+    def on_step_error(self, error: Exception) -> None:
+        self._processor.step_failed(error)
+
+    def on_died(self, error: EngineDied) -> None:
+        self._lose_all(error)
+        for observer in self._observers:
+            observer.engine_died(str(error))
+
+    def on_started(self) -> None:
+        for observer in self._observers:
+            observer.engine_started()
+
+    # ---- one request's end
 
     def _abort(self, state: RequestState) -> None:
         stream = self._streams.get(state.core_id)
-        if stream is None:
+        if stream is None or stream._state is not state:
             return
         self._core.abort(state.core_id)
         self._processor.forget(state.core_id)
         for sample in state.samples:
             if not sample.finished:
                 sample.finish("abort")
-        self._remove(state)
+        self._remove(stream)
         stream._notify()
 
-    def _remove(self, state: RequestState) -> None:
+    def _lose_all(self, error: EngineStopped) -> None:
+        for stream in list(self._streams.values()):
+            self._processor.forget(stream._state.core_id)
+            stream._state.error = type(error)(str(error))
+            self._remove(stream)
+            stream._notify()
+
+    def _announce(self, stream: RequestStream) -> None:
+        """Its first output may come before add_request() gets to go on."""
+        if not stream._announced:
+            stream._announced = True
+            for observer in self._observers:
+                observer.request_added(stream._state)
+
+    def _remove(self, stream: RequestStream) -> None:
+        state = stream._state
         del self._streams[state.core_id]
         del self._core_ids[state.request_id]
-        self._observer.request_finished(state)
+        if stream._announced:
+            for observer in self._observers:
+                observer.request_finished(state)
+
+
+class _Pace:
+    """How long it takes until a place in the queue is free: about as long as between the ends of
+    two requests."""
+
+    _WEIGHT_OF_LAST = 0.1
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._interval = 1.0
+
+    def request_finished(self, now: float) -> None:
+        if self._last is not None:
+            self._interval += self._WEIGHT_OF_LAST * (now - self._last - self._interval)
+        self._last = now
+
+    def seconds_per_request(self) -> float:
+        return min(max(self._interval, 0.05), 30.0)
+
+
+def _is_long(prompt: PromptType) -> bool:
+    if isinstance(prompt, dict):
+        return any(
+            isinstance(value, str | list) and len(value) > _LONG_PROMPT for value in prompt.values()
+        )
+    return isinstance(prompt, str | list) and len(prompt) > _LONG_PROMPT

@@ -45,6 +45,19 @@ class PreemptionLog:
         )
 
 
+class SchedulerWatch:
+    """Looks at the statistics after each step: keeps the peak, and warns of preemptions."""
+
+    def __init__(self) -> None:
+        self.peak_used_blocks = 0  # most KV blocks in use at the end of a step
+        self._preemption_log = PreemptionLog()
+
+    def look_at(self, stats: _C.SchedulerStats) -> None:
+        used = stats.num_blocks - stats.num_free_blocks
+        self.peak_used_blocks = max(self.peak_used_blocks, used)
+        self._preemption_log.look_at(stats)
+
+
 class EngineThread:
     """Calls engine.step() while there is work, and waits without spinning while there is none.
 
@@ -61,8 +74,7 @@ class EngineThread:
         self._on_step = on_step
         self._on_error = on_error
         self._stopping = False
-        self._preemption_log = PreemptionLog()
-        self._peak_used_blocks = 0
+        self.watch = SchedulerWatch()
         self._thread = threading.Thread(target=self._run, name="fastpage-engine", daemon=True)
 
     def start(self) -> None:
@@ -79,11 +91,6 @@ class EngineThread:
             self._thread.join()
         atexit.unregister(self.stop)
 
-    @property
-    def peak_used_blocks(self) -> int:
-        """Most KV blocks in use at the end of a step."""
-        return self._peak_used_blocks
-
     def _run(self) -> None:
         while not self._stopping:
             if not self._engine.wait_for_work(timeout_seconds=1.0):
@@ -98,7 +105,4 @@ class EngineThread:
                 continue
             stats = self._engine.stats()
             self._on_step(step, stats)
-            scheduler = stats.scheduler
-            used = scheduler.num_blocks - scheduler.num_free_blocks
-            self._peak_used_blocks = max(self._peak_used_blocks, used)
-            self._preemption_log.look_at(scheduler)
+            self.watch.look_at(stats.scheduler)

@@ -86,10 +86,10 @@ class ModelInfo:
         return min(self.num_kv_blocks / blocks, self.max_num_seqs)
 
 
-@dataclass
-class LoadedModel:
-    engine: _C.Engine
-    runner: _C.ModelRunner  # the engine's
+@dataclass(kw_only=True)
+class ServedModel:
+    """What a front end knows of a model that somebody else computes."""
+
     tokenizer: Tokenizer
     info: ModelInfo
     sampling_defaults: dict[str, Any]  # fields of SamplingParams
@@ -98,6 +98,12 @@ class LoadedModel:
     def default_sampling_params(self) -> SamplingParams:
         """What the generation_config.json that was chosen recommends, as vLLM reads it."""
         return SamplingParams(**self.sampling_defaults)
+
+
+@dataclass(kw_only=True)
+class LoadedModel(ServedModel):
+    engine: _C.Engine
+    runner: _C.ModelRunner  # the engine's
 
 
 @dataclass
@@ -123,7 +129,7 @@ def load_model(args: EngineArgs, progress: Callable[[int, int], None] | None = N
         model = build_model(checkpoint.config, args.max_model_len, checkpoint)
         sampling_defaults = _sampling_defaults(args, checkpoint)
     with phase("tokenizer"):
-        tokenizer = _open_tokenizer(args, checkpoint)
+        tokenizer = open_tokenizer(args, checkpoint)
     cpus = [] if args.cpu_affinity is None else parse_cpus(args.cpu_affinity)
     pool = _C.ThreadPool(args.threads, cpus)
     info = _decide(args, checkpoint, model, tokenizer, pool.num_threads)
@@ -138,7 +144,14 @@ def load_model(args: EngineArgs, progress: Callable[[int, int], None] | None = N
         engine = _C.Engine(config, runner)
         if args.record_scheduler is not None:
             engine.record(args.record_scheduler)
-    return LoadedModel(engine, runner, tokenizer, info, sampling_defaults, phase.seconds)
+    return LoadedModel(
+        engine=engine,
+        runner=runner,
+        tokenizer=tokenizer,
+        info=info,
+        sampling_defaults=sampling_defaults,
+        phases=phase.seconds,
+    )
 
 
 def _sampling_defaults(args: EngineArgs, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -188,7 +201,7 @@ class _LoadingBar:
         self._bar.update(done - self._bar.n)
 
 
-def _open_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
+def open_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
     if args.tokenizer is None:
         return checkpoint.tokenizer()
     path = Path(args.tokenizer)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from fastpage import _C
+from fastpage.engine.core import Core
 from fastpage.engine.prompts import Prompt
 from fastpage.errors import FastpageError
 from fastpage.outputs import (
@@ -33,7 +34,7 @@ class SampleAbort(NamedTuple):
     core_id: int
     sample: int | None  # None: all
 
-    def tell(self, core: _C.Engine) -> None:
+    def tell(self, core: _C.Engine | Core) -> None:
         if self.sample is None:
             core.abort(self.core_id)
         else:

@@ -11,7 +11,8 @@ import grpc
 from google.protobuf.message import Message
 
 from fastpage._C import __version__
-from fastpage.engine.async_engine import AsyncEngine, DuplicateRequestId, EngineStopped
+from fastpage.engine.async_engine import AsyncEngine, DuplicateRequestId
+from fastpage.engine.core import EngineStopped
 from fastpage.engine.prompts import Prompt, chat_prompt
 from fastpage.errors import InvalidArgument, ResourceExhausted
 from fastpage.outputs import RequestOutputKind

@@ -1,0 +1,83 @@
+"""The engine's process: loads the model that its front end names, then steps it until the front end
+closes the socket. See process_core.py for the other side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+from typing import Any
+
+from fastpage import _C
+from fastpage.engine.args import EngineArgs
+from fastpage.engine.loading import LoadedModel, load_model
+from fastpage.errors import FastpageError
+
+_PR_SET_PDEATHSIG = 1
+_LENGTH = struct.Struct("=Q")
+
+
+def main() -> None:
+    """sys.argv: the descriptor of the socket, the front end's process id."""
+    fileno, front_end = int(sys.argv[1]), int(sys.argv[2])
+    # Signals are for the front end, which drains and then closes the socket.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    _end_with(front_end)
+    with socket.socket(fileno=fileno) as channel:
+        loaded = _load(channel)
+        if loaded is None:
+            sys.exit(1)
+        server = _C.EngineServer(loaded.engine, [channel.detach()])
+    server.run()
+    # The weights need no orderly end.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _end_with(front_end: int) -> None:
+    """While it loads, nobody looks at the socket."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != front_end:
+        os._exit(1)
+
+
+def _load(channel: socket.socket) -> LoadedModel | None:
+    (length,) = _LENGTH.unpack(_read(channel, _LENGTH.size))
+    try:
+        loaded = load_model(EngineArgs(**json.loads(_read(channel, length))))
+    except (FastpageError, OSError, MemoryError) as error:
+        message = str(error) or type(error).__name__
+        _say(channel, {"error": _error_name(error), "message": message})
+        return None
+    _say(
+        channel,
+        {
+            "info": dataclasses.asdict(loaded.info),
+            "sampling_defaults": loaded.sampling_defaults,
+            "phases": loaded.phases,
+        },
+    )
+    return loaded
+
+
+def _error_name(error: Exception) -> str:
+    return "OSError" if isinstance(error, OSError) else type(error).__name__
+
+
+def _read(channel: socket.socket, size: int) -> bytes:
+    data = channel.recv(size, socket.MSG_WAITALL)
+    if len(data) < size:
+        os._exit(1)  # the front end has gone
+    return data
+
+
+def _say(channel: socket.socket, message: dict[str, Any]) -> None:
+    text = json.dumps(message).encode()
+    channel.sendall(_LENGTH.pack(len(text)) + text)
