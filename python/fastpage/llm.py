@@ -209,10 +209,10 @@ class LLM:
                     if isinstance(item, Exception):
                         self._processor.step_failed(item)
                         continue
-                    changed, aborts = self._processor.process(item.outputs)
-                    for abort in aborts:
+                    processed = self._processor.process(item.outputs)
+                    for abort in processed.aborts:
                         abort.tell(self._core)
-                    progress.update(changed)
+                    progress.update(processed.changed)
         finally:
             thread.stop()
 

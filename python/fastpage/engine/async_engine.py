@@ -12,7 +12,7 @@ from fastpage import _C
 from fastpage.engine.args import EngineArgs
 from fastpage.engine.core import Core, EngineDied, EngineStopped, LocalCore
 from fastpage.engine.loading import LoadedModel, ModelInfo, ServedModel, load_model
-from fastpage.engine.observer import EngineObserver
+from fastpage.engine.observer import EngineObserver, StepReport
 from fastpage.engine.output_processor import OutputProcessor, RequestState
 from fastpage.engine.prompts import Prompt, PromptType, to_prompt, truncate
 from fastpage.errors import InvalidArgument, ResourceExhausted
@@ -88,7 +88,7 @@ class AsyncEngine:
             core = LocalCore(model.engine)
         self._core = core
         self._model = model
-        self._observers = [] if observer is None else [observer]
+        self._observers: list[EngineObserver] = []
         self._kv_event_listeners: list[KvEventListener] = []
         self._processor = OutputProcessor(model.tokenizer)
         self._streams: dict[int, RequestStream] = {}
@@ -96,6 +96,8 @@ class AsyncEngine:
         self._auto_ids = itertools.count()
         self._pace = _Pace()
         self._stopped = False
+        if observer is not None:
+            self.add_observer(observer)
 
     @classmethod
     def from_engine_args(
@@ -132,6 +134,7 @@ class AsyncEngine:
         """Raises InvalidArgument if the request can never be served, ResourceExhausted if it cannot
         be served now (with `retry_after_seconds`, an estimate), EngineStopped if no request can.
         The caller reads the stream to its end or calls its abort()."""
+        request_id = request_id or f"request-{next(self._auto_ids)}"
         try:
             stream = await self._add_request(
                 prompt, sampling_params, request_id, priority, output_kind
@@ -140,7 +143,7 @@ class AsyncEngine:
             if isinstance(error, ResourceExhausted):
                 error.retry_after_seconds = self._pace.seconds_per_request()  # type: ignore[attr-defined]
             for observer in self._observers:
-                observer.request_refused(error)
+                observer.request_refused(request_id, error)
             raise
         self._announce(stream)
         return stream
@@ -149,13 +152,12 @@ class AsyncEngine:
         self,
         prompt: PromptType | Prompt,
         sampling_params: SamplingParams | None,
-        request_id: str | None,
+        request_id: str,
         priority: int,
         output_kind: RequestOutputKind,
     ) -> RequestStream:
         self.info.check_priority(priority)
         params = sampling_params or SamplingParams()
-        request_id = request_id or f"request-{next(self._auto_ids)}"
         if not isinstance(prompt, Prompt):
             prompt = await self.to_prompt(prompt)
         prompt = truncate(prompt, params, self.info.max_model_len)
@@ -247,6 +249,8 @@ class AsyncEngine:
 
     def add_observer(self, observer: EngineObserver) -> None:
         self._observers.append(observer)
+        if self.ready:
+            observer.engine_started(self)
 
     def listen_to_kv_events(self, listener: KvEventListener) -> None:
         """`listener` is called on the event loop with what steps stored and removed, if the engine
@@ -288,24 +292,24 @@ class AsyncEngine:
     # ---- what the core tells (CoreListener)
 
     def on_step(self, step: _C.StepOutput, stats: _C.EngineStats) -> None:
-        for observer in self._observers:
-            observer.stepped(stats, step.num_tokens)
         if self._kv_event_listeners and (events := step.kv_events):
             for listener in self._kv_event_listeners:
                 listener(events)
-        changed, aborts = self._processor.process(step.outputs)
-        for abort in aborts:
+        processed = self._processor.process(step.outputs)
+        for abort in processed.aborts:
             abort.tell(self._core)
-        now = time.monotonic()
-        for state in changed:
-            stream = self._streams.get(state.core_id)
-            if stream is None:
-                continue
-            self._announce(stream)
+        streams = [self._streams[state.core_id] for state in processed.changed]
+        if self._observers:
+            for stream in streams:
+                self._announce(stream)
+            report = StepReport(
+                stats, step.num_tokens, processed.first_tokens, processed.token_gaps
+            )
             for observer in self._observers:
-                observer.request_progressed(state, now)
-            if state.finished:
-                self._pace.request_finished(now)
+                observer.stepped(report)
+        for stream in streams:
+            if stream._state.finished:
+                self._pace.request_finished(processed.time)
                 self._remove(stream)
             stream._notify()
 
@@ -319,7 +323,7 @@ class AsyncEngine:
 
     def on_started(self) -> None:
         for observer in self._observers:
-            observer.engine_started()
+            observer.engine_started(self)
 
     # ---- one request's end
 

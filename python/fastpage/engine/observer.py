@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from fastpage import _C
+    from fastpage.engine.async_engine import AsyncEngine
     from fastpage.engine.output_processor import RequestState
+
+
+class StepReport(NamedTuple):
+    """One step that has ended. Lists, not a call for each request: an observer's time is taken from
+    the event loop in every step."""
+
+    # The totals up to it. They begin anew when an engine process was started again.
+    stats: _C.EngineStats
+    num_tokens: int  # that the model computed
+    first_tokens: list[RequestState]  # requests whose first token came
+    token_gaps: list[float]  # seconds since its token before, of each output that got another
 
 
 class EngineObserver:
@@ -16,21 +28,16 @@ class EngineObserver:
     def request_added(self, request: RequestState) -> None:
         """It is in the engine's queue."""
 
-    def request_refused(self, error: Exception) -> None:
+    def request_refused(self, request_id: str, error: Exception) -> None:
         """InvalidArgument, ResourceExhausted or EngineStopped instead of a stream."""
-
-    def request_progressed(self, request: RequestState, now: float) -> None:
-        """A step brought news of it: tokens, prompt logprobs, ends. Its metrics, and the token ids
-        of `request.samples`, are up to it."""
 
     def request_finished(self, request: RequestState) -> None:
         """Its last output is there: finish reasons in `request.samples`, or `request.error`."""
 
-    def stepped(self, stats: _C.EngineStats, num_tokens: int) -> None:
-        """A step has ended that computed `num_tokens`; the totals are up to it. They begin anew
-        when an engine process was started again."""
+    def stepped(self, report: StepReport) -> None:
+        """Before request_finished() of those that ended in it."""
 
-    def engine_started(self) -> None:
+    def engine_started(self, engine: AsyncEngine) -> None:
         """It is ready, for the first time or again."""
 
     def engine_died(self, why: str) -> None:

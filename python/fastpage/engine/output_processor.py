@@ -41,6 +41,17 @@ class SampleAbort(NamedTuple):
             core.abort(self.core_id, self.sample)
 
 
+class ProcessedStep(NamedTuple):
+    """What a step has brought."""
+
+    changed: list[RequestState]  # the requests with news
+    aborts: list[SampleAbort]
+    first_tokens: list[RequestState]  # those of `changed` whose first token came
+    # Seconds since its token before, of each output that got another.
+    token_gaps: list[float]
+    time: float  # of time.monotonic(): when it came
+
+
 class _Sample:
     """One of the n outputs of a request."""
 
@@ -63,6 +74,7 @@ class _Sample:
                 tokenizer, prompt.token_ids, skip_special_tokens=params.skip_special_tokens
             )
         self._matcher = matcher
+        self.last_token_time: float | None = None
         # How much delta() has given out.
         self._sent_chars = 0
         self._sent_tokens = 0
@@ -233,19 +245,18 @@ class OutputProcessor:
         """A step raised `error`; the core reports in its next step which requests it has cost."""
         self._step_error = error
 
-    def process(
-        self, outputs: Iterable[_C.RequestOutput]
-    ) -> tuple[list[RequestState], list[SampleAbort]]:
-        """Takes in one step. Returns the requests with news, and what the core is to abort."""
+    def process(self, outputs: Iterable[_C.RequestOutput]) -> ProcessedStep:
+        """Takes in one step. The core is to be told the aborts."""
         changed: dict[int, RequestState] = {}
         aborts: list[SampleAbort] = []
         now = time.monotonic()
+        step = ProcessedStep([], aborts, [], [], now)
         for output in outputs:
             state = self._requests.get(output.request_id)
             if state is None or state.samples[output.index].finished:
                 continue
             try:
-                self._take_in(state, output, now)
+                self._take_in(state, output, step)
             except Exception as error:  # costs this request, nobody else
                 state.error = error
                 aborts.append(SampleAbort(state.core_id, None))
@@ -255,9 +266,10 @@ class OutputProcessor:
                 aborts.append(SampleAbort(state.core_id, output.index))
             if state.finished:
                 del self._requests[state.core_id]
-        return list(changed.values()), aborts
+        step.changed.extend(changed.values())
+        return step
 
-    def _take_in(self, state: RequestState, output: _C.RequestOutput, now: float) -> None:
+    def _take_in(self, state: RequestState, output: _C.RequestOutput, step: ProcessedStep) -> None:
         reason = output.finish_reason
         if reason == _C.FinishReason.ABORT:
             # Aborts that were asked for are forgotten before they get here.
@@ -268,11 +280,14 @@ class OutputProcessor:
         if state.prompt_logprobs is not None:
             state.prompt_logprobs += map(self._position_logprobs, output.prompt_logprobs)
         token_ids = output.new_token_ids
+        sample = state.samples[output.index]
         if token_ids:
             if state.metrics.first_token_time is None:
-                state.metrics.first_token_time = now
-            state.metrics.last_token_time = now
-        sample = state.samples[output.index]
+                state.metrics.first_token_time = step.time
+                step.first_tokens.append(state)
+            if sample.last_token_time is not None:
+                step.token_gaps.append(step.time - sample.last_token_time)
+            state.metrics.last_token_time = sample.last_token_time = step.time
         logprobs: list[PositionLogprobs | None] = [None] * len(token_ids)
         if sample.output.logprobs is not None:
             logprobs = [self._position_logprobs(entry) for entry in output.logprobs]
