@@ -27,7 +27,7 @@ GXX ?= g++
 CLANGXX ?= $(firstword $(foreach c,clang++ clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,\
   $(shell command -v $(c) 2>/dev/null)))
 
-.PHONY: help demo test format check-format bench bench-peers bench-kernels bench-scheduler check-model sanitize fuzz fuzz-readers clean cpp-gcc cpp-clang pytest googletest
+.PHONY: help demo test format check-format bench bench-peers bench-kernels bench-scheduler bench-server check-model sanitize fuzz fuzz-readers faults clean cpp-gcc cpp-clang pytest googletest
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/' | expand -t 22
@@ -147,6 +147,13 @@ fuzz-readers: $(DEV_DONE)  ## broken checkpoint files, ROUNDS=10 times as many a
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE)
 	@FASTPAGE_FUZZ_ROUNDS=$(ROUNDS) $(VENV)/bin/pytest -q --timeout 0 tests/python/test_checkpoint_fuzz.py
 
+# SEED: other malformed requests.
+FAULTS ?= 10000
+SEED ?= 6
+faults: $(DEV_DONE)  ## what clients, networks and signals do to a server, with FAULTS=10000 malformed requests
+	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
+	@FASTPAGE_FAULTS=$(FAULTS) FASTPAGE_SEED=$(SEED) $(VENV)/bin/pytest -v -s --timeout 0 tests/python/test_faults.py
+
 bench: $(DEV_DONE)  ## offline throughput, one stream and a long prompt, against transformers
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
 	@$(PY) benchmarks/offline.py --peers transformers --precisions bf16
@@ -158,6 +165,10 @@ bench-peers: $(TOOLS_DONE)  ## beside llama.cpp, OpenVINO, vLLM, CTranslate2, tr
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
 	@$(PY) benchmarks/install_peers.py --peers-dir $(PEERS_DIR) --jobs $(JOBS) $(subst $(comma), ,$(PEERS)) || true
 	@$(PY) benchmarks/offline.py --peers-dir $(PEERS_DIR) $(if $(PEERS),--peers $(PEERS)) $(BENCH)
+
+bench-server: $(DEV_DONE)  ## what gRPC costs beside the engine in process: throughput, latency, 256 streams
+	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
+	@$(PY) benchmarks/server.py
 
 check-model: $(DEV_DONE)  ## the real model against transformers in fp32: 50 prompts of 128 greedy tokens, perplexity
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)

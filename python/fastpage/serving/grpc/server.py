@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from fastpage.engine.async_engine import AsyncEngine
 from fastpage.errors import FastpageError
+from fastpage.serving.grpc.decoding import RefuseUndecodable
 from fastpage.serving.grpc.service import SERVICE_NAME, FastpageService
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
@@ -40,7 +41,7 @@ class GrpcServer:
     """Listens as soon as it is started; healthy (SERVING) from set_engine() to stop()."""
 
     def __init__(self) -> None:
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server = grpc.aio.server(interceptors=[RefuseUndecodable()], options=_OPTIONS)
         self._service = FastpageService()
         self._health = health.aio.HealthServicer()
         pb_grpc.add_FastpageServicer_to_server(self._service, self._server)

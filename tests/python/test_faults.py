@@ -1,0 +1,336 @@
+"""What clients, networks and signals do to a server process: it costs them, and nobody else.
+
+After each of these the server must be as it was: no request running, all blocks free, no file left
+open, no more memory than before, and the next request answered as `LLM` answers it.
+
+FASTPAGE_FAULTS: how many malformed requests (`make faults`: 10,000). FASTPAGE_SEED: what they are
+drawn from; a failure says it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import grpc
+import pytest
+import raw_http2 as h2
+from google.protobuf.message import Message
+from malformed import MalformedMessages
+from server_process import (
+    GRPC,
+    GrpcClient,
+    ServerProcess,
+    write_tiny_model,
+)
+
+from fastpage import LLM, SamplingParams
+from fastpage.v1 import fastpage_pb2 as pb
+
+NUM_MALFORMED = int(os.environ.get("FASTPAGE_FAULTS", "1500"))
+SEED = int(os.environ.get("FASTPAGE_SEED", "6"))
+OPTIONS = ("--num-kv-blocks", "256", "--max-num-seqs", "16", "--max-num-waiting", "64")
+PROMPT = "parser = argparse.ArgumentParser("
+
+# What a server may say to a request that it does not serve.
+REFUSALS = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.OUT_OF_RANGE,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path) -> list[int]:
+    """The tokens that `probe` must get."""
+    llm = LLM(str(tiny_model), threads=1)
+    params = SamplingParams(temperature=0.9, seed=11, max_tokens=40, ignore_eos=True)
+    return list(llm.generate([PROMPT], params, use_tqdm=False)[0].outputs[0].token_ids)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(GRPC, tiny_model, *OPTIONS) as server:
+        yield server
+        assert server.stop() == 0, server.err
+        # Warnings of preempted sequences are all that belongs there.
+        assert "Traceback" not in server.err and "rror" not in server.err, server.err
+
+
+def request(max_tokens: int = 40, **fields: Any) -> pb.GenerateRequest:
+    sampling = pb.SamplingParams(temperature=0.9, seed=11, max_tokens=max_tokens, ignore_eos=True)
+    return pb.GenerateRequest(**{"text": PROMPT, "sampling_params": sampling, **fields})
+
+
+async def probe(client: GrpcClient, expected: list[int]) -> None:
+    """One ordinary request, which must be answered right."""
+    ids: list[int] = []
+    async for response in client.stub.Generate(request(), timeout=60):
+        for output in response.outputs:
+            ids += output.token_ids
+    assert ids == expected
+
+
+Fault = Callable[[GrpcClient], Coroutine[Any, Any, None]]
+
+
+def inflict(server: ServerProcess, expected: list[int], fault: Fault, rounds: int = 6) -> None:
+    """`fault`, several times, then all that must hold after it."""
+
+    async def main() -> None:
+        async with GrpcClient(server.address) as client:
+            await client.wait_until_serving()
+            await probe(client, expected)
+            files = server.num_open_files()
+            memory = []
+            for _ in range(rounds):
+                await fault(client)
+                await client.wait_until_idle()
+                await probe(client, expected)
+                memory.append(server.memory())
+            # A connection that its client left is closed when the server next looks at it.
+            while server.num_open_files() > files:
+                await asyncio.sleep(0.01)
+            assert_flat(memory)
+
+    asyncio.run(asyncio.wait_for(main(), timeout=600))
+
+
+def assert_flat(memory: list[int]) -> None:
+    """The last third is no more than the third before, but for what allocators do."""
+    third = len(memory) // 3
+    before, after = memory[third : 2 * third], memory[-third:]
+    growth = statistics.median(after) - statistics.median(before)
+    assert growth < 4 << 20, f"memory grows: {[m >> 20 for m in memory]} MiB"
+
+
+# ---------------------------------------------------------------- clients that vanish
+
+
+async def streaming(client: GrpcClient, number: int, max_tokens: int = 2000) -> list[Any]:
+    """Calls that have had their first tokens, and go on."""
+    calls = [client.stub.Generate(request(max_tokens)) for _ in range(number)]
+    for call in calls:
+        await call.read()
+    return calls
+
+
+def test_cancelled_calls(server: ServerProcess, expected: list[int]) -> None:
+    async def fault(client: GrpcClient) -> None:
+        for call in await streaming(client, 16):
+            call.cancel()
+        # Not even read once, and still waiting.
+        for call in [client.stub.Generate(request(2000)) for _ in range(40)]:
+            call.cancel()
+
+    inflict(server, expected, fault)
+
+
+def test_clients_that_close_their_channel(server: ServerProcess, expected: list[int]) -> None:
+    async def fault(client: GrpcClient) -> None:
+        async with GrpcClient(server.address) as other:
+            await streaming(other, 16)
+
+    inflict(server, expected, fault)
+
+
+CLIENT = """
+import sys
+import grpc
+channel = grpc.insecure_channel(sys.argv[1])
+method = channel.unary_stream("/fastpage.v1.Fastpage/Generate")
+calls = [method(bytes.fromhex(sys.argv[2])) for _ in range(8)]
+[next(call) for call in calls]
+print("streaming", flush=True)
+[message for call in calls for message in call]
+sys.stdin.read()
+"""
+
+
+def test_killed_clients(server: ServerProcess, expected: list[int]) -> None:
+    async def fault(client: GrpcClient) -> None:
+        command = [sys.executable, "-c", CLIENT, server.address]
+        process = await asyncio.create_subprocess_exec(
+            *command, request(2000).SerializeToString().hex(), stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"streaming\n"
+        process.kill()
+        await process.wait()
+
+    inflict(server, expected, fault, rounds=3)
+
+
+GENERATE = "/fastpage.v1.Fastpage/Generate"
+
+
+def test_connections_that_are_reset(server: ServerProcess, expected: list[int]) -> None:
+    async def fault(client: GrpcClient) -> None:
+        message = request(2000).SerializeToString()
+        connections = [h2.connect(server.address) for _ in range(8)]
+        for connection in connections:
+            connection.sendall(h2.PREFACE + h2.settings())
+            connection.sendall(h2.call_headers(GENERATE, 1) + h2.call_message(message, 1))
+        while (await client.stats()).num_running < 8:
+            await asyncio.sleep(0.001)
+        for connection in connections:
+            h2.reset(connection)
+
+    inflict(server, expected, fault)
+
+
+def half_sent() -> list[bytes]:
+    """The beginnings of what a client sends, cut where it matters."""
+    message = request().SerializeToString()
+    start = h2.PREFACE + h2.settings()
+    headers, data = h2.call_headers(GENERATE, 1), h2.call_message(message, 1)
+    return [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00",  # TLS to a server without
+        h2.PREFACE[:10],
+        h2.PREFACE,
+        start,
+        start + headers[:15],
+        start + h2.call_headers(GENERATE, 1, flags=0),  # CONTINUATION frames should follow
+        start + headers,
+        start + headers + data[:20],
+        start + headers + data[:-1],
+        start + headers + h2.call_message(message, 1, flags=0),  # the client may still say more
+        start + headers + h2.frame(h2.DATA, 1, 1, b"\0\xff\xff\xff\xff" + message),
+        start + headers + h2.frame(h2.DATA, 1, 1, b"\1" + data[10:]),  # compressed, it says
+        start + headers + h2.frame(h2.RST_STREAM, 0, 1, bytes(4)) + data,
+        start + h2.call_headers(GENERATE, 2) + h2.call_message(message, 2),  # even: not a client's
+        start + data,
+        start + Random(SEED).randbytes(4000),
+    ]
+
+
+def test_half_sent_calls(server: ServerProcess, expected: list[int]) -> None:
+    async def fault(client: GrpcClient) -> None:
+        connections = []
+        for part in half_sent() * 4:
+            connections.append(connection := h2.connect(server.address))
+            connection.sendall(part)
+        await probe(client, expected)  # while they are open
+        for i, connection in enumerate(connections):
+            h2.reset(connection) if i % 2 else connection.close()
+
+    inflict(server, expected, fault)
+
+
+def test_clients_that_do_not_read(server: ServerProcess, expected: list[int]) -> None:
+    """No window for a byte of an answer: the server keeps what is new, in one piece a call."""
+
+    async def fault(client: GrpcClient) -> None:
+        connection = h2.connect(server.address)
+        connection.sendall(h2.PREFACE + h2.settings(initial_window_size=0))
+        message = request(300).SerializeToString()
+        for stream in range(1, 81, 2):
+            connection.sendall(h2.call_headers(GENERATE, stream) + h2.call_message(message, stream))
+        await probe(client, expected)
+        await client.wait_until_idle()
+        h2.reset(connection)
+
+    inflict(server, expected, fault)
+
+
+# ---------------------------------------------------------------- deadlines
+
+
+def test_expired_deadlines(server: ServerProcess, expected: list[int]) -> None:
+    async def until_expired(client: GrpcClient, seconds: float) -> grpc.StatusCode:
+        try:
+            async for _ in client.stub.Generate(request(3000), timeout=seconds):
+                pass
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        return grpc.StatusCode.OK
+
+    async def fault(client: GrpcClient) -> None:
+        seconds = [0.0, 0.001, 0.01, 0.05, 0.1] * 8
+        ends = await asyncio.gather(*(until_expired(client, s) for s in seconds))
+        assert set(ends) == {grpc.StatusCode.DEADLINE_EXCEEDED}
+
+    inflict(server, expected, fault)
+
+
+# ---------------------------------------------------------------- requests that are none
+
+
+def valid_requests() -> dict[str, list[Message]]:
+    """By method: what is changed and damaged."""
+    sampling = pb.SamplingParams(temperature=0.9, seed=1, max_tokens=3)
+    common: dict[str, Any] = {"sampling_params": sampling}
+    chat = [pb.ChatMessage(role="user", content="x"), pb.ChatMessage(role="system", content="y")]
+    full = pb.SamplingParams(n=2, best_of=3, logprobs=2, prompt_logprobs=1, max_tokens=4)
+    beams = pb.SamplingParams(n=2, beam_width=3, max_tokens=4, temperature=0)
+    stops = pb.SamplingParams(stop=["e", "import"], stop_token_ids=[5], max_tokens=30)
+    ids = pb.TokenIds(ids=range(100, 140))
+    return {
+        "/fastpage.v1.Fastpage/Generate": [
+            pb.GenerateRequest(text=PROMPT, **common),
+            pb.GenerateRequest(token_ids=ids, request_id="the same id", **common),
+            pb.GenerateRequest(text=PROMPT, sampling_params=full),
+            pb.GenerateRequest(token_ids=ids, sampling_params=beams),
+            pb.GenerateRequest(text=PROMPT, sampling_params=stops),
+        ],
+        "/fastpage.v1.Fastpage/Chat": [pb.ChatRequest(messages=chat, **common)],
+        "/fastpage.v1.Fastpage/Abort": [pb.AbortRequest(request_id="the same id")],
+        "/fastpage.v1.Fastpage/GetModelInfo": [pb.GetModelInfoRequest()],
+        "/fastpage.v1.Fastpage/GetServerStats": [pb.GetServerStatsRequest()],
+    }
+
+
+async def answer(client: GrpcClient, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
+    call = client.channel.unary_stream(method)(data, timeout=60)
+    try:
+        async for _ in call:
+            pass
+    except grpc.aio.AioRpcError as error:
+        return error.code(), error.details() or ""
+    return grpc.StatusCode.OK, ""
+
+
+def test_malformed_messages(server: ServerProcess, expected: list[int]) -> None:
+    rng = Random(SEED)
+    methods = {m: MalformedMessages(rng, valid) for m, valid in valid_requests().items()}
+    names = [GENERATE] * 6 + list(methods)
+    statuses: collections.Counter[str] = collections.Counter()
+
+    async def one(client: GrpcClient) -> None:
+        method = rng.choice(names)
+        data = methods[method].next()
+        status, details = await answer(client, method, data)
+        statuses[status.name] += 1
+        said = f"{method} {data.hex()[:2000]}: {status.name}: {details} (seed {SEED})"
+        assert status is grpc.StatusCode.OK or status in REFUSALS, said
+        assert details.isprintable(), said
+        assert details or status is grpc.StatusCode.OK, said
+
+    async def many(client: GrpcClient, count: int) -> None:
+        for _ in range(count):
+            await one(client)
+
+    async def fault(client: GrpcClient) -> None:
+        await asyncio.gather(*(many(client, NUM_MALFORMED // (9 * 16) + 1) for _ in range(16)))
+
+    inflict(server, expected, fault, rounds=9)
+    print(f"seed {SEED}: {dict(statuses)}")
+    assert len(statuses) > 2
