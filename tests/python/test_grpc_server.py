@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from fastpage import LLM, AsyncEngine, SamplingParams
 from fastpage.engine.loading import LoadedModel
 from fastpage.serving.grpc.server import GrpcServer
+from fastpage.serving.grpc.service import FastpageService
 from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
@@ -59,7 +60,7 @@ class Client:
 
 @contextlib.asynccontextmanager
 async def serve(loaded: LoadedModel) -> AsyncIterator[Client]:
-    server = GrpcServer()
+    server = GrpcServer([FastpageService()])
     port = await server.start("127.0.0.1", 0)
     engine = AsyncEngine(loaded)
     await server.set_engine(engine)
@@ -338,7 +339,7 @@ def test_stats_of_preemptions_swaps_copies_and_proposals() -> None:
 
 def test_not_ready_before_the_model_is_loaded_nor_after_stop() -> None:
     async def main() -> None:
-        server = GrpcServer()
+        server = GrpcServer([FastpageService()])
         client = Client(f"127.0.0.1:{await server.start('127.0.0.1', 0)}")
         assert await client.status() == NOT_SERVING
         for call in (

@@ -54,7 +54,7 @@ def main() -> None:
         parser.error(str(error))
 
     from fastpage.errors import FastpageError
-    from fastpage.serving.grpc import server as _  # noqa: F401
+    from fastpage.serving.grpc import service as _  # noqa: F401
 
     phases["imports"] = time.perf_counter() - start
     try:
@@ -66,10 +66,11 @@ def main() -> None:
 async def _serve(args: EngineArgs, host: str, port: int, phases: dict[str, float]) -> None:
     from fastpage.engine.async_engine import AsyncEngine
     from fastpage.serving.grpc.server import GrpcServer
+    from fastpage.serving.grpc.service import FastpageService
 
     stop = _stop_event()
     start = time.perf_counter()
-    server = GrpcServer()
+    server = GrpcServer([FastpageService()])
     port = await server.start(host, port)
     phases["server"] = time.perf_counter() - start
     _say(f"{PROGRAM}: listening on {host}:{port}, loading {args.model}")

@@ -1,9 +1,11 @@
-"""A grpc.aio server around FastpageService: port, health, reflection, limits, end."""
+"""A grpc.aio server around some services: port, health, reflection, limits, end."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
+from typing import Protocol
 
 # grpc's core writes its own lines about a port in use, and the like, beside the errors raised here.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -15,8 +17,6 @@ from grpc_reflection.v1alpha import reflection
 from fastpage.engine.async_engine import AsyncEngine
 from fastpage.errors import FastpageError
 from fastpage.serving.grpc.decoding import RefuseUndecodable
-from fastpage.serving.grpc.service import SERVICE_NAME, FastpageService
-from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
 # A million tokens or so. Tokenizing takes some 150 bytes of memory for each byte of text, and
 # several requests may be at it.
@@ -37,16 +37,35 @@ _OPTIONS = (
 )
 
 
-class GrpcServer:
-    """Listens as soon as it is started; healthy (SERVING) from set_engine() to stop()."""
+class GrpcService(Protocol):
+    """A service of a GrpcServer, or several that belong together."""
 
-    def __init__(self) -> None:
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        """Adds its handlers, which answer UNAVAILABLE until set_engine(). Returns the full names
+        of its services, for health and reflection."""
+        ...
+
+    def set_engine(self, engine: AsyncEngine) -> None:
+        """The model is loaded."""
+        ...
+
+    def drain(self) -> None:
+        """The server is about to stop. The engine refuses new requests; a stream that would not
+        end with the requests in progress is to be ended now."""
+        ...
+
+
+class GrpcServer:
+    """Listens as soon as it is started; healthy (SERVING) from set_engine() to drain()."""
+
+    def __init__(self, services: Sequence[GrpcService]) -> None:
         self._server = grpc.aio.server(interceptors=[RefuseUndecodable()], options=_OPTIONS)
-        self._service = FastpageService()
+        self._services = services
         self._health = health.aio.HealthServicer()
-        pb_grpc.add_FastpageServicer_to_server(self._service, self._server)
+        self._engine: AsyncEngine | None = None
+        self._names = [name for service in services for name in service.register(self._server)]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self, host: str, port: int) -> int:
@@ -64,19 +83,23 @@ class GrpcServer:
         return bound
 
     async def set_engine(self, engine: AsyncEngine) -> None:
-        self._service.engine = engine
+        self._engine = engine
+        for service in self._services:
+            service.set_engine(engine)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_seconds: float = 1.0) -> None:
         """Calls in progress end with UNAVAILABLE."""
         await self._health.enter_graceful_shutdown()
-        if self._service.engine is not None:
-            await self._service.engine.shutdown()
+        for service in self._services:
+            service.drain()
+        if self._engine is not None:
+            await self._engine.shutdown()
         await self._server.stop(grace_seconds)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", SERVICE_NAME):
-            await self._health.set(service, status)
+        for name in ("", *self._names):
+            await self._health.set(name, status)
 
 
 def _why_not(host: str, port: int) -> str:

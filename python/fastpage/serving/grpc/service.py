@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from fastpage._C import __version__
-from fastpage.engine.async_engine import AsyncEngine, DuplicateRequestId
-from fastpage.engine.core import EngineStopped
+from fastpage.engine.async_engine import AsyncEngine
 from fastpage.engine.prompts import Prompt, chat_prompt
-from fastpage.errors import InvalidArgument, ResourceExhausted
+from fastpage.errors import InvalidArgument
 from fastpage.outputs import RequestOutputKind
 from fastpage.sampling_params import SamplingParams
+from fastpage.serving.grpc.calls import ModelNotFound, NotReady, abort, write_outputs
 from fastpage.serving.grpc.convert import (
     refuse_unknown_fields,
     response_to_proto,
@@ -35,7 +35,6 @@ _OUTPUT_KINDS = {
     pb.OUTPUT_KIND_FINAL_ONLY: RequestOutputKind.FINAL_ONLY,
 }
 
-
 T = TypeVar("T")
 
 # Requests of more bytes than this are read off the event loop: the other calls go on meanwhile.
@@ -44,33 +43,26 @@ _LONG_REQUEST = 1 << 14
 ToPrompt = Callable[[Any, AsyncEngine], Awaitable[Prompt]]
 
 
-class ModelNotFound(InvalidArgument):
-    """The request names a model that is not served here."""
-
-
-class NotReady(RuntimeError):
-    """The model is still being loaded."""
-
-
-# The first class that fits gives the status.
-_STATUS = (
-    (DuplicateRequestId, grpc.StatusCode.ALREADY_EXISTS),
-    (ModelNotFound, grpc.StatusCode.NOT_FOUND),
-    (InvalidArgument, grpc.StatusCode.INVALID_ARGUMENT),
-    (ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (EngineStopped, grpc.StatusCode.UNAVAILABLE),
-    (NotReady, grpc.StatusCode.UNAVAILABLE),
-    (Exception, grpc.StatusCode.INTERNAL),
-)
-
-
 class FastpageService(pb_grpc.FastpageServicer):
-    """Answers UNAVAILABLE until `engine` is set."""
+    """`slow_client_timeout`: see write_outputs()."""
 
-    def __init__(self) -> None:
-        self.engine: AsyncEngine | None = None
+    def __init__(self, slow_client_timeout: float = 60.0) -> None:
+        self._engine: AsyncEngine | None = None
+        self._slow_client_timeout = slow_client_timeout
         self._defaults: SamplingParams | None = None
         self._start = time.monotonic()
+
+    # ---- as a GrpcService
+
+    def register(self, server: grpc.aio.Server) -> list[str]:
+        pb_grpc.add_FastpageServicer_to_server(self, server)
+        return [SERVICE_NAME]
+
+    def set_engine(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    def drain(self) -> None:
+        """Its streams end with their requests."""
 
     # ---- generation
 
@@ -99,15 +91,10 @@ class FastpageService(pb_grpc.FastpageServicer):
                 output_kind=_output_kind(request),
             )
         except Exception as error:
-            await _abort(context, error)
-        # From here on the request holds blocks: whatever ends this call gives them back.
-        try:
-            async for output in stream:
-                await context.write(response_to_proto(output))
-        except Exception as error:
-            await _abort(context, error)
-        finally:
-            stream.abort()
+            await abort(context, error)
+        await write_outputs(
+            stream, context, lambda output: (response_to_proto(output),), self._slow_client_timeout
+        )
 
     async def _prompt(self, request: pb.GenerateRequest, engine: AsyncEngine) -> Prompt:
         kind = request.WhichOneof("prompt")
@@ -145,7 +132,7 @@ class FastpageService(pb_grpc.FastpageServicer):
                 raise InvalidArgument("request_id is empty")
             return pb.AbortResponse(found=self._ready_engine().abort(request.request_id))
         except Exception as error:
-            await _abort(context, error)
+            await abort(context, error)
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
@@ -201,15 +188,15 @@ class FastpageService(pb_grpc.FastpageServicer):
         )
 
     def _ready_engine(self) -> AsyncEngine:
-        if self.engine is None:
+        if self._engine is None:
             raise NotReady("the model is being loaded: try again in a few seconds")
-        return self.engine
+        return self._engine
 
     async def _engine_or_abort(self, context: grpc.aio.ServicerContext) -> AsyncEngine:
         try:
             return self._ready_engine()
         except NotReady as error:
-            await _abort(context, error)
+            await abort(context, error)
 
     def _check_model(self, name: str, engine: AsyncEngine) -> None:
         served = engine.info.served_model_name
@@ -234,13 +221,3 @@ def _output_kind(request: Any) -> RequestOutputKind:
         return _OUTPUT_KINDS[request.output_kind]
     except KeyError:
         raise InvalidArgument(f"output_kind={request.output_kind} is unknown") from None
-
-
-async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
-    """Ends the call with the status that fits the error, and one line."""
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    status = next(status for kind, status in _STATUS if isinstance(error, kind))
-    message = " ".join(str(error).split()) or type(error).__name__
-    await context.abort(status, message)
-    raise AssertionError("abort() raises")

@@ -1,0 +1,124 @@
+"""What the handlers of every service share: the status of an error, and streams to a client."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import grpc
+
+from fastpage.engine.async_engine import DuplicateRequestId, RequestStream
+from fastpage.engine.core import EngineStopped
+from fastpage.errors import InvalidArgument, ResourceExhausted
+from fastpage.outputs import RequestOutput
+
+
+class ModelNotFound(InvalidArgument):
+    """The request names a model that is not served here."""
+
+
+class NotReady(RuntimeError):
+    """The model is still being loaded."""
+
+
+class SlowClient(ResourceExhausted):
+    """The client does not take what is written to it."""
+
+
+# The first class that fits gives the status.
+_STATUS = (
+    (DuplicateRequestId, grpc.StatusCode.ALREADY_EXISTS),
+    (ModelNotFound, grpc.StatusCode.NOT_FOUND),
+    (InvalidArgument, grpc.StatusCode.INVALID_ARGUMENT),
+    (ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (EngineStopped, grpc.StatusCode.UNAVAILABLE),
+    (NotReady, grpc.StatusCode.UNAVAILABLE),
+    (Exception, grpc.StatusCode.INTERNAL),
+)
+
+
+async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+    """Ends the call with the status that fits the error, and one line."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    status = next(status for kind, status in _STATUS if isinstance(error, kind))
+    message = " ".join(str(error).split()) or type(error).__name__
+    await context.abort(status, message, _retry_hint(error))
+    raise AssertionError("abort() raises")
+
+
+def _retry_hint(error: Exception) -> tuple[tuple[str, str], ...]:
+    """`grpc-retry-pushback-ms` is what grpc's own retries obey, in a client whose service config
+    asks for them; `retry-after-ms` is for everybody else."""
+    seconds = getattr(error, "retry_after_seconds", None)
+    if seconds is None:
+        return ()
+    milliseconds = str(math.ceil(seconds * 1000))
+    return (("retry-after-ms", milliseconds), ("grpc-retry-pushback-ms", milliseconds))
+
+
+async def write_outputs(
+    stream: RequestStream,
+    context: grpc.aio.ServicerContext,
+    to_messages: Callable[[RequestOutput], Iterable[Any]],
+    slow_client_timeout: float,
+) -> None:
+    """Writes what becomes of a request to its client, and ends the call with the status of what
+    goes wrong. Whatever ends it, the request's KV blocks are given back.
+
+    While a write waits for the client, news coalesce in the stream; a client that does not take a
+    message for `slow_client_timeout` seconds loses the call.
+    """
+    watch = _WriteWatch(slow_client_timeout)
+    try:
+        async for output in stream:
+            for message in to_messages(output):
+                watch.begin()
+                await context.write(message)
+                watch.end()
+    except asyncio.CancelledError:
+        if not watch.expired:
+            raise
+        stream.abort()
+        error = f"the client took no message for {slow_client_timeout:g} s: the call was given up"
+        await abort(context, SlowClient(error))
+    except Exception as error:
+        await abort(context, error)
+    finally:
+        watch.stop()
+        stream.abort()
+
+
+class _WriteWatch:
+    """Cancels the task that made it when one write takes too long. One timer a call, which looks
+    now and then: a timeout of its own for each message would cost more than the message."""
+
+    def __init__(self, seconds: float) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._loop = asyncio.get_running_loop()
+        self._seconds = seconds
+        self._since: float | None = None
+        self.expired = False
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    def begin(self) -> None:
+        self._since = self._loop.time()
+
+    def end(self) -> None:
+        self._since = None
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        wait = self._seconds if self._since is None else self._since + self._seconds - now
+        if wait <= 0:
+            self.expired = True
+            self._task.cancel()
+        else:
+            self._timer = self._loop.call_later(wait, self._look)
