@@ -1,10 +1,10 @@
 // Engine and what its steps return.
 #include <pybind11/stl.h>
 
-#include "arrays.h"
 #include "fastpage/engine.h"
 #include "kwargs.h"
 #include "module.h"
+#include "request.h"
 
 namespace fastpage {
 
@@ -45,6 +45,7 @@ void bind_outputs(py::module_& m) {
 void bind_stats(py::module_& m) {
   using S = EngineStats;
   py::class_<S>(m, "EngineStats")
+      .def(py::init<>())
       .def_readonly("scheduler", &S::scheduler)
       .def_readonly("num_steps", &S::num_steps)
       .def_readonly("num_computed_tokens", &S::num_computed_tokens)
@@ -55,11 +56,7 @@ void bind_stats(py::module_& m) {
 
 RequestId add_request(Engine& self, const py::object& prompt_token_ids,
                       const SamplingParams& params, int32_t priority, std::string cache_salt) {
-  Request request;
-  request.prompt_token_ids = to_token_ids(prompt_token_ids, "prompt_token_ids");
-  request.params = params;
-  request.priority = priority;
-  request.cache_salt = std::move(cache_salt);
+  Request request = to_request(prompt_token_ids, params, priority, std::move(cache_salt));
   py::gil_scoped_release no_gil;
   return self.add_request(std::move(request));
 }

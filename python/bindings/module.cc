@@ -12,6 +12,7 @@ PYBIND11_MODULE(_C, m) {
   fastpage::bind_scheduler(m);
   fastpage::bind_replay(m);
   fastpage::bind_engine(m);
+  fastpage::bind_channel(m);
   fastpage::bind_sampler(m);
   fastpage::bind_ops(m);
   fastpage::bind_program(m);

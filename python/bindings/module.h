@@ -8,6 +8,7 @@ void bind_errors(pybind11::module_& m);
 void bind_core(pybind11::module_& m);
 void bind_scheduler(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
+void bind_channel(pybind11::module_& m);
 void bind_sampling_params(pybind11::module_& m);
 void bind_sampler(pybind11::module_& m);
 void bind_ops(pybind11::module_& m);

@@ -392,7 +392,7 @@ TEST(Replay, ASchedulerThatWouldTakeAllMemoryIsRefused) {
   LogWriter log;
   log.raw(kLogMagic, sizeof kLogMagic - 1);
   log.fixed32(kLogVersion);
-  transfer_config(log, config);
+  log(config);
   log(check_of(config));
   std::istringstream stream(log.bytes());
   EXPECT_THROW(replay(stream), ResourceExhausted);

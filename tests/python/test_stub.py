@@ -64,7 +64,8 @@ def test_names(module: ModuleType, stub: Path) -> None:
     for node, cls in definitions(module, stub):
         if not isinstance(node, ast.ClassDef):
             continue
-        members = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+        kinds = ast.FunctionDef | ast.ClassDef
+        members = {each.name for each in node.body if isinstance(each, kinds)}
         members |= {e.target.id for e in node.body if isinstance(e, ast.AnnAssign)}
         members, real = public(members), public(dir(cls))
         assert members <= real, node.name

@@ -3,6 +3,7 @@
 // format of the messages is no interface.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -28,29 +29,38 @@ struct EngineNews {
   bool out_of_resources = false;  // kRefused: ResourceExhausted, or else InvalidArgument
   bool done = false;
   // The outputs of this front end's requests, under the ids that its client gave out; all of the
-  // KV events. A step without either is told too: its `stats` are news.
+  // KV events. A step without either is told too: its `stats` are news. It may be several steps in
+  // one: num_tokens is that of all of them then, step_id that of the last.
   StepOutput step;
   EngineStats stats;  // after that step
 };
 
+// Longest message that a front end may send: a prompt and its parameters.
+inline constexpr size_t kMaxRequestBytes = size_t{256} << 20;
+
 struct EngineServerConfig {
-  // What is kept for a front end that does not read. Beyond it the engine waits for it: a front end
-  // reads whatever its clients do, so that it cannot be far behind but for a moment.
+  // What is kept for a front end that does not read. Beyond it the engine waits for it, and none of
+  // its requests is read: a front end reads whatever its clients do, so that it cannot be far
+  // behind but for a moment.
   size_t max_unsent_bytes = size_t{64} << 20;
-  // Longest message that a front end may send: a prompt and its parameters.
-  size_t max_message_bytes = size_t{256} << 20;
+  // A front end that nothing in a step is for hears of it at most that much later (together with
+  // later ones), unless the engine has nothing else to do: it is not to be woken by each step.
+  double max_delay_seconds = 0.05;
 };
 
 // Steps an engine for the front ends at the other ends of some sockets.
 class EngineServer {
  public:
-  // Takes the sockets over. `engine` must outlive the server; nobody else steps it.
-  EngineServer(Engine* engine, std::vector<int> sockets, EngineServerConfig config = {});
+  // Takes the sockets over, unless it throws: InvalidArgument for what is no stream socket.
+  // `engine` must outlive the server; nobody else steps it.
+  EngineServer(Engine* engine, const std::vector<int>& sockets, EngineServerConfig config = {});
   ~EngineServer();
 
   // Steps the engine while there is work, and sleeps while there is none, until every front end has
   // closed its socket or stop() is called. What a front end that has gone left behind is aborted. A
-  // front end that sends what no EngineClient sends is cut off.
+  // front end that sends what no EngineClient sends is cut off. At the end nothing is left in the
+  // engine, and the sockets are closed. Once only. Throws ResourceExhausted if there is no thread
+  // to be had for the sockets.
   void run();
   void stop();  // from any thread, or a signal handler
 
@@ -63,23 +73,27 @@ class EngineServer {
 // kept for flush().
 class EngineClient {
  public:
-  explicit EngineClient(int socket);  // takes it over
+  explicit EngineClient(int socket);  // takes it over, unless it throws InvalidArgument
   ~EngineClient();
 
   int fileno() const;  // readable: call receive(); writable, while has_unsent(): call flush()
 
-  // The ids are this client's own. kAccepted or kRefused will follow.
-  RequestId add_request(const Request& request);
+  // The ids are not those of the engine; no two clients of a process give out the same. kAccepted
+  // or kRefused will follow. Throws InvalidArgument for more than kMaxRequestBytes.
+  RequestId add_request(Request request);
+  // Nothing happens if it has ended. kAbort comes as the last output of what had not.
   void abort(RequestId id);
   void abort(RequestId id, int32_t index);
-  void reset_prefix_cache();
+  void reset_prefix_cache();  // kReset will follow
 
   bool has_unsent() const;
   size_t num_unsent_bytes() const;
   void flush();
 
-  // All that has come. Once the engine's process has gone: what it still said, and from then on
-  // nothing, with closed() true. Calls of the others do nothing then.
+  // What has come, about 1 MiB at most: the socket stays readable if there is more. Once the
+  // engine's process has gone: what it still said, and from then on nothing, with closed() true.
+  // Calls of the others do nothing then. Throws Error, with closed() true from then on, for what no
+  // EngineServer of this build sends.
   std::vector<EngineNews> receive();
   bool closed() const;
 

@@ -203,70 +203,25 @@ void describe(const std::exception& error, Outcome* outcome) {
 
 uint64_t check_of(const SchedulerConfig& config) {
   LogWriter writer;
-  transfer_config(writer, config);
+  writer(config);
   Digest digest;
   for (const char each : writer.bytes()) digest.word(static_cast<uint8_t>(each));
   return digest.finish().lo;
 }
 
-// ---------------------------------------------------------------- LogReader
-
-void LogReader::damaged(const char* what) const {
+void LogSource::damaged(const char* what) const {
   throw InvalidArgument("the log is damaged: " + std::string(what) + " at byte " +
                         std::to_string(position_));
 }
 
-bool LogReader::at_end() {
+bool LogSource::at_end() {
   return log_.rdbuf() == nullptr || log_.rdbuf()->sgetc() == std::char_traits<char>::eof();
 }
 
-uint8_t LogReader::byte() {
-  if (at_end()) throw LogEnded();
+uint8_t LogSource::byte() {
+  if (at_end()) throw ArchiveEnded();
   ++position_;
   return static_cast<uint8_t>(log_.rdbuf()->sbumpc());
-}
-
-uint64_t LogReader::varint() {
-  uint64_t value = 0;
-  for (int shift = 0;; shift += 7) {
-    const uint8_t next = byte();
-    if (shift == 63 && next > 1) damaged("a number of more than 64 bits");
-    value |= static_cast<uint64_t>(next & 0x7f) << shift;
-    if (next < 0x80) return value;
-  }
-}
-
-uint64_t LogReader::fixed(int size) {
-  uint64_t value = 0;
-  for (int i = 0; i < size; ++i) value |= static_cast<uint64_t>(byte()) << (8 * i);
-  return value;
-}
-
-uint8_t LogReader::enumerator(int last) {
-  const uint8_t value = byte();
-  if (value > last) damaged("an unknown kind");
-  return value;
-}
-
-void LogReader::get(int32_t& value) {
-  int64_t wide;
-  get(wide);
-  value = static_cast<int32_t>(wide);
-  if (value != wide) damaged("a number of more than 32 bits");
-}
-
-void LogReader::get(std::vector<TokenId>& ids) {
-  ids.clear();
-  for (uint64_t left = varint(); left > 0; --left) {
-    const uint64_t id = varint();
-    if (id > UINT32_MAX) damaged("a token id of more than 32 bits");
-    ids.push_back(static_cast<TokenId>(static_cast<uint32_t>(id)));
-  }
-}
-
-void LogReader::get(std::string& text) {
-  text.clear();
-  for (uint64_t left = varint(); left > 0; --left) text.push_back(static_cast<char>(byte()));
 }
 
 }  // namespace fastpage

@@ -8,14 +8,12 @@ Recorder::Recorder(std::ostream* log, const SchedulerConfig& config)
     : log_(log), block_size_(config.block_size) {
   writer_.raw(kLogMagic, sizeof kLogMagic - 1);
   writer_.fixed32(kLogVersion);
-  transfer_config(writer_, config);
-  writer_(check_of(config));
+  writer_(config, check_of(config));
   flush();
 }
 
 void Recorder::begin_add_request(const SequenceRequest& request) {
-  writer_(Call::kAddRequest);
-  transfer_request(writer_, request);
+  writer_(Call::kAddRequest, request);
   flush();
 }
 
@@ -37,7 +35,7 @@ void Recorder::begin_update(const SchedulerOutput& step, Span<const TokenId> sam
     put_beams_logprobs(step, logprobs);
   } else {
     writer_.varint(logprobs.size());
-    for (const TokenLogprobs& row : logprobs) transfer_logprobs(writer_, row);
+    for (const TokenLogprobs& row : logprobs) writer_(row);
   }
   flush();
 }
@@ -49,10 +47,10 @@ void Recorder::put_beams_logprobs(const SchedulerOutput& step, Span<const TokenL
   for (const ScheduledSequence& scheduled : step.sequences) {
     const bool counts = beam_searches_.count(scheduled.id) > 0;
     for (int32_t i = 0; i < scheduled.num_sampling_rows && row < logprobs.size(); ++i, ++row) {
-      transfer_logprobs(writer_, counts ? logprobs[row] : kNone);
+      writer_(counts ? logprobs[row] : kNone);
     }
   }
-  for (; row < logprobs.size(); ++row) transfer_logprobs(writer_, kNone);
+  for (; row < logprobs.size(); ++row) writer_(kNone);
 }
 
 // All beams of a search end together.

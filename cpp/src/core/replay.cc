@@ -37,9 +37,8 @@ SchedulerConfig read_header(LogReader* reader) {
       throw InvalidArgument("the log is of version " + std::to_string(version) +
                             ": this library reads version " + std::to_string(kLogVersion));
     }
-    transfer_config(*reader, config);
-    (*reader)(check);
-  } catch (const LogEnded&) {
+    (*reader)(config, check);
+  } catch (const ArchiveEnded&) {
     throw InvalidArgument("not a log of Scheduler::record(): it ends within its header");
   }
   if (check != check_of(config)) {
@@ -91,8 +90,8 @@ class Replayer {
 
   ReplayResult run() {
     try {
-      while (result_.divergence.empty() && !reader_.at_end()) one_call();
-    } catch (const LogEnded&) {
+      while (result_.divergence.empty() && !reader_.source().at_end()) one_call();
+    } catch (const ArchiveEnded&) {
       result_.complete = false;
     }
     return std::move(result_);
@@ -101,7 +100,7 @@ class Replayer {
  private:
   void one_call() {
     Call call;
-    reader_.get(call);
+    reader_(call);
     step_id_ = -1;
     const Outcome replayed = make(call);
     ++result_.num_calls;
@@ -172,7 +171,7 @@ class Replayer {
 
   Outcome add_request() {
     SequenceRequest request;
-    transfer_request(reader_, request);
+    reader_(request);
     return outcome_of([&] { return scheduler_.add_request(std::move(request)); });
   }
 
@@ -200,11 +199,7 @@ class Replayer {
 
   Outcome update() {
     const SchedulerOutput& step = read_step();
-    reader_.get(tokens_);
-    logprobs_.clear();
-    for (uint64_t left = reader_.varint(); left > 0; --left) {
-      transfer_logprobs(reader_, logprobs_.emplace_back());
-    }
+    reader_(tokens_, logprobs_);
     return outcome_of([&]() -> const std::vector<SequenceUpdate>& {
       return scheduler_.update(step, tokens_, logprobs_);
     });

@@ -399,6 +399,7 @@ class StepOutput:
     def kv_events(self) -> list[KvEvent]: ...
 
 class EngineStats:
+    def __init__(self) -> None: ...
     @property
     def scheduler(self) -> SchedulerStats: ...
     @property
@@ -437,6 +438,86 @@ class Engine:
     def reset_prefix_cache(self) -> bool: ...
     def stats(self) -> EngineStats: ...
     def check_integrity(self) -> None: ...
+
+# ---------------------------------------------------------------- channel (bind_channel.cc)
+
+class EngineNews:
+    """One message from the engine to a front end: fastpage/engine_channel.h says which fields
+    belong to which kind."""
+
+    class Kind:
+        """An enum: ACCEPTED, REFUSED, STEP, STEP_FAILED, RESET."""
+
+        ACCEPTED: EngineNews.Kind
+        REFUSED: EngineNews.Kind
+        STEP: EngineNews.Kind
+        STEP_FAILED: EngineNews.Kind
+        RESET: EngineNews.Kind
+        @property
+        def value(self) -> int: ...
+        @property
+        def name(self) -> str: ...
+        def __int__(self) -> int: ...
+        def __index__(self) -> int: ...
+        __members__: ClassVar[dict[str, EngineNews.Kind]]
+
+    @property
+    def kind(self) -> EngineNews.Kind: ...
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def error(self) -> str: ...
+    @property
+    def out_of_resources(self) -> bool: ...
+    @property
+    def done(self) -> bool: ...
+    @property
+    def step(self) -> StepOutput: ...
+    @property
+    def stats(self) -> EngineStats: ...
+
+class EngineServer:
+    """Steps an engine for the front ends at the other ends of some sockets, which it takes over:
+    detach() them."""
+
+    def __init__(self, engine: Engine, sockets: Sequence[int]) -> None: ...
+    def run(self) -> None:
+        """Until every front end has closed its socket or stop() is called. Without the GIL. On
+        Python's main thread, no Python signal handler runs meanwhile."""
+    def stop(self) -> None:
+        """From any thread."""
+
+class EngineClient:
+    """An engine behind a socket, which it takes over. No call waits."""
+
+    def __init__(self, socket: int) -> None: ...
+    def fileno(self) -> int: ...
+    def add_request(
+        self,
+        prompt_token_ids: Sequence[int] | npt.NDArray[np.int32],
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> int:
+        """ACCEPTED or REFUSED will follow. Raises InvalidArgument for a request of more than 256
+        MiB."""
+    @overload
+    def abort(self, request_id: int) -> None: ...
+    @overload
+    def abort(self, request_id: int, index: int) -> None: ...
+    def reset_prefix_cache(self) -> None:
+        """RESET will follow."""
+    @property
+    def has_unsent(self) -> bool: ...
+    @property
+    def num_unsent_bytes(self) -> int: ...
+    def flush(self) -> None:
+        """When the socket is writable, while has_unsent."""
+    def receive(self) -> list[EngineNews]:
+        """When the socket is readable. Raises Error, once, for what is no news of an engine."""
+    @property
+    def closed(self) -> bool:
+        """The engine's process has gone, and receive() has returned all that it said."""
 
 # ---------------------------------------------------------------- program (bind_program.cc)
 

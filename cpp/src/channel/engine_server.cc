@@ -1,0 +1,483 @@
+#include <fcntl.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <exception>
+#include <iterator>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <tuple>
+
+#include "channel/front_end.h"
+
+namespace fastpage {
+
+namespace {
+
+constexpr double kForever = 1e9;  // seconds: wake() ends it
+constexpr int kRetryMilliseconds = 100;
+constexpr int kMostTries = 100;
+
+// Where poll() waits, for other threads and signal handlers to end it.
+class WakePipe {
+ public:
+  WakePipe() {
+    int fds[2];
+    if (pipe2(fds, O_CLOEXEC | O_NONBLOCK) != 0) {
+      throw ResourceExhausted(std::string("a pipe could not be made: ") + std::strerror(errno));
+    }
+    read_ = Descriptor(fds[0]);
+    write_ = Descriptor(fds[1]);
+  }
+  int fd() const { return read_.get(); }
+  void wake() const noexcept {
+    const int saved_errno = errno;
+    // A pipe that is full wakes, too.
+    [[maybe_unused]] const ssize_t written = write(write_.get(), "", 1);
+    errno = saved_errno;
+  }
+  void drain() const {
+    char bytes[256];
+    while (read(read_.get(), bytes, sizeof bytes) > 0) {
+    }
+  }
+
+ private:
+  Descriptor read_;
+  Descriptor write_;
+};
+
+struct Owner {
+  FrontEnd* front_end = nullptr;
+  RequestId client_id = 0;
+  int32_t num_unfinished = 0;  // of its n samples
+};
+
+EngineNews refusal(RequestId client_id, std::string error, bool out_of_resources) {
+  EngineNews news;
+  news.kind = EngineNews::Kind::kRefused;
+  news.request_id = client_id;
+  news.error = std::move(error);
+  news.out_of_resources = out_of_resources;
+  return news;
+}
+
+constexpr char kOutOfMemory[] = "memory ran out for this request: send a smaller one, or try later";
+
+}  // namespace
+
+// Two threads. The one that called run() steps the engine and sends what comes of it, as far as the
+// sockets take it. The I/O thread reads, answers, and sends the rest; it alone ends a front end.
+// `mutex` comes before a front end's own.
+struct EngineServer::State {
+  State(Engine* e, const std::vector<int>& sockets, EngineServerConfig c);
+
+  void run();
+  void stop() noexcept {
+    stopping = true;
+    pipe.wake();
+  }
+
+  // ---- of the calling thread
+  void serve();
+  void answer_resets();
+  void step();
+  void step_failed(const char* error);
+  void distribute(StepOutput* step);
+  void tell_all_but_idle();
+  void tell_all();
+  void tell(FrontEnd* front_end, const EngineStats& stats);
+  void say(FrontEnd* front_end, const EngineNews& news);
+  void end();
+
+  // ---- of the I/O thread
+  void do_io();
+  bool poll_all(std::vector<pollfd>* polled);
+  void read(FrontEnd* front_end);
+  void take(FrontEnd* front_end, Span<const char> frame);
+  void take_no_memory(FrontEnd* front_end);
+  void add_request(FrontEnd* front_end, RequestId client_id, Request request);
+  void add_to_engine(FrontEnd* front_end, RequestId client_id, Request* request);
+  void abort(FrontEnd* front_end, const FrontEndMessage& message);
+  void answer(FrontEnd* front_end, const EngineNews& news);
+  bool abort_requests_of(FrontEnd* front_end);
+
+  Engine* const engine;
+  const EngineServerConfig config;
+  WakePipe pipe;
+  std::vector<std::unique_ptr<FrontEnd>> front_ends;  // those that have gone, too
+  std::atomic<bool> stopping{false};
+  std::atomic<bool> io_ended{false};
+
+  ArchiveWriter step_writer;  // of the calling thread
+  ArchiveWriter io_writer;    // of the I/O thread
+
+  std::mutex mutex;
+  std::unordered_map<RequestId, Owner> owners;  // by the engine's ids
+};
+
+EngineServer::State::State(Engine* e, const std::vector<int>& sockets, EngineServerConfig c)
+    : engine(e), config(c) {
+  if (engine == nullptr) throw InvalidArgument("EngineServer: the engine is null");
+  for (const int fd : sockets) check_stream_socket(fd);
+  std::vector<std::unique_ptr<FrontEnd>> made;
+  for (size_t i = 0; i < sockets.size(); ++i) made.push_back(std::make_unique<FrontEnd>());
+  for (size_t i = 0; i < sockets.size(); ++i) made[i]->socket = Descriptor(sockets[i]);
+  front_ends = std::move(made);
+}
+
+// ---------------------------------------------------------------- stepping
+
+void EngineServer::State::run() {
+  std::thread io;
+  try {
+    io = std::thread([this] { do_io(); });
+  } catch (const std::system_error& e) {
+    throw ResourceExhausted(std::string("the thread of the sockets could not be started: ") +
+                            e.what());
+  }
+  std::exception_ptr error;
+  try {
+    serve();
+  } catch (...) {  // no memory to tell what came of a step
+    error = std::current_exception();
+    stop();
+  }
+  io.join();
+  end();
+  if (error != nullptr) std::rethrow_exception(error);
+}
+
+void EngineServer::State::serve() {
+  while (!io_ended) {
+    answer_resets();
+    if (!engine->has_unfinished()) tell_all();
+    if (engine->wait_for_work(kForever) && !io_ended) step();
+  }
+}
+
+void EngineServer::State::answer_resets() {
+  for (const auto& front_end : front_ends) {
+    size_t num_asked;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      num_asked = front_end->num_resets_asked;
+      front_end->num_resets_asked = 0;
+    }
+    for (; num_asked > 0; --num_asked) {
+      EngineNews news;
+      news.kind = EngineNews::Kind::kReset;
+      news.done = engine->reset_prefix_cache();
+      say(front_end.get(), news);
+      if (news.done) step();  // for its KV event
+    }
+  }
+}
+
+void EngineServer::State::step() {
+  StepOutput out;
+  try {
+    out = engine->step();
+  } catch (const std::exception& error) {
+    return step_failed(error.what());
+  }
+  distribute(&out);
+  tell_all_but_idle();
+}
+
+void EngineServer::State::step_failed(const char* error) {
+  EngineNews news;
+  news.kind = EngineNews::Kind::kStepFailed;
+  news.error = error;
+  for (const auto& front_end : front_ends) say(front_end.get(), news);
+  // If it goes on like this there is no hurry.
+  std::this_thread::sleep_for(std::chrono::milliseconds(10));
+}
+
+void EngineServer::State::distribute(StepOutput* step) {
+  for (const auto& front_end : front_ends) {
+    StepOutput& news = front_end->news;
+    news.step_id = std::max(news.step_id, step->step_id);
+    news.num_tokens += step->num_tokens;
+    news.kv_events.insert(news.kv_events.end(), step->kv_events.begin(), step->kv_events.end());
+    front_end->has_news = true;
+  }
+  std::lock_guard<std::mutex> lock(mutex);
+  for (RequestOutput& output : step->outputs) {
+    const auto place = owners.find(output.request_id);
+    if (place == owners.end()) continue;  // its front end has gone
+    Owner& owner = place->second;
+    output.request_id = owner.client_id;
+    const bool is_last = output.finish_reason != FinishReason::kNone && --owner.num_unfinished == 0;
+    owner.front_end->news.outputs.push_back(std::move(output));
+    if (!is_last) continue;
+    owner.front_end->engine_ids.erase(owner.client_id);
+    owners.erase(place);
+  }
+}
+
+void EngineServer::State::tell_all_but_idle() {
+  const EngineStats stats = engine->stats();
+  const FrontEnd::Clock::time_point now = FrontEnd::Clock::now();
+  for (const auto& front_end : front_ends) {
+    const std::chrono::duration<double> silence = now - front_end->told_at;
+    if (front_end->news.outputs.empty() && silence.count() < config.max_delay_seconds) continue;
+    tell(front_end.get(), stats);
+    front_end->told_at = now;
+  }
+}
+
+void EngineServer::State::tell_all() {
+  const EngineStats stats = engine->stats();
+  for (const auto& front_end : front_ends) {
+    if (front_end->has_news) tell(front_end.get(), stats);
+  }
+}
+
+void EngineServer::State::tell(FrontEnd* front_end, const EngineStats& stats) {
+  EngineNews news;
+  news.kind = EngineNews::Kind::kStep;
+  news.step = std::move(front_end->news);
+  news.stats = stats;
+  say(front_end, news);
+  front_end->news = std::move(news.step);  // for its memory
+  front_end->news.step_id = -1;
+  front_end->news.num_tokens = 0;
+  front_end->news.outputs.clear();
+  front_end->news.kv_events.clear();
+  front_end->has_news = false;
+}
+
+void EngineServer::State::say(FrontEnd* front_end, const EngineNews& news) {
+  try {
+    if (front_end->send(make_frame(&step_writer, news)) > 0) pipe.wake();
+  } catch (const std::exception&) {
+    return front_end->give_up();  // some of its news are lost: it cannot go on
+  }
+  front_end->wait_until_read(config.max_unsent_bytes, [this] { return stopping.load(); });
+}
+
+// Nobody is served any more, and nobody reads.
+void EngineServer::State::end() {
+  for (const auto& front_end : front_ends) {
+    front_end->close();
+    for (int i = 0; i < kMostTries && !abort_requests_of(front_end.get()); ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+  }
+  for (int num_failed = 0; num_failed < kMostTries && engine->has_unfinished();) {
+    try {
+      engine->step();
+    } catch (const std::exception&) {
+      ++num_failed;
+    }
+  }
+}
+
+// ---------------------------------------------------------------- I/O
+
+void EngineServer::State::do_io() {
+  std::vector<pollfd> polled(1 + front_ends.size());
+  while (!stopping && poll_all(&polled)) {
+    if (polled[0].revents != 0) pipe.drain();
+    for (size_t i = 0; i < front_ends.size(); ++i) {
+      const short events = polled[1 + i].revents;
+      FrontEnd* const front_end = front_ends[i].get();
+      // Hung up, it cannot be answered: what it still said does not matter.
+      if (events & (POLLHUP | POLLERR | POLLNVAL)) {
+        front_end->close();
+      } else if (events != 0) {
+        if (events & POLLOUT) front_end->flush();
+        if (events & POLLIN) read(front_end);
+      }
+    }
+  }
+  stopping = true;
+  for (const auto& front_end : front_ends) front_end->notify();
+  io_ended = true;
+  engine->wake();
+}
+
+// Waits for something to do. False if all front ends have gone, and left nothing behind.
+bool EngineServer::State::poll_all(std::vector<pollfd>* polled) {
+  bool all_gone = true;
+  int timeout = -1;
+  polled->front() = {pipe.fd(), POLLIN, 0};
+  for (size_t i = 0; i < front_ends.size(); ++i) {
+    FrontEnd* const front_end = front_ends[i].get();
+    const int fd = front_end->socket.get();  // -1, which poll() passes over, if it has gone
+    const size_t num_unsent = front_end->num_unsent_bytes();
+    short events = 0;
+    if (num_unsent > 0) events |= POLLOUT;
+    if (num_unsent <= config.max_unsent_bytes) events |= POLLIN;
+    (*polled)[1 + i] = {fd, events, 0};
+    if (fd >= 0) {
+      all_gone = false;
+    } else if (!abort_requests_of(front_end)) {
+      all_gone = false;
+      timeout = kRetryMilliseconds;
+    }
+  }
+  if (all_gone) return false;
+  if (poll(polled->data(), polled->size(), timeout) < 0) {  // EINTR
+    for (pollfd& each : *polled) each.revents = 0;
+  }
+  return true;
+}
+
+void EngineServer::State::read(FrontEnd* front_end) {
+  try {
+    switch (front_end->in.receive(front_end->socket.get())) {
+      case ReceiveBuffer::Result::kReceived:
+        while (const auto frame = front_end->in.next_frame()) take(front_end, *frame);
+        break;
+      case ReceiveBuffer::Result::kNothingYet:
+        break;
+      case ReceiveBuffer::Result::kEnd:
+        front_end->close();
+    }
+  } catch (const std::bad_alloc&) {
+    take_no_memory(front_end);
+  } catch (const std::exception&) {  // garbage
+    front_end->close();
+  }
+}
+
+// The rest of a long request cannot be received.
+void EngineServer::State::take_no_memory(FrontEnd* front_end) {
+  const Span<const char> head = front_end->in.give_up_frame();
+  try {
+    const FrontEndMessage message = read_message_head(head);
+    if (message.kind != FrontEndMessage::Kind::kAddRequest) return front_end->close();
+    answer(front_end, refusal(message.id, kOutOfMemory, true));
+  } catch (const std::exception&) {
+    front_end->close();
+  }
+}
+
+void EngineServer::State::take(FrontEnd* front_end, Span<const char> frame) {
+  FrontEndMessage message;
+  try {
+    read_message(frame, &message);
+  } catch (const std::bad_alloc&) {
+    if (message.kind != FrontEndMessage::Kind::kAddRequest) throw;
+    message.request = {};
+    return answer(front_end, refusal(message.id, kOutOfMemory, true));
+  }
+  switch (message.kind) {
+    case FrontEndMessage::Kind::kAddRequest:
+      return add_request(front_end, message.id, std::move(message.request));
+    case FrontEndMessage::Kind::kAbort:
+    case FrontEndMessage::Kind::kAbortSample:
+      return abort(front_end, message);
+    case FrontEndMessage::Kind::kResetPrefixCache: {
+      std::lock_guard<std::mutex> lock(mutex);
+      ++front_end->num_resets_asked;
+      return engine->wake();  // the scheduler is the calling thread's, while it steps
+    }
+  }
+}
+
+void EngineServer::State::add_request(FrontEnd* front_end, RequestId client_id, Request request) {
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (front_end->engine_ids.count(client_id) > 0) BytesSource::damaged("an id is in use");
+  }
+  try {
+    add_to_engine(front_end, client_id, &request);
+  } catch (const InvalidArgument& error) {
+    answer(front_end, refusal(client_id, error.what(), false));
+  } catch (const std::bad_alloc&) {
+    answer(front_end, refusal(client_id, kOutOfMemory, true));
+  } catch (const Error& error) {
+    answer(front_end, refusal(client_id, error.what(), true));
+  }
+}
+
+// kAccepted goes out before `mutex` is given up: distribute() needs it for any output.
+void EngineServer::State::add_to_engine(FrontEnd* front_end, RequestId client_id,
+                                        Request* request) {
+  EngineNews accepted;
+  accepted.kind = EngineNews::Kind::kAccepted;
+  accepted.request_id = client_id;
+  const Owner owner{front_end, client_id, request->params.n};
+
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto place = front_end->engine_ids.emplace(client_id, 0).first;
+  try {
+    // All that needs memory, so that nothing fails once the engine has the request.
+    std::unordered_map<RequestId, Owner> made = {{0, owner}};
+    auto node = made.extract(0);
+    if (owners.size() + 1 > owners.bucket_count()) owners.rehash(2 * owners.bucket_count());
+    const std::string& frame = make_frame(&io_writer, accepted);
+    front_end->reserve(frame.size());
+    const RequestId id = engine->add_request(std::move(*request));
+    place->second = id;
+    node.key() = id;
+    owners.insert(std::move(node));
+    front_end->send(frame);
+  } catch (...) {
+    front_end->engine_ids.erase(place);
+    throw;
+  }
+}
+
+// Of a request that has ended meanwhile, most likely, there is nothing to be found.
+void EngineServer::State::abort(FrontEnd* front_end, const FrontEndMessage& message) {
+  RequestId id;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    const auto place = front_end->engine_ids.find(message.id);
+    if (place == front_end->engine_ids.end()) return;
+    id = place->second;
+  }
+  if (message.kind == FrontEndMessage::Kind::kAbort) {
+    engine->abort(id);
+  } else {
+    engine->abort(id, message.index);
+  }
+}
+
+void EngineServer::State::answer(FrontEnd* front_end, const EngineNews& news) {
+  front_end->send(make_frame(&io_writer, news));
+}
+
+// Of a front end that has gone. False: no memory for it, now.
+bool EngineServer::State::abort_requests_of(FrontEnd* front_end) {
+  while (true) {
+    RequestId client_id;
+    RequestId id;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (front_end->engine_ids.empty()) return true;
+      std::tie(client_id, id) = *front_end->engine_ids.begin();
+    }
+    try {
+      engine->abort(id);
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    front_end->engine_ids.erase(client_id);
+    owners.erase(id);
+  }
+}
+
+// ---------------------------------------------------------------- EngineServer
+
+EngineServer::EngineServer(Engine* engine, const std::vector<int>& sockets,
+                           EngineServerConfig config)
+    : s_(std::make_unique<State>(engine, sockets, config)) {}
+EngineServer::~EngineServer() = default;
+
+void EngineServer::run() { s_->run(); }
+
+void EngineServer::stop() { s_->stop(); }
+
+}  // namespace fastpage

@@ -1,0 +1,56 @@
+// A front end, as EngineServer sees it.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <unordered_map>
+
+#include "channel/messages.h"
+#include "channel/socket_io.h"
+
+namespace fastpage {
+
+struct FrontEnd {
+  using Clock = std::chrono::steady_clock;
+
+  // Sends the frame, or keeps what the socket does not take. Returns what is unsent then.
+  size_t send(const std::string& frame);
+  void reserve(size_t frame_bytes);  // send() of that much will not throw bad_alloc
+  void flush();
+  size_t num_unsent_bytes();
+  // It cannot be served any more. The I/O thread, which has to see to what it leaves behind, will
+  // find its socket at its end.
+  void give_up();
+  // Waits while more than that is unsent, unless it has gone or `stopping` says so.
+  template <typename Stopping>
+  void wait_until_read(size_t max_unsent_bytes, Stopping stopping) {
+    std::unique_lock<std::mutex> lock(mutex);
+    changed.wait(lock, [&] { return out.size() <= max_unsent_bytes || gone || stopping(); });
+  }
+  void notify();  // `stopping` may say something else
+  void close();
+
+  void give_up_locked();
+
+  // Of the I/O thread.
+  ReceiveBuffer in{kMaxRequestBytes};
+
+  // Guarded by the mutex. Only the I/O thread closes the socket.
+  std::mutex mutex;
+  std::condition_variable changed;
+  Descriptor socket;
+  SendBuffer out;
+  bool gone = false;
+
+  // Of the step thread: what it has not been told yet.
+  StepOutput news;
+  bool has_news = false;
+  Clock::time_point told_at{};
+
+  // Guarded by the server's mutex.
+  std::unordered_map<RequestId, RequestId> engine_ids;  // by those that the client gave out
+  size_t num_resets_asked = 0;
+};
+
+}  // namespace fastpage
