@@ -46,6 +46,8 @@ class RequestMetrics:
     arrival_time: float
     first_token_time: float | None = None
     last_token_time: float | None = None
+    # Seconds, not a time: from its coming to the engine until its first token was computed on.
+    queue_seconds: float | None = None
 
 
 @dataclass(slots=True)

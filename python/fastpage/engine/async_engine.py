@@ -303,7 +303,11 @@ class AsyncEngine:
             for stream in streams:
                 self._announce(stream)
             report = StepReport(
-                stats, step.num_tokens, processed.first_tokens, processed.token_gaps
+                stats,
+                step.num_tokens,
+                processed.num_new_tokens,
+                processed.first_tokens,
+                processed.token_gaps,
             )
             for observer in self._observers:
                 observer.stepped(report)

@@ -17,6 +17,7 @@ class StepReport(NamedTuple):
     # The totals up to it. They begin anew when an engine process was started again.
     stats: _C.EngineStats
     num_tokens: int  # that the model computed
+    num_new_tokens: int  # of outputs, as they were delivered
     first_tokens: list[RequestState]  # requests whose first token came
     token_gaps: list[float]  # seconds since its token before, of each output that got another
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fastpage import _C
@@ -41,15 +42,17 @@ class SampleAbort(NamedTuple):
             core.abort(self.core_id, self.sample)
 
 
-class ProcessedStep(NamedTuple):
+@dataclass(slots=True)
+class ProcessedStep:
     """What a step has brought."""
 
-    changed: list[RequestState]  # the requests with news
-    aborts: list[SampleAbort]
-    first_tokens: list[RequestState]  # those of `changed` whose first token came
-    # Seconds since its token before, of each output that got another.
-    token_gaps: list[float]
     time: float  # of time.monotonic(): when it came
+    changed: list[RequestState] = field(default_factory=list)  # the requests with news
+    aborts: list[SampleAbort] = field(default_factory=list)
+    num_new_tokens: int = 0
+    first_tokens: list[RequestState] = field(default_factory=list)  # whose first token came
+    # Seconds since its token before, of each output that got another.
+    token_gaps: list[float] = field(default_factory=list)
 
 
 class _Sample:
@@ -248,9 +251,7 @@ class OutputProcessor:
     def process(self, outputs: Iterable[_C.RequestOutput]) -> ProcessedStep:
         """Takes in one step. The core is to be told the aborts."""
         changed: dict[int, RequestState] = {}
-        aborts: list[SampleAbort] = []
-        now = time.monotonic()
-        step = ProcessedStep([], aborts, [], [], now)
+        step = ProcessedStep(time.monotonic())
         for output in outputs:
             state = self._requests.get(output.request_id)
             if state is None or state.samples[output.index].finished:
@@ -259,14 +260,14 @@ class OutputProcessor:
                 self._take_in(state, output, step)
             except Exception as error:  # costs this request, nobody else
                 state.error = error
-                aborts.append(SampleAbort(state.core_id, None))
+                step.aborts.append(SampleAbort(state.core_id, None))
             changed[state.core_id] = state
             still_computed = output.finish_reason == _C.FinishReason.NONE
             if still_computed and state.samples[output.index].finished:
-                aborts.append(SampleAbort(state.core_id, output.index))
+                step.aborts.append(SampleAbort(state.core_id, output.index))
             if state.finished:
                 del self._requests[state.core_id]
-        step.changed.extend(changed.values())
+        step.changed = list(changed.values())
         return step
 
     def _take_in(self, state: RequestState, output: _C.RequestOutput, step: ProcessedStep) -> None:
@@ -282,6 +283,7 @@ class OutputProcessor:
         token_ids = output.new_token_ids
         sample = state.samples[output.index]
         if token_ids:
+            step.num_new_tokens += len(token_ids)
             if state.metrics.first_token_time is None:
                 state.metrics.first_token_time = step.time
                 step.first_tokens.append(state)
