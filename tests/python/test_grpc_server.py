@@ -61,16 +61,18 @@ class Client:
 @contextlib.asynccontextmanager
 async def serve(loaded: LoadedModel) -> AsyncIterator[Client]:
     server = GrpcServer([FastpageService()])
-    port = await server.start("127.0.0.1", 0)
+    address = await server.start()
     engine = AsyncEngine(loaded)
     await server.set_engine(engine)
-    client = Client(f"127.0.0.1:{port}", engine)
+    client = Client(address, engine)
     try:
         yield client
         await client.wait_until_idle()
     finally:
         await client.channel.close()
-        await server.stop()
+        await server.drain()
+        await engine.shutdown()
+        await server.stop(0)
 
 
 def run(
@@ -340,7 +342,7 @@ def test_stats_of_preemptions_swaps_copies_and_proposals() -> None:
 def test_not_ready_before_the_model_is_loaded_nor_after_stop() -> None:
     async def main() -> None:
         server = GrpcServer([FastpageService()])
-        client = Client(f"127.0.0.1:{await server.start('127.0.0.1', 0)}")
+        client = Client(await server.start())
         assert await client.status() == NOT_SERVING
         for call in (
             client.stub.Generate(text_request("a")).read(),
@@ -353,17 +355,20 @@ def test_not_ready_before_the_model_is_loaded_nor_after_stop() -> None:
 
         watch = client.health.Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == NOT_SERVING
-        await server.set_engine(AsyncEngine(load_alphabet(lambda: time.sleep(0.01))))
+        engine = AsyncEngine(load_alphabet(lambda: time.sleep(0.01)))
+        await server.set_engine(engine)
         assert (await watch.read()).status == SERVING
 
         call = client.stub.Generate(text_request("a", max_tokens=100))
         await call.read()
-        await server.stop()
+        await server.drain()
         assert (await watch.read()).status == NOT_SERVING
+        await engine.shutdown()
         with pytest.raises(grpc.aio.AioRpcError) as error:
             while await call.read() is not grpc.aio.EOF:
                 pass
         assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+        await server.stop(0)
         await client.channel.close()
 
     asyncio.run(asyncio.wait_for(main(), timeout=60))
@@ -443,7 +448,7 @@ def wait_until_serving(channel: grpc.Channel) -> None:
 def test_a_signal_ends_the_process_cleanly(smollm2_gguf: Path, number: signal.Signals) -> None:
     options = ["--max-model-len", "2048", "--num-kv-blocks", "128", "--served-model-name", "smol"]
     # A step is under way most of the time then.
-    options += ["--async-scheduling", "--host-cache-memory", "8MiB"]
+    options += ["--async-scheduling", "--host-cache-memory", "8MiB", "--drain-timeout", "0"]
     with (
         server_process(smollm2_gguf, *options) as (process, address),
         grpc.insecure_channel(address) as channel,

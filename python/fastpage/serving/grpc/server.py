@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import socket
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 # grpc's core writes its own lines about a port in use, and the like, beside the errors raised here.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -15,17 +16,19 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fastpage.engine.async_engine import AsyncEngine
-from fastpage.errors import FastpageError
+from fastpage.engine.observer import EngineObserver
 from fastpage.serving.grpc.decoding import RefuseUndecodable
+from fastpage.serving.grpc.listening import Address, listen
+from fastpage.serving.grpc.tokens import RequireToken
+from fastpage.serving.security import BearerTokens, TlsFiles
 
 # A million tokens or so. Tokenizing takes some 150 bytes of memory for each byte of text, and
 # several requests may be at it.
-_MAX_REQUEST_BYTES = 4 << 20
+DEFAULT_MAX_MESSAGE_BYTES = 4 << 20
 
 _OPTIONS = (
     # Two servers on one port would share its connections silently.
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", -1),
     # Clients may ping as often as every 10 seconds, calls in progress or not.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -42,7 +45,7 @@ class GrpcService(Protocol):
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Adds its handlers, which answer UNAVAILABLE until set_engine(). Returns the full names
-        of its services, for health and reflection."""
+        of its services, for health and reflection. Called once, on the event loop."""
         ...
 
     def set_engine(self, engine: AsyncEngine) -> None:
@@ -55,59 +58,141 @@ class GrpcService(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class GrpcServerConfig:
+    address: Address = field(default_factory=Address)
+    tls: TlsFiles | None = None
+    tokens: BearerTokens | None = None
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES  # of a request
+    channelz: bool = False
+
+
 class GrpcServer:
-    """Listens as soon as it is started; healthy (SERVING) from set_engine() to drain()."""
+    """A lifecycle.Frontend. Its health is SERVING while the engine is ready, from set_engine() to
+    drain()."""
 
-    def __init__(self, services: Sequence[GrpcService]) -> None:
-        self._server = grpc.aio.server(interceptors=[RefuseUndecodable()], options=_OPTIONS)
+    def __init__(
+        self, services: Sequence[GrpcService], config: GrpcServerConfig | None = None
+    ) -> None:
         self._services = services
-        self._health = health.aio.HealthServicer()
-        self._engine: AsyncEngine | None = None
-        self._names = [name for service in services for name in service.register(self._server)]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        self._config = config or GrpcServerConfig()
+        self._health = _Health()
+        self._server: grpc.aio.Server
 
-    async def start(self, host: str, port: int) -> int:
-        """Returns the port, which is the system's choice if 0 was asked for. Raises FastpageError
-        if it cannot be had."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            bound = self._server.add_insecure_port(address)
-        except RuntimeError:
-            bound = 0
-        if bound == 0:
-            raise FastpageError(f"cannot listen on {address}: {_why_not(host, port)}")
+    async def start(self) -> str:
+        config = self._config
+        self._server = self._make_server()
+        names = [name for service in self._services for name in service.register(self._server)]
+        await self._health.register(self._server, ["", *names])
+        names.append(health.SERVICE_NAME)
+        if config.channelz:
+            names.append(_add_channelz(self._server))
+        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self._server)
+        address = listen(self._server, config.address, config.tls)
         await self._server.start()
-        return bound
+        return str(address)
 
     async def set_engine(self, engine: AsyncEngine) -> None:
-        self._engine = engine
         for service in self._services:
             service.set_engine(engine)
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        engine.add_observer(self._health)
+        await self._health.update()
 
-    async def stop(self, grace_seconds: float = 1.0) -> None:
-        """Calls in progress end with UNAVAILABLE."""
-        await self._health.enter_graceful_shutdown()
+    async def drain(self) -> None:
+        await self._health.end()
         for service in self._services:
             service.drain()
-        if self._engine is not None:
-            await self._engine.shutdown()
+
+    async def stop(self, grace_seconds: float) -> None:
+        self._health.end_watches()
         await self._server.stop(grace_seconds)
 
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", *self._names):
-            await self._health.set(name, status)
+    def _make_server(self) -> grpc.aio.Server:
+        config = self._config
+        interceptors: list[grpc.aio.ServerInterceptor] = [RefuseUndecodable()]
+        if config.tokens is not None:
+            interceptors.insert(0, RequireToken(config.tokens))
+        options = (
+            *_OPTIONS,
+            ("grpc.max_receive_message_length", config.max_message_bytes),
+            ("grpc.enable_channelz", int(config.channelz)),
+        )
+        return grpc.aio.server(interceptors=interceptors, options=options)
 
 
-def _why_not(host: str, port: int) -> str:
-    """What the system says when asked for the port directly; grpc does not pass it on."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.bind(address)
-    except OSError as error:
-        return (error.strerror or str(error)).lower()
-    return "the address is not usable"
+class _Health(EngineObserver):
+    """grpc.health.v1, and the engine's state in it."""
+
+    def __init__(self) -> None:
+        self._servicer = _HealthServicer()
+        self._names: list[str] = []
+        self._serving = False
+        self._lock = asyncio.Lock()
+        self._updates: set[asyncio.Task[None]] = set()
+
+    async def register(self, server: grpc.aio.Server, names: list[str]) -> None:
+        self._names = names
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        await self.update()
+
+    async def update(self) -> None:
+        """Tells what is the case now; of several at once, the last one to be told is right."""
+        async with self._lock:
+            kind = health_pb2.HealthCheckResponse
+            status = kind.SERVING if self._serving else kind.NOT_SERVING
+            for name in self._names:
+                await self._servicer.set(name, status)
+
+    async def end(self) -> None:
+        """NOT_SERVING for good."""
+        await self._servicer.enter_graceful_shutdown()
+
+    def end_watches(self) -> None:
+        self._servicer.end_watches()
+
+    def engine_started(self, engine: AsyncEngine) -> None:
+        self._set_serving(True)
+
+    def engine_died(self, why: str) -> None:
+        self._set_serving(False)
+
+    def _set_serving(self, serving: bool) -> None:
+        self._serving = serving
+        task = asyncio.create_task(self.update())
+        self._updates.add(task)
+        task.add_done_callback(self._updates.discard)
+
+
+class _HealthServicer(health.aio.HealthServicer):
+    """Its Watch calls would have a stopping server wait for them as long as it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches: set[asyncio.Task[Any]] = set()
+        self._ending = False
+
+    async def Watch(self, request: Any, context: grpc.aio.ServicerContext) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._watches.add(task)
+        try:
+            await super().Watch(request, context)
+        except asyncio.CancelledError:
+            if not self._ending:
+                raise
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+        finally:
+            self._watches.discard(task)
+
+    def end_watches(self) -> None:
+        self._ending = True
+        for task in self._watches:
+            task.cancel()
+
+
+def _add_channelz(server: grpc.aio.Server) -> str:
+    from grpc_channelz.v1 import channelz, channelz_pb2
+
+    channelz.add_channelz_servicer(server)
+    name: str = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
+    return name
