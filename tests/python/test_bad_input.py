@@ -126,9 +126,9 @@ def test_more_memory_than_there_is(smollm2_gguf: Path) -> None:
 
 def test_ctrl_c_before_the_server_listens() -> None:
     interrupted = (
-        "import signal, sys; from fastpage.serving.grpc import cli; sys.argv = ['fastpage-grpc'];"
-        "cli._seconds_since_process_start = lambda: signal.raise_signal(signal.SIGINT);"
-        "cli.main()"
+        "import signal, sys; from fastpage.serving import lifecycle; sys.argv = ['fastpage-grpc'];"
+        "lifecycle._seconds_since_process_start = lambda: signal.raise_signal(signal.SIGINT);"
+        "from fastpage.serving.grpc import cli; cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")

@@ -64,8 +64,8 @@ class TlsFiles:
             context.load_cert_chain(self.cert, self.key, password="")
         except (ssl.SSLError, ValueError, OSError):
             raise ValueError(
-                f"--tls-cert {self.cert} and --tls-key {self.key} are no certificate and its key in "
-                "PEM (the key without a password)"
+                f"--tls-cert {self.cert} and --tls-key {self.key} are no certificate and its key "
+                "in PEM (the key without a password)"
             ) from None
         if self.client_ca is not None:
             try:
