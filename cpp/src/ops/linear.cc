@@ -12,7 +12,7 @@ namespace {
 
 // Per pass, as in_features: the part of a panel that all row tiles share stays in the L1/L2 caches.
 constexpr int64_t kDepthBlock = 1024;
-// How far ahead of the arithmetic weights are fetched, in bytes.
+// How far ahead of the arithmetic weights are fetched, in bytes, where each is read once.
 constexpr int64_t kLookahead = 8192;
 // Rows per pass over the panels: their packed copy stays in the caches.
 constexpr int64_t kRowBlock = 192;
@@ -160,14 +160,38 @@ struct Share {
   int64_t panel_begin, panel_end;
 };
 
-// Tiles [t0, t1) times panel p, to `out` from row first(t0) on.
-void compute_panel(const Layer& layer, const RowTiles& tiles, int64_t t0, int64_t t1, int64_t p,
-                   const Matrix<float>& out) {
+// A panel in the order in which a thread computes them.
+struct Turn {
+  int64_t panel;
+  int64_t next;   // the panel after it, or -1
+  bool is_first;  // nobody has fetched it
+};
+
+// What tile i of `count` fetches of memory while it computes with `block`. With several tiles each
+// takes a part of the block after it: the first one alone would wait for memory, the others leave
+// memory idle.
+void fetch_ahead(const PackedWeight::Impl& w, const char* block, const char* next_block,
+                 bool is_first, int64_t i, int64_t count, cpu::LinearTile* tile) {
+  if (count == 1 || (is_first && i == 0)) {
+    tile->prefetch = std::min<const char*>(block + kLookahead, w.panel(w.num_panels) - 64);
+    tile->prefetch_step = w.step_bytes;
+  } else if (next_block != nullptr) {
+    tile->prefetch_step = (w.step_bytes + count - 1) / count;
+    tile->prefetch = next_block + i * tile->k * tile->prefetch_step;
+  } else {
+    tile->prefetch = block;
+    tile->prefetch_step = 0;
+  }
+}
+
+// Tiles [t0, t1) times a panel, to `out` from row first(t0) on.
+void compute_panel(const Layer& layer, const RowTiles& tiles, int64_t t0, int64_t t1,
+                   const Turn& turn, const Matrix<float>& out) {
   const PackedWeight::Impl& w = layer.w;
   const Method& method = layer.method;
   const int64_t block_steps = kDepthBlock / method.in_step;
   const int64_t depth_blocks = std::max<int64_t>(1, (w.num_steps + block_steps - 1) / block_steps);
-  const char* const end_of_weights = w.panel(w.num_panels);
+  const int64_t p = turn.panel;
   cpu::LinearTile tile;
   tile.n = static_cast<int>(out.cols);
   tile.y_stride = out.stride;
@@ -181,11 +205,11 @@ void compute_panel(const Layer& layer, const RowTiles& tiles, int64_t t0, int64_
     tile.accumulate = d > 0;
     tile.scale = is_last && w.format == WeightFormat::kInt8 ? w.scales(p) : nullptr;
     tile.bias = is_last && layer.bias != nullptr ? layer.bias + p * kernels().panel_width : nullptr;
+    const char* next_block = block + tile.k * w.step_bytes;
+    if (is_last) next_block = turn.next < 0 ? nullptr : w.panel(turn.next);
     for (int64_t t = t0; t < t1; ++t) {
       const int m = tiles.height(t);
-      // The first pass brings the block from memory, the others find it in a cache.
-      tile.prefetch = t == t0 ? std::min(block + kLookahead, end_of_weights - 64) : block;
-      tile.prefetch_step = t == t0 ? w.step_bytes : 0;
+      fetch_ahead(w, block, next_block, turn.is_first && d == 0, t - t0, t1 - t0, &tile);
       tile.a = tiles.tile(t) + s0 * m * method.row_step_bytes;
       tile.y = out.row(tiles.first(t) - tiles.first(t0));
       method.tile[m - 1](tile);
@@ -193,15 +217,16 @@ void compute_panel(const Layer& layer, const RowTiles& tiles, int64_t t0, int64_
   }
 }
 
-// The same of panel p of the left half and its fellow in the right one, and what becomes of both.
+// The same of a panel of the left half and its fellow in the right one, and what becomes of both.
 void compute_gated_panel(const Layer& layer, const RowTiles& tiles, int64_t t0, int64_t t1,
-                         int64_t p, const Matrix<float>& out) {
+                         const Turn& turn, const Matrix<float>& out) {
   thread_local Scratch scratch;
   float* room = scratch.floats(static_cast<size_t>(2 * out.rows * out.cols));
   const Matrix<float> gate(room, out.rows, out.cols);
   const Matrix<float> up(room + out.rows * out.cols, out.rows, out.cols);
-  compute_panel(layer, tiles, t0, t1, p, gate);
-  compute_panel(layer, tiles, t0, t1, p + layer.w.num_panels / 2, up);
+  const int64_t fellow = turn.panel + layer.w.num_panels / 2;
+  compute_panel(layer, tiles, t0, t1, {turn.panel, fellow, turn.is_first}, gate);
+  compute_panel(layer, tiles, t0, t1, {fellow, turn.next, false}, up);
   const auto activate = activation_kernel(layer.fusion.activation.kind);
   for (int64_t i = 0; i < out.rows; ++i) {
     activate(gate.row(i), up.row(i), out.cols, out.row(i));
@@ -222,7 +247,8 @@ void compute_share(const Layer& layer, const RowTiles& tiles, const Matrix<float
       const Matrix<float> out(y.row(first) + column, tiles.first(t1) - first,
                               std::min(width, y.cols - column), y.stride);
       const auto compute = activation.is_gated ? compute_gated_panel : compute_panel;
-      compute(layer, tiles, t0, t1, p, out);
+      const int64_t next = p + 1 < share.panel_end ? p + 1 : -1;
+      compute(layer, tiles, t0, t1, {p, next, p == share.panel_begin}, out);
       if (activation.kind != ActivationKind::kNone && !activation.is_gated) {
         const auto activate = activation_kernel(activation.kind);
         for (int64_t i = 0; i < out.rows; ++i) {

@@ -70,9 +70,7 @@ void amx_bf16_tile(const LinearTile& t) {
   constexpr int64_t kBytes = int64_t{2} * kGroup * kTilePanel;
   const char* prefetch = t.prefetch;
   for (int64_t g = t.k; g > 0; --g) {
-    if (t.prefetch_step != 0) {
-      for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(prefetch + i);
-    }
+    for (int64_t i = 0; i < t.prefetch_step; i += 64) __builtin_prefetch(prefetch + i);
     multiply_group<M, Tiles>(a, b);
     a += M * kBf16GroupBytes;
     b += kBytes;
@@ -123,8 +121,8 @@ static inline void amx_int8_half(const LinearTile& t, int half) {
   const char* prefetch = t.prefetch;
   alignas(64) int32_t dots[M][kTileLanes];
   for (int64_t g = t.k; g > 0; --g) {
-    if (t.prefetch_step != 0 && half == 0) {
-      for (int i = 0; i < group_bytes(F, kTilePanel); i += 64) __builtin_prefetch(prefetch + i);
+    if (half == 0) {
+      for (int64_t i = 0; i < t.prefetch_step; i += 64) __builtin_prefetch(prefetch + i);
     }
     Tiles::template zero<0>();
     Tiles::template load<1>(a, kGroup);

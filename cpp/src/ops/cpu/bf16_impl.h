@@ -31,7 +31,7 @@ void bf16_tile(const LinearTile& t) {
   const auto* a = static_cast<const int32_t*>(t.a);
   const auto* b = static_cast<const char*>(t.panel);
   const char* prefetch = t.prefetch;
-  const int64_t prefetch_step = t.prefetch_step / kGroup;
+  const int64_t prefetch_step = (t.prefetch_step + kGroup - 1) / kGroup;
   for (int64_t g = t.k; g > 0; --g) {
 #pragma GCC unroll 4
     for (int i = 0; i < kGroup / 2; ++i) {

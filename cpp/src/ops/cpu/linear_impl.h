@@ -65,7 +65,7 @@ void linear_tile(const LinearTile& t) {
     add_products<M, Panel>(a, b, 0, t.k, t.prefetch, t.prefetch_step, acc);
   } else {
     const char* prefetch = t.prefetch;
-    const int64_t prefetch_step = t.prefetch_step / kGroup;
+    const int64_t prefetch_step = (t.prefetch_step + kGroup - 1) / kGroup;
     for (int64_t g = t.k; g > 0; --g) {
       for (int i = 0; i < 2; ++i) {
         add_products<M, Panel>(a, b, i, kGroup / 2, prefetch, prefetch_step, acc);

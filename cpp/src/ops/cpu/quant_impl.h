@@ -99,13 +99,6 @@ static inline void dot_group(const char* words, const int32_t* a, VI (*sums)[2])
   }
 }
 
-template <QuantFormat F>
-static inline void prefetch_group(const char* p) {
-  constexpr int kBytes = group_bytes(F, kPanel);
-#pragma GCC unroll 20
-  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(p + i);
-}
-
 template <int M, QuantFormat F>
 void quant_tile(const LinearTile& t) {
   if (t.n < kPanel) return linear_edge_tile<M, kPanel>(quant_tile<M, F>, t);
@@ -115,7 +108,7 @@ void quant_tile(const LinearTile& t) {
   const char* b = static_cast<const char*>(t.panel);
   const char* prefetch = t.prefetch;
   for (int64_t g = t.k; g > 0; --g) {
-    if (t.prefetch_step != 0) prefetch_group<F>(prefetch);
+    for (int64_t i = 0; i < t.prefetch_step; i += 64) __builtin_prefetch(prefetch + i);
     VI dot[M][2];
     dot_group<M, F>(b + group_header_bytes(F, kPanel), a, dot);
     const auto* scales = reinterpret_cast<const float*>(a + 8 * M);
@@ -187,7 +180,7 @@ void widened_tile(const LinearTile& t) {
   const char* b = static_cast<const char*>(t.panel);
   const char* prefetch = t.prefetch;
   for (int64_t g = t.k; g > 0; --g) {
-    if (t.prefetch_step != 0) prefetch_group<F>(prefetch);
+    for (int64_t i = 0; i < t.prefetch_step; i += 64) __builtin_prefetch(prefetch + i);
     const auto* header = reinterpret_cast<const uint16_t*>(b);
     V d[2] = {vzero(), vzero()};
     V min[2] = {vzero(), vzero()};
