@@ -12,7 +12,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,16 +123,17 @@ class _Server:
         self._signals = _Signals()
 
     async def run(self) -> None:
+        from fastpage.engine.async_engine import AsyncEngine
+
         self._signals.listen()
         start = time.perf_counter()
         addresses = [await frontend.start() for frontend in self._frontends]
         self._phases["server"] = time.perf_counter() - start
         self._say(f"listening on {', '.join(addresses)}, loading {self._args.model}")
-        engine = await self._first(_start_engine(self._args), self._signals.first)
+        engine = await self._first(AsyncEngine.start_process(self._args), self._signals.first)
         if engine is None:
             self._say("stopped while loading")
-            # The loading thread is deep inside the weights: nothing that it has needs an orderly
-            # end.
+            # Nothing that is half loaded needs an orderly end; the engine's process goes along.
             _exit(0)
         for frontend in self._frontends:
             await frontend.set_engine(engine)
@@ -198,25 +198,6 @@ class _Signals:
             _exit(0)
 
 
-async def _start_engine(args: EngineArgs) -> AsyncEngine:
-    """On a daemon thread, unlike asyncio.to_thread, so that an error or a signal need not wait."""
-    from fastpage.engine.async_engine import AsyncEngine
-
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[AsyncEngine] = loop.create_future()
-
-    def load() -> None:
-        try:
-            engine = AsyncEngine.from_engine_args(args)
-        except BaseException as error:
-            loop.call_soon_threadsafe(future.set_exception, error)
-        else:
-            loop.call_soon_threadsafe(future.set_result, engine)
-
-    threading.Thread(target=load, name="fastpage-load", daemon=True).start()
-    return await future
-
-
 def _summary(engine: AsyncEngine, phases: dict[str, float], addresses: Sequence[str]) -> str:
     from fastpage._C import __version__
     from fastpage.engine.memory import format_bytes
@@ -272,7 +253,7 @@ def _print(text: str) -> None:
 def _exit_with_error(program: str, error: BaseException) -> NoReturn:
     message = " ".join(str(error).split()) or type(error).__name__
     print(f"{program}: error: {message}", file=sys.stderr)
-    # The loading thread may still be busy.
+    # A thread that loads may still be busy.
     _exit(1)
 
 
