@@ -160,13 +160,7 @@ class GrpcClient:
                 return
 
     async def wait_until_serving(self) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                return await self.wait_until(SERVING)
-            except grpc.aio.AioRpcError:  # it does not listen yet, or again
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.05)
+        await self.wait_until(SERVING)
 
     async def stats(self) -> pb.GetServerStatsResponse:
         return await self.stub.GetServerStats(pb.GetServerStatsRequest())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,10 @@ import tokenizers
 
 from fastpage.errors import InvalidArgument
 from fastpage.tokenizer.chat_template import ChatTemplate
+
+# The library takes some 150 bytes of memory for each character: of texts longer than this, in
+# characters, only one is read at a time.
+_LONG_TEXT = 1 << 16
 
 
 class Tokenizer:
@@ -32,6 +38,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
+        self._long_text = threading.Lock()
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = sorted(set(eos_token_ids))
@@ -70,7 +77,12 @@ class Tokenizer:
 
         `add_special_tokens` puts those around it that the model expects, such as a BOS token.
         """
-        return self.encode_batch([text], add_special_tokens)[0]
+        if len(text) < _LONG_TEXT:
+            return self.encode_batch([text], add_special_tokens)[0]
+        with self._long_text:
+            ids = self.encode_batch([text], add_special_tokens)[0]
+            _trim_heap()
+            return ids
 
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True
@@ -129,6 +141,13 @@ class Tokenizer:
             raise InvalidArgument("the model has no chat template: send a plain prompt instead")
         variables = {**self.special_tokens, **kwargs}
         return template.render(messages, tools, add_generation_prompt, variables)
+
+
+def _trim_heap() -> None:
+    """glibc keeps what was freed, in every thread that ever read a long text."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager
