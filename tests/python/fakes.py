@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import string
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -116,3 +118,17 @@ def load_alphabet(
         sampling_defaults={},
         phases={},
     )
+
+
+@contextlib.contextmanager
+def serve_on_a_thread(loaded: LoadedModel) -> Iterator[int]:
+    """The engine behind a channel; gives the front end's socket."""
+    ours, theirs = socket.socketpair()
+    server = _C.EngineServer(loaded.engine, [theirs.detach()])
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield ours.detach()
+    finally:
+        server.stop()
+        thread.join()

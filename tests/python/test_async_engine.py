@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
-from fakes import EOS_ID, Gate, letter_tokenizer, load_alphabet
+from fakes import EOS_ID, Gate, letter_tokenizer, load_alphabet, serve_on_a_thread
 
 from fastpage import AsyncEngine, RequestOutput, SamplingParams
 from fastpage.engine.async_engine import DuplicateRequestId, EngineStopped
+from fastpage.engine.channel_core import ChannelCore
 from fastpage.engine.engine_thread import PreemptionLog
+from fastpage.engine.loading import LoadedModel
 from fastpage.engine.output_processor import EngineStepError, RequestState
 from fastpage.engine.prompts import Prompt
 from fastpage.errors import InvalidArgument, ResourceExhausted
@@ -23,6 +26,29 @@ from fastpage.outputs import RequestOutputKind
 from fastpage.tokenizer import stop_strings
 
 GREEDY = {"temperature": 0.0}
+
+
+_core_kind = "local"
+
+
+@pytest.fixture(autouse=True, params=["local", "channel"])
+def core_kind(request: pytest.FixtureRequest) -> None:
+    """Every test with run() is made with either core."""
+    global _core_kind
+    _core_kind = request.param
+
+
+@contextlib.asynccontextmanager
+async def start_engine(loaded: LoadedModel) -> AsyncIterator[AsyncEngine]:
+    if _core_kind == "local":
+        async with AsyncEngine(loaded) as engine:
+            yield engine
+        return
+    with serve_on_a_thread(loaded) as fileno:
+        core = ChannelCore()
+        core.open(fileno)
+        async with AsyncEngine(loaded, core=core) as engine:
+            yield engine
 
 
 def run(
@@ -34,7 +60,7 @@ def run(
 
     async def main() -> None:
         loaded = load_alphabet(before_step, **options)
-        async with AsyncEngine(loaded) as engine:
+        async with start_engine(loaded) as engine:
             await asyncio.wait_for(test(engine), timeout=60)
             await wait_until_idle(engine)
             loaded.engine.check_integrity()

@@ -43,8 +43,9 @@ struct EngineServerConfig {
   // its requests is read: a front end reads whatever its clients do, so that it cannot be far
   // behind but for a moment.
   size_t max_unsent_bytes = size_t{64} << 20;
-  // A front end that nothing in a step is for hears of it at most that much later (together with
-  // later ones), unless the engine has nothing else to do: it is not to be woken by each step.
+  // A front end that nothing in a step is for, while there is something for others, hears of it at
+  // most that much later (together with later ones), unless the engine has nothing else to do: it
+  // is not to be woken by each step.
   double max_delay_seconds = 0.05;
 };
 

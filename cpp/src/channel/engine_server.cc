@@ -90,7 +90,7 @@ struct EngineServer::State {
   void step();
   void step_failed(const char* error);
   void distribute(StepOutput* step);
-  void tell_all_but_idle();
+  void tell_all_concerned();
   void tell_all();
   void tell(FrontEnd* front_end, const EngineStats& stats);
   void say(FrontEnd* front_end, const EngineNews& news);
@@ -188,7 +188,7 @@ void EngineServer::State::step() {
     return step_failed(error.what());
   }
   distribute(&out);
-  tell_all_but_idle();
+  tell_all_concerned();
 }
 
 void EngineServer::State::step_failed(const char* error) {
@@ -222,12 +222,15 @@ void EngineServer::State::distribute(StepOutput* step) {
   }
 }
 
-void EngineServer::State::tell_all_but_idle() {
+void EngineServer::State::tell_all_concerned() {
   const EngineStats stats = engine->stats();
   const FrontEnd::Clock::time_point now = FrontEnd::Clock::now();
+  const auto has_outputs = [](const auto& front_end) { return !front_end->news.outputs.empty(); };
+  const bool was_for_some = std::any_of(front_ends.begin(), front_ends.end(), has_outputs);
   for (const auto& front_end : front_ends) {
     const std::chrono::duration<double> silence = now - front_end->told_at;
-    if (front_end->news.outputs.empty() && silence.count() < config.max_delay_seconds) continue;
+    const bool may_wait = was_for_some && silence.count() < config.max_delay_seconds;
+    if (may_wait && !has_outputs(front_end)) continue;
     tell(front_end.get(), stats);
     front_end->told_at = now;
   }

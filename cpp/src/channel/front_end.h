@@ -45,7 +45,7 @@ struct FrontEnd {
 
   // Of the step thread: what it has not been told yet.
   StepOutput news;
-  bool has_news = false;
+  bool has_news = true;  // before the first step: the statistics
   Clock::time_point told_at{};
 
   // Guarded by the server's mutex.

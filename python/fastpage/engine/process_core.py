@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import os
@@ -18,11 +17,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastpage import _C
 from fastpage.checkpoints import open_checkpoint
 from fastpage.engine.args import EngineArgs
+from fastpage.engine.channel_core import ChannelCore
 from fastpage.engine.core import CoreListener, EngineDied
-from fastpage.engine.engine_thread import SchedulerWatch
 from fastpage.engine.loading import ModelInfo, PhaseTimer, ServedModel, open_tokenizer
 from fastpage.errors import (
     CheckpointError,
@@ -42,8 +40,6 @@ _COMMAND = (
 )
 _LENGTH = struct.Struct("=Q")
 _LONGEST_HELLO = 16 << 20
-# What the front end may have waiting for an engine that does not read.
-_MOST_UNSENT_BYTES = 256 << 20
 _SECONDS_TO_STOP = 5.0
 _MOST_SECONDS_BETWEEN_STARTS = 30.0
 # An engine that lived this long may be started again at once.
@@ -134,23 +130,14 @@ class _Process:
         return _how_it_ended(self._popen.returncode)
 
 
-class ProcessCore:
-    """A core that is a process."""
+class ProcessCore(ChannelCore):
+    """A core that is a process, with its supervisor."""
 
     def __init__(self, args: EngineArgs, process: _Process) -> None:
+        super().__init__()
         self._args = args
         self._process = process
-        self._listener: CoreListener | None = None
-        self._loop = asyncio.get_running_loop()
-        self._client: _C.EngineClient | None = None
-        self._fileno = -1
-        self._stats = _C.EngineStats()
-        self._watch = SchedulerWatch()
-        self._waiting: dict[int, asyncio.Future[None]] = {}
-        self._resets: list[asyncio.Future[bool]] = []
         self._supervisor: asyncio.Task[None] | None = None
-        self._closed = asyncio.Event()
-        self._stopping = False
 
     @classmethod
     async def launch(cls, args: EngineArgs) -> tuple[ProcessCore, ServedModel]:
@@ -169,7 +156,7 @@ class ProcessCore:
             raise
         said = hello.result()
         core = cls(args, process)
-        core._open_channel()
+        core.open(process.take_socket())
         model = ServedModel(
             tokenizer=tokenizer.result(),
             info=ModelInfo(**said["info"]),
@@ -179,153 +166,27 @@ class ProcessCore:
         )
         return core, model
 
-    # ---- Core
-
     def start(self, listener: CoreListener) -> None:
+        super().start(listener)
         if self._supervisor is None:
-            self._listener = listener
             self._supervisor = asyncio.create_task(self._supervise())
-
-    @property
-    def ready(self) -> bool:
-        return self._client is not None
 
     @property
     def pid(self) -> int:
         """Of the process that is, or is about to be, the engine."""
         return self._process.pid
 
-    def add_request(
-        self, token_ids: list[int], params: _C.SamplingParams, *, priority: int, cache_salt: str
-    ) -> int:
-        client = self._ready_client()
-        if client.num_unsent_bytes > _MOST_UNSENT_BYTES:
-            raise ResourceExhausted(
-                "the engine is behind with reading requests: try again in a few seconds"
-            )
-        core_id = client.add_request(token_ids, params, priority=priority, cache_salt=cache_salt)
-        self._waiting[core_id] = self._loop.create_future()
-        self._flush()
-        return core_id
-
-    async def accepted(self, core_id: int) -> None:
-        await self._waiting[core_id]
-
-    def abort(self, core_id: int, index: int | None = None) -> None:
-        if self._client is None:
-            return
-        if index is None:
-            self._answer(core_id, None)
-            self._client.abort(core_id)
-        else:
-            self._client.abort(core_id, index)
-        self._flush()
-
-    def stats(self) -> _C.EngineStats:
-        return self._stats
-
-    @property
-    def peak_used_blocks(self) -> int:
-        return self._watch.peak_used_blocks
-
-    async def reset_prefix_cache(self) -> bool:
-        client = self._ready_client()
-        answer: asyncio.Future[bool] = self._loop.create_future()
-        self._resets.append(answer)
-        client.reset_prefix_cache()
-        self._flush()
-        return await answer
-
     async def stop(self) -> None:
-        self._stopping = True
         if self._supervisor is not None:
             self._supervisor.cancel()
-        self._close_channel(EngineDied("the engine was shut down"))
+        await super().stop()
         # Without its socket it ends by itself.
         await self._process.end(_SECONDS_TO_STOP)
-
-    # ---- the channel
-
-    def _ready_client(self) -> _C.EngineClient:
-        if self._client is None:
-            raise EngineDied("the engine is being started again: try again in a few seconds")
-        return self._client
-
-    def _open_channel(self) -> None:
-        self._closed.clear()
-        self._fileno = self._process.take_socket()
-        self._client = _C.EngineClient(self._fileno)
-        self._loop.add_reader(self._fileno, self._on_readable)
-
-    def _close_channel(self, error: EngineDied) -> None:
-        if self._client is None:
-            return
-        self._loop.remove_reader(self._fileno)
-        self._loop.remove_writer(self._fileno)
-        self._client = None  # closes the socket
-        lost = itertools.chain(self._waiting.values(), self._resets)
-        for future in lost:
-            if not future.done():
-                future.set_exception(EngineDied(str(error)))
-                future.exception()  # there may be nobody left who asks
-        self._waiting.clear()
-        self._resets.clear()
-        self._closed.set()
-
-    def _flush(self) -> None:
-        """The rest goes when the socket takes it."""
-        if self._client is not None and self._client.has_unsent:
-            self._loop.add_writer(self._fileno, self._on_writable)
-
-    def _on_writable(self) -> None:
-        assert self._client is not None
-        self._client.flush()
-        if not self._client.has_unsent:
-            self._loop.remove_writer(self._fileno)
-
-    def _on_readable(self) -> None:
-        client = self._client
-        assert client is not None and self._listener is not None
-        for news in client.receive():
-            self._take_in(news, self._listener)
-        if client.closed and client is self._client:
-            error = EngineDied("the engine's process has ended: try again in a few seconds")
-            self._close_channel(error)
-            self._listener.on_died(error)
-
-    def _take_in(self, news: _C.EngineNews, listener: CoreListener) -> None:
-        kind = news.kind
-        if kind == _C.EngineNews.Kind.STEP:
-            self._stats = news.stats
-            self._watch.look_at(news.stats.scheduler)
-            listener.on_step(news.step, news.stats)
-        elif kind == _C.EngineNews.Kind.ACCEPTED:
-            self._answer(news.request_id, None)
-        elif kind == _C.EngineNews.Kind.REFUSED:
-            refusal = ResourceExhausted if news.out_of_resources else InvalidArgument
-            self._answer(news.request_id, refusal(news.error))
-        elif kind == _C.EngineNews.Kind.STEP_FAILED:
-            listener.on_step_error(FastpageError(news.error))
-        elif self._resets:
-            answer = self._resets.pop(0)
-            if not answer.done():
-                answer.set_result(news.done)
-
-    def _answer(self, core_id: int, error: Exception | None) -> None:
-        future = self._waiting.pop(core_id, None)
-        if future is None or future.done():
-            return
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-
-    # ---- the supervisor
 
     async def _supervise(self) -> None:
         started, delay = time.monotonic(), 0.0
         while True:
-            await self._closed.wait()
+            await self.wait_closed()
             _logger.error("the engine process (pid %d) has ended: %s", self.pid, await self._end())
             if time.monotonic() - started > _SECONDS_TO_BE_TRUSTED:
                 delay = 0.0
@@ -354,7 +215,7 @@ class ProcessCore:
             except Exception as error:
                 _logger.error("the engine could not be started again: %s", error)
                 continue
-            self._open_channel()
+            self.open(self._process.take_socket())
             _logger.warning(
                 "the engine is back (pid %d) after %.1f s", self.pid, time.monotonic() - start
             )

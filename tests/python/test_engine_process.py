@@ -1,0 +1,230 @@
+"""The engine in a process of its own: the same answers, and what happens when a side dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastpage import LLM, AsyncEngine, EngineArgs, SamplingParams
+from fastpage.engine.core import EngineDied
+from fastpage.engine.observer import EngineObserver
+from fastpage.engine.process_core import ProcessCore
+from fastpage.errors import CheckpointError, ModelError, ResourceExhausted
+
+SMALL = {"kv_cache_memory": "64MiB", "max_model_len": 512, "threads": 1}
+PROMPT = "Once upon a time"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
+LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+
+
+class Watcher(EngineObserver):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.back = asyncio.Event()
+
+    def engine_died(self, why: str) -> None:
+        self.events.append("died")
+
+    def engine_started(self, engine: AsyncEngine) -> None:
+        self.events.append("started")
+        if "died" in self.events:
+            self.back.set()
+
+
+@contextlib.asynccontextmanager
+async def engine_process(
+    model: Path, observer: EngineObserver | None = None, **options: Any
+) -> AsyncIterator[tuple[AsyncEngine, ProcessCore]]:
+    args = EngineArgs(model=str(model), **SMALL, **options)
+    engine = await AsyncEngine.start_process(args, observer)
+    core = engine._core
+    assert isinstance(core, ProcessCore)
+    async with engine:
+        yield engine, core
+    await gone(core.pid)
+
+
+async def gone(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while is_alive(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        await asyncio.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z"
+    return False
+
+
+async def text_of(engine: AsyncEngine, params: SamplingParams = GREEDY) -> str:
+    return [output async for output in engine.generate(PROMPT, params)][-1].outputs[0].text
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2_gguf: Path) -> str:
+    llm = LLM(str(smollm2_gguf), **SMALL)
+    return llm.generate(PROMPT, GREEDY)[0].outputs[0].text
+
+
+def test_answers_are_those_of_the_engine_in_process(smollm2_gguf: Path, expected: str) -> None:
+    async def main() -> None:
+        async with engine_process(smollm2_gguf) as (engine, _):
+            assert engine.ready
+            while not engine.stats().scheduler.num_blocks:  # it says so without being asked
+                await asyncio.sleep(0.01)
+            assert await asyncio.gather(*(text_of(engine) for _ in range(4))) == [expected] * 4
+            assert engine.info.max_model_len == 512
+            assert engine.stats().scheduler.num_blocks == engine.info.num_kv_blocks
+            assert engine.stats().scheduler.prefix_cache_queries > 0
+            assert await engine.reset_prefix_cache()
+            assert "engine weights" in engine.phases
+
+    asyncio.run(main())
+
+
+def test_what_the_core_refuses_is_raised_by_add_request(smollm2_gguf: Path) -> None:
+    async def main() -> None:
+        async with engine_process(smollm2_gguf, max_num_waiting=2) as (engine, _):
+            with pytest.raises(ValueError, match="max_model_len"):
+                await engine.add_request(list(range(600)), GREEDY)
+            streams = []
+            with pytest.raises(ResourceExhausted, match="max_num_waiting") as refusal:
+                while True:
+                    streams.append(await engine.add_request(PROMPT, LONG))
+            assert refusal.value.retry_after_seconds > 0
+            assert len(engine._streams) == len(streams)
+            for stream in streams:
+                stream.abort()
+            assert not engine._streams
+
+    asyncio.run(main())
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_here(tmp_path: Path) -> None:
+    async def main() -> None:
+        missing = EngineArgs(model=str(tmp_path / "missing"))
+        with pytest.raises((CheckpointError, ModelError), match="missing"):
+            await AsyncEngine.start_process(missing)
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_is_killed_comes_back(
+    smollm2_gguf: Path, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        watcher = Watcher()
+        async with engine_process(smollm2_gguf, watcher) as (engine, core):
+            first_pid = core.pid
+            stream = await engine.add_request(PROMPT, LONG)
+            await anext(stream)
+            os.kill(first_pid, signal.SIGKILL)
+            with pytest.raises(EngineDied):
+                async for _ in stream:
+                    pass
+            assert not engine.ready
+            with pytest.raises(EngineDied, match="started again"):
+                await engine.add_request(PROMPT, GREEDY)
+            await asyncio.wait_for(watcher.back.wait(), timeout=60)
+            assert engine.ready and core.pid != first_pid
+            assert watcher.events == ["started", "died", "started"]
+            assert await text_of(engine) == expected
+        assert watcher.events == ["started", "died", "started"]
+
+    with caplog.at_level(logging.WARNING, logger="fastpage.engine"):
+        asyncio.run(main())
+    assert "SIGKILL" in caplog.text and "is back" in caplog.text
+
+
+def test_it_is_started_again_until_it_starts(
+    smollm2_gguf: Path, tmp_path: Path, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tmp_path / "model.gguf"
+    model.symlink_to(smollm2_gguf)
+
+    async def main() -> None:
+        watcher = Watcher()
+        async with engine_process(model, watcher) as (engine, core):
+            model.unlink()
+            os.kill(core.pid, signal.SIGKILL)
+            while "could not be started again" not in caplog.text:
+                await asyncio.sleep(0.01)
+            model.symlink_to(smollm2_gguf)
+            await asyncio.wait_for(watcher.back.wait(), timeout=60)
+            assert await text_of(engine) == expected
+
+    with caplog.at_level(logging.WARNING, logger="fastpage.engine"):
+        asyncio.run(main())
+
+
+def test_it_ignores_the_signals_that_are_meant_for_the_front_end(
+    smollm2_gguf: Path, expected: str
+) -> None:
+    async def main() -> None:
+        async with engine_process(smollm2_gguf) as (engine, core):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(core.pid, number)
+            assert await text_of(engine) == expected
+
+    asyncio.run(main())
+
+
+_FRONT_END = """
+import asyncio, sys
+from fastpage import AsyncEngine, EngineArgs, SamplingParams
+from fastpage.engine import process_core
+
+class Loud(process_core._Process):
+    def __init__(self, args):
+        super().__init__(args)
+        print(self.pid, flush=True)
+
+process_core._Process = Loud
+
+async def main():
+    args = EngineArgs(model=sys.argv[1], kv_cache_memory="64MiB", max_model_len=512, threads=1)
+    engine = await AsyncEngine.start_process(args)
+    params = SamplingParams(max_tokens=500, ignore_eos=True)
+    async for _ in engine.generate("Once upon a time", params):
+        print("token", flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("when", ["loading", "serving"])
+def test_a_front_end_that_dies_takes_the_engine_with_it(
+    smollm2_gguf: Path, tmp_path: Path, when: str
+) -> None:
+    # A module of the working directory must not come between the engine and its own.
+    (tmp_path / "json.py").write_text("raise SystemExit('this is not json')\n")
+    script = tmp_path / "front" / "end.py"
+    script.parent.mkdir()
+    script.write_text(_FRONT_END)
+    front_end = subprocess.Popen(
+        [sys.executable, str(script), str(smollm2_gguf)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert front_end.stdout is not None
+    pid = int(front_end.stdout.readline())
+    if when == "serving":
+        assert front_end.stdout.readline() == "token\n"
+    front_end.kill()
+    front_end.wait()
+    front_end.stdout.close()
+    asyncio.run(gone(pid))
