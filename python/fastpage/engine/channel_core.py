@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+from typing import Any
 
 from fastpage import _C
 from fastpage.engine.core import CoreListener, EngineDied
@@ -42,7 +42,8 @@ class ChannelCore:
         self._loop.remove_reader(self._fileno)
         self._loop.remove_writer(self._fileno)
         self._client = None  # closes the socket
-        for future in itertools.chain(self._waiting.values(), self._resets):
+        lost: list[asyncio.Future[Any]] = [*self._waiting.values(), *self._resets]
+        for future in lost:
             if not future.done():
                 future.set_exception(EngineDied(str(error)))
                 future.exception()  # there may be nobody left who asks
