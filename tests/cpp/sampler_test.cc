@@ -386,7 +386,7 @@ TEST(SamplingParamsTest, MessagesNameTheFieldAndTheValue) {
   EXPECT_EQ(message([](SamplingParams& p) { p.n = 1000000000; }),
             "n must be between 1 and 1024, got 1000000000");
   EXPECT_EQ(message([](SamplingParams& p) { p.stop_token_ids = {70000}; }),
-            "token id 70000 in stop_token_ids is outside the vocabulary of 49152");
+            "stop_token_ids: token id 70000 is outside the vocabulary of 49152");
   EXPECT_EQ(message([](SamplingParams& p) { p.bad_words = {{1}, {}}; }),
             "bad_words must not contain an empty sequence");
 }

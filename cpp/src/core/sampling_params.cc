@@ -29,7 +29,7 @@ void require(bool ok, const char* field, const std::string& rule, T value) {
 
 void require_token(TokenId token, const char* field, int32_t vocab_size) {
   if (token >= 0 && token < vocab_size) return;
-  throw InvalidArgument("token id " + std::to_string(token) + " in " + field +
+  throw InvalidArgument(std::string(field) + ": token id " + std::to_string(token) +
                         " is outside the vocabulary of " + std::to_string(vocab_size));
 }
 

@@ -148,7 +148,9 @@ class ProcessCore(ChannelCore):
         tokenizer = _in_thread(_load_tokenizer, args, phase)
         hello = asyncio.ensure_future(process.hello())
         try:
-            await asyncio.gather(hello, tokenizer)
+            # What the engine says comes first: it looks at the model before the tokenizer.
+            await hello
+            await tokenizer
         except BaseException:
             hello.cancel()
             process.kill()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
@@ -51,7 +51,7 @@ def to_prompt(prompt: PromptType, tokenizer: Tokenizer, vocab_size: int) -> Prom
     if not isinstance(cache_salt, str):
         raise InvalidArgument(f"cache_salt is a {type(cache_salt).__name__}, not a string")
     if token_ids is not None:
-        return Prompt(text, _checked_ids(token_ids, vocab_size), cache_salt)
+        return Prompt(text, checked_token_ids(token_ids, vocab_size), cache_salt)
     if not isinstance(text, str):
         raise InvalidArgument(
             f"prompt is a {type(prompt).__name__}: it must be a string, a list of token ids, or a "
@@ -76,32 +76,91 @@ def truncate(prompt: Prompt, params: SamplingParams, max_model_len: int) -> Prom
     return replace(prompt, token_ids=prompt.token_ids[-limit:])
 
 
-def _checked_ids(token_ids: Any, vocab_size: int) -> list[int]:
+def checked_token_ids(
+    token_ids: Any, vocab_size: int, field: str = "prompt_token_ids"
+) -> list[int]:
+    """Raises InvalidArgument, naming the `field`, for what is no list of ids of the vocabulary."""
     if hasattr(token_ids, "tolist"):
         token_ids = token_ids.tolist()
     if not isinstance(token_ids, list | tuple):
-        raise InvalidArgument(
-            f"prompt_token_ids is a {type(token_ids).__name__}, not a list of token ids"
-        )
+        raise InvalidArgument(f"{field} is a {type(token_ids).__name__}, not a list of token ids")
     if not token_ids:
-        raise InvalidArgument("prompt_token_ids is empty")
-    for position, token_id in enumerate(token_ids):
-        if type(token_id) is not int or not 0 <= token_id < vocab_size:
-            raise InvalidArgument(
-                f"prompt_token_ids[{position}]={token_id!r} is not a token id of this model "
-                f"(0 to {vocab_size - 1})"
-            )
-    return list(token_ids)
+        raise InvalidArgument(f"{field} is empty")
+    # There may be a million of them: as a rule all are right, and only who is wrong is looked for.
+    if set(map(type, token_ids)) == {int} and 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        return list(token_ids)
+    position, token_id = next(
+        (position, token_id)
+        for position, token_id in enumerate(token_ids)
+        if type(token_id) is not int or not 0 <= token_id < vocab_size
+    )
+    raise InvalidArgument(
+        f"{field}[{position}]={token_id!r} is not a token id of this model (0 to {vocab_size - 1})"
+    )
 
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
+# Put behind the last message's content to see where it is in the text. (Of the code points that
+# mean nothing.)
+_HERE = "\ue000\uf8ffhere\uf8ff\ue000"
 
-def chat_prompt(messages: Sequence[Message], tokenizer: Tokenizer, cache_salt: str = "") -> Prompt:
-    """A conversation through the model's chat template, ready for the assistant's next answer."""
+
+def chat_text(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """A conversation through the model's chat template: up to where the assistant's next answer
+    begins, or (`continue_final_message`) to the end of the last message's content.
+    `template_kwargs` are more variables for the template."""
     if not isinstance(messages, list | tuple) or not messages:
         raise InvalidArgument("messages is empty, or not a list")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    if add_generation_prompt and continue_final_message:
+        raise InvalidArgument("add_generation_prompt does not go with continue_final_message")
+    if add_generation_prompt is None:
+        add_generation_prompt = not continue_final_message
+    kwargs = dict(template_kwargs or {})
+    if taken := {"self", "messages", "tools", "add_generation_prompt"} & set(kwargs):
+        raise InvalidArgument(f"template_kwargs must not have {min(taken)!r}")
+    if continue_final_message:
+        messages = [*messages[:-1], _with_mark(messages[-1])]
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt, **kwargs)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"messages: {error}") from None
+    if not continue_final_message:
+        return text
+    before, mark, _ = text.rpartition(_HERE)
+    if not mark:
+        raise InvalidArgument(
+            "continue_final_message: the chat template leaves out the last message's content"
+        )
+    return before
+
+
+def _with_mark(message: Message) -> Message:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, str):
+        return {**message, "content": content + _HERE}
+    last = content[-1] if isinstance(content, list) and content else None
+    if (
+        isinstance(content, list)
+        and isinstance(last, Mapping)
+        and isinstance(last.get("text"), str)
+    ):
+        return {**message, "content": [*content[:-1], {**last, "text": last["text"] + _HERE}]}
+    raise InvalidArgument("continue_final_message: the last message has no text to go on with")
+
+
+def chat_prompt(
+    messages: Sequence[Message], tokenizer: Tokenizer, cache_salt: str = "", **options: Any
+) -> Prompt:
+    """`options` are those of chat_text()."""
+    text = chat_text(messages, tokenizer, **options)
     # The template has written the special tokens already.
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     if not token_ids:

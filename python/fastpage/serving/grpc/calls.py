@@ -91,6 +91,16 @@ async def write_outputs(
         stream.abort()
 
 
+async def last_output(stream: RequestStream) -> RequestOutput:
+    """The output of a FINAL_ONLY stream. The request is given up if the caller goes away."""
+    try:
+        async for output in stream:
+            last = output
+        return last
+    finally:
+        stream.abort()
+
+
 class _WriteWatch:
     """Cancels the task that made it when one write takes too long. One timer a call, which looks
     now and then: a timeout of its own for each message would cost more than the message."""

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from google.protobuf.message import Message
+from google.protobuf.message import Message as ProtoMessage
+from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from fastpage.engine.prompts import Message
 from fastpage.errors import InvalidArgument
 from fastpage.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from fastpage.sampling_params import SamplingParams
@@ -33,7 +35,7 @@ _OPTIONAL_FIELDS = [f.name for f in pb.SamplingParams.DESCRIPTOR.fields if f.has
 _LIST_FIELDS = ("allowed_token_ids", "bad_words", "stop", "stop_token_ids")
 
 
-def refuse_unknown_fields(message: Message, where: str = "") -> None:
+def refuse_unknown_fields(message: ProtoMessage, where: str = "") -> None:
     """Raises InvalidArgument if the sender set a field that this server's protocol lacks."""
     unknown = UnknownFieldSet(message)
     if len(unknown) > 0:
@@ -45,11 +47,11 @@ def refuse_unknown_fields(message: Message, where: str = "") -> None:
         refuse_unknown_fields(child, f"{where}.{name}" if where else name)
 
 
-def _submessages(message: Message) -> Iterator[tuple[str, Message]]:
+def _submessages(message: ProtoMessage) -> Iterator[tuple[str, ProtoMessage]]:
     for field, value in message.ListFields():
         if field.message_type is None or field.message_type.GetOptions().map_entry:
             continue
-        if isinstance(value, Message):
+        if isinstance(value, ProtoMessage):
             yield field.name, value
         else:
             for i, item in enumerate(value):
@@ -73,6 +75,37 @@ def sampling_params_from_proto(
     if message.logit_bias:
         changes["logit_bias"] = dict(message.logit_bias)
     return dataclasses.replace(defaults, **changes)
+
+
+def messages_from_proto(message: pb.ChatRequest | pb.Conversation) -> list[Message]:
+    return [{"role": m.role, "content": m.content} for m in message.messages]
+
+
+def chat_options_from_proto(message: pb.ChatRequest | pb.Conversation) -> dict[str, Any]:
+    """The keyword arguments of chat_text()."""
+    options: dict[str, Any] = {"continue_final_message": message.continue_final_message}
+    if message.HasField("add_generation_prompt"):
+        options["add_generation_prompt"] = message.add_generation_prompt
+    if message.HasField("template_kwargs"):
+        options["template_kwargs"] = _plain_struct(message.template_kwargs)
+    return options
+
+
+def _plain_struct(struct: Struct) -> dict[str, Any]:
+    return {key: _plain_value(value) for key, value in struct.fields.items()}
+
+
+def _plain_value(value: Value) -> Any:
+    kind = value.WhichOneof("kind")
+    if kind == "struct_value":
+        return _plain_struct(value.struct_value)
+    if kind == "list_value":
+        return [_plain_value(item) for item in value.list_value.values]
+    if kind == "number_value":
+        # Struct knows no other numbers; a template would print 512.0.
+        number = value.number_value
+        return int(number) if number.is_integer() else number
+    return None if kind in (None, "null_value") else getattr(value, kind)
 
 
 def _early_stopping(value: int) -> bool | str:
