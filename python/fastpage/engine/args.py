@@ -186,11 +186,11 @@ class EngineArgs:
         metavar="N",
         type=int,
     )
-    enable_kv_events: bool = _arg(
-        False,
+    enable_kv_events: bool | None = _arg(
+        None,
         "Memory and batching",
-        "tell routers which prefixes are cached, so that they send a request where its own is "
-        "(default: off)",
+        "tell gateways which prefixes are cached, so that they send a request where its own is "
+        "(default: on where the worker protocol is served, see the extra smg)",
         action=argparse.BooleanOptionalAction,
     )
     scheduling_policy: str = _arg(
@@ -263,9 +263,13 @@ class EngineArgs:
                 )
         if self.cpu_affinity is not None:
             parse_cpus(self.cpu_affinity)
-        for name in ("enable_prefix_caching", "enable_kv_events", "async_scheduling"):
+        for name in ("enable_prefix_caching", "async_scheduling"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"{name}={getattr(self, name)!r} is not True or False")
+        if not isinstance(self.enable_kv_events, bool | None):
+            raise InvalidArgument(
+                f"enable_kv_events={self.enable_kv_events!r} is not True or False"
+            )
         if not self.generation_config or not isinstance(self.generation_config, str):
             raise InvalidArgument(
                 f"generation_config={self.generation_config!r} is not auto, vllm or a directory"

@@ -339,7 +339,7 @@ def _engine_config(args: EngineArgs, info: ModelInfo) -> _C.EngineConfig:
         long_prefill_token_threshold=args.long_prefill_token_threshold,
         max_num_partial_prefills=args.max_num_partial_prefills,
         enable_prefix_caching=args.enable_prefix_caching,
-        enable_kv_events=args.enable_kv_events,
+        enable_kv_events=bool(args.enable_kv_events),
         policy=args.scheduling_policy,
         num_speculative_tokens=info.num_speculative_tokens,
         prompt_lookup_min=args.prompt_lookup_min,

@@ -54,7 +54,8 @@ class Frontend(Protocol):
 
 
 class MakeFrontends(Protocol):
-    """Checks the options (ValueError: one line) and imports what the frontends need."""
+    """Checks the options (ValueError: one line) and imports what the frontends need. May turn on
+    in the options what they need of the engine."""
 
     def __call__(self, options: argparse.Namespace) -> Sequence[Frontend]: ...
 
@@ -93,8 +94,8 @@ def run(
     try:
         if not 0 <= options.drain_timeout < float("inf"):
             raise ValueError(f"--drain-timeout {options.drain_timeout} is not a number >= 0")
-        args = EngineArgs.from_cli_args(options)
         frontends = make_frontends(options)
+        args = EngineArgs.from_cli_args(options)
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
     from fastpage.engine import async_engine as _  # noqa: F401

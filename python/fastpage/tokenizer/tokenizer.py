@@ -66,9 +66,10 @@ class Tokenizer:
 
         return build_tokenizer(metadata, source)
 
-    def save(self, path: Path) -> None:
-        """Writes a tokenizer.json, for other programs. Chat templates are not part of it."""
-        self._backend.save(str(path))
+    def to_json(self) -> str:
+        """As tokenizer.json, for other programs. Chat templates are not part of it."""
+        text: str = self._backend.to_str()
+        return text
 
     # ------------------------------------------------------------ text and tokens
 

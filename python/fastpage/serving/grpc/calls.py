@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 
-from fastpage.engine.async_engine import DuplicateRequestId, RequestStream
+from fastpage.engine.async_engine import DuplicateRequestId
 from fastpage.engine.core import EngineStopped
 from fastpage.errors import InvalidArgument, ResourceExhausted
-from fastpage.outputs import RequestOutput
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Outputs(Protocol[T_co]):
+    """A RequestStream, or what wraps one."""
+
+    def __aiter__(self) -> AsyncIterator[T_co]: ...
+
+    def abort(self) -> None: ...
 
 
 class ModelNotFound(InvalidArgument):
@@ -60,9 +70,9 @@ def _retry_hint(error: Exception) -> tuple[tuple[str, str], ...]:
 
 
 async def write_outputs(
-    stream: RequestStream,
+    stream: Outputs[T],
     context: grpc.aio.ServicerContext,
-    to_messages: Callable[[RequestOutput], Iterable[Any]],
+    to_messages: Callable[[T], Iterable[Any]],
     slow_client_timeout: float,
 ) -> None:
     """Writes what becomes of a request to its client, and ends the call with the status of what

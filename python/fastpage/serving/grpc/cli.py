@@ -64,9 +64,15 @@ def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
     if options.channelz and importlib.util.find_spec("grpc_channelz") is None:
         raise ValueError("--channelz: pip install 'fastpage[channelz]'")
     from fastpage.serving.grpc.listening import Address
-    from fastpage.serving.grpc.server import GrpcServer, GrpcServerConfig
+    from fastpage.serving.grpc.server import GrpcServer, GrpcServerConfig, GrpcService
     from fastpage.serving.grpc.service import FastpageService
+    from fastpage.serving.worker import create_worker_service
 
+    services: list[GrpcService] = [FastpageService(options.slow_client_timeout)]
+    if worker := create_worker_service(options.slow_client_timeout):
+        services.append(worker)
+        if options.enable_kv_events is None:
+            options.enable_kv_events = True
     config = GrpcServerConfig(
         address=Address(options.host, options.port, options.address),
         tls=security.TlsFiles.from_options(options),
@@ -74,7 +80,7 @@ def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
         max_message_bytes=options.max_message_bytes,
         channelz=options.channelz,
     )
-    return [GrpcServer([FastpageService(options.slow_client_timeout)], config)]
+    return [GrpcServer(services, config)]
 
 
 if __name__ == "__main__":
