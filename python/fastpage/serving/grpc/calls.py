@@ -101,7 +101,7 @@ async def write_outputs(
         stream.abort()
 
 
-async def last_output(stream: RequestStream) -> RequestOutput:
+async def last_output(stream: Outputs[T]) -> T:
     """The output of a FINAL_ONLY stream. The request is given up if the caller goes away."""
     try:
         async for output in stream:
