@@ -27,7 +27,7 @@ GXX ?= g++
 CLANGXX ?= $(firstword $(foreach c,clang++ clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,\
   $(shell command -v $(c) 2>/dev/null)))
 
-.PHONY: help demo test format check-format bench bench-peers bench-kernels bench-scheduler bench-server check-model sanitize fuzz fuzz-readers faults clean cpp-gcc cpp-clang pytest googletest
+.PHONY: help demo test format check-format bench bench-peers bench-kernels bench-scheduler bench-server check-model sanitize fuzz fuzz-readers faults soak clean cpp-gcc cpp-clang pytest googletest
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/' | expand -t 22
@@ -153,6 +153,12 @@ SEED ?= 6
 faults: $(DEV_DONE)  ## what clients, networks and signals do to a server, with FAULTS=10000 malformed requests
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
 	@FASTPAGE_FAULTS=$(FAULTS) FASTPAGE_SEED=$(SEED) $(VENV)/bin/pytest -v -s --timeout 0 tests/python/test_faults.py
+
+# SECONDS: how long.
+soak: SECONDS = 600
+soak: $(DEV_DONE)  ## a server at saturation for SECONDS=600, every stream compared with the offline result
+	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
+	@FASTPAGE_SOAK_SECONDS=$(SECONDS) FASTPAGE_SEED=$(SEED) $(VENV)/bin/pytest -q -s --timeout 0 tests/python/test_soak.py
 
 bench: $(DEV_DONE)  ## offline throughput, one stream and a long prompt, against transformers
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
