@@ -9,11 +9,16 @@ from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from smg_grpc_proto import vllm_engine_pb2 as vllm
+
+from fastpage.v1 import fastpage_pb2 as pb
 
 INF, NAN = float("inf"), float("nan")
 FLOATS = (0.0, -0.0, 1e-45, 0.5, 1.0, 2.5, -1.0, 100.0, 3.4e38, -3.4e38, INF, -INF, NAN)
 # The vocabulary of the model behind has 803 entries, its context 4,096.
 INTEGERS = (0, 1, 2, 3, 16, 20, 100, 802, 803, 4095, 4096, 10_000, 2**31 - 1)
+MOST_NESTED = 12
 NEGATIVE = (-1, -2, -1000, -(2**31))
 STRINGS = (
     "",
@@ -56,7 +61,7 @@ def repeat(rng: Random, data: bytes) -> bytes:
 
 def nest(rng: Random, data: bytes) -> bytes:
     """The message as its own field `field`, and that again, 200 deep: for readers that recurse."""
-    field = bytes([rng.choice((0x1A, 0x52, 0x5A, 0x0A))])
+    field = bytes([rng.choice((0x0A, 0x12, 0x1A, 0x52, 0x5A, 0x6A))])
     for _ in range(200):
         size, length = len(data), b""
         while size > 127:
@@ -89,32 +94,33 @@ class MalformedMessages:
             return message.SerializeToString()
         return self._rng.choice(DAMAGES)(self._rng, message.SerializeToString())
 
-    def _change(self, message: Message) -> None:
-        """Sets one field to anything that its type can hold, at any depth."""
+    def _change(self, message: Message, depth: int = 0) -> None:
+        """Sets one field to anything that its type can hold, in some message within it."""
         fields = message.DESCRIPTOR.fields
-        if not fields:
+        if not fields or depth == MOST_NESTED:
             return
         field = self._rng.choice(fields)
         if field.message_type is not None and not is_repeated(field):
-            self._change(getattr(message, field.name))
+            self._change(getattr(message, field.name), depth + 1)
         elif is_map(field):
-            self._change_map(getattr(message, field.name), field.message_type)
+            self._change_map(getattr(message, field.name), field.message_type, depth + 1)
         elif is_repeated(field):
             values = getattr(message, field.name)
             nested = field.message_type is not None
-            for _ in range(self._rng.choice((0, 1, 3, 30 if nested else 1000))):
+            for _ in range(self._rng.choice((0, 1, 3, 10 if nested else 1000))):
                 if nested:
-                    self._change(values.add())
+                    self._change(values.add(), depth + 1)
                 else:
                     values.append(self._value(field))
         else:
             setattr(message, field.name, self._value(field))
 
-    def _change_map(self, entries: Any, entry: Descriptor) -> None:
+    def _change_map(self, entries: Any, entry: Descriptor, depth: int) -> None:
         key, value = entry.fields_by_name["key"], entry.fields_by_name["value"]
-        for _ in range(self._rng.choice((1, 3, 300))):
-            if value.message_type is not None:
-                self._change(entries[self._value(key)])
+        nested = value.message_type is not None
+        for _ in range(self._rng.choice((1, 3, 5 if nested else 300))):
+            if nested:
+                self._change(entries[self._value(key)], depth)
             else:
                 entries[self._value(key)] = self._value(value)
 
@@ -140,6 +146,65 @@ def is_repeated(field: FieldDescriptor) -> bool:
 
 def is_map(field: FieldDescriptor) -> bool:
     return field.message_type is not None and field.message_type.GetOptions().map_entry
+
+
+# ---------------------------------------------------------------- what is damaged
+
+SERVICES = ("fastpage.v1.Fastpage", "vllm.grpc.engine.VllmEngine")
+PROMPT = "parser = argparse.ArgumentParser("
+IDS = range(100, 140)
+
+
+def valid_messages(service: str) -> dict[str, list[Message]]:
+    """For every method of the service, by its path."""
+    known = fastpage_messages() if service.startswith("fastpage") else vllm_messages()
+    file = pb if service.startswith("fastpage") else vllm
+    methods = file.DESCRIPTOR.services_by_name[service.rpartition(".")[2]].methods
+    found: dict[str, list[Message]] = {}
+    for method in methods:
+        kind = GetMessageClass(method.input_type)
+        found[f"/{service}/{method.name}"] = [m for m in known if type(m) is kind] or [kind()]
+    return found
+
+
+def fastpage_messages() -> list[Message]:
+    sampling = pb.SamplingParams(temperature=0.9, seed=1, max_tokens=3)
+    common: dict[str, Any] = {"sampling_params": sampling}
+    chat = [pb.ChatMessage(role="user", content="x"), pb.ChatMessage(role="system", content="y")]
+    full = pb.SamplingParams(n=2, best_of=3, logprobs=2, prompt_logprobs=1, max_tokens=4)
+    beams = pb.SamplingParams(n=2, beam_width=3, max_tokens=4, temperature=0)
+    stops = pb.SamplingParams(stop=["e", "import"], stop_token_ids=[5], max_tokens=30)
+    ids = pb.TokenIds(ids=IDS)
+    variables = {"a": {"b": [1, True, None, {"c": "x" * 40}]}}
+    return [
+        pb.GenerateRequest(text=PROMPT, **common),
+        pb.GenerateRequest(token_ids=ids, request_id="the same id", **common),
+        pb.GenerateRequest(text=PROMPT, sampling_params=full),
+        pb.GenerateRequest(token_ids=ids, sampling_params=beams),
+        pb.GenerateRequest(text=PROMPT, sampling_params=stops),
+        pb.ChatRequest(messages=chat, **common),
+        pb.ChatRequest(messages=chat, template_kwargs=variables, **common),
+        pb.AbortRequest(request_id="the same id"),
+        pb.TokenizeRequest(text=PROMPT, return_tokens=True),
+        pb.TokenizeRequest(conversation=pb.Conversation(messages=chat, template_kwargs=variables)),
+        pb.DetokenizeRequest(token_ids=IDS),
+    ]
+
+
+def vllm_messages() -> list[Message]:
+    tokenized = vllm.TokenizedInput(original_text=PROMPT, input_ids=IDS)
+    sampling = vllm.SamplingParams(temperature=0.9, seed=1, max_tokens=3)
+    stops = vllm.SamplingParams(stop=["e", "import"], n=2, logprobs=2, max_tokens=30)
+    return [
+        vllm.GenerateRequest(
+            request_id="the same id", tokenized=tokenized, sampling_params=sampling, stream=True
+        ),
+        vllm.GenerateRequest(request_id="one", tokenized=tokenized, sampling_params=stops),
+        vllm.GenerateRequest(request_id="two", text=PROMPT, sampling_params=sampling, stream=True),
+        vllm.EmbedRequest(request_id="three", tokenized=tokenized),
+        vllm.AbortRequest(request_ids=["the same id", "one"]),
+        vllm.GetLoadsRequest(include=["all"]),
+    ]
 
 
 # ---------------------------------------------------------------- JSON

@@ -25,9 +25,8 @@ from typing import Any
 import grpc
 import pytest
 import raw_http2 as h2
-from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
-from malformed import MalformedMessages
+from malformed import PROMPT, SERVICES, MalformedMessages, valid_messages
 from server_process import (
     GRPC,
     NOT_SERVING,
@@ -45,7 +44,8 @@ from fastpage.v1 import fastpage_pb2 as pb
 NUM_MALFORMED = int(os.environ.get("FASTPAGE_FAULTS", "1500"))
 SEED = int(os.environ.get("FASTPAGE_SEED", "6"))
 OPTIONS = ("--num-kv-blocks", "256", "--max-num-seqs", "16", "--max-num-waiting", "64")
-PROMPT = "parser = argparse.ArgumentParser("
+OPTIONS += ("--enable-kv-events",)
+
 
 # What a server may say to a request that it does not serve.
 REFUSALS = {
@@ -288,44 +288,25 @@ def test_expired_deadlines(server: ServerProcess, expected: list[int]) -> None:
 # ---------------------------------------------------------------- requests that are none
 
 
-def valid_requests() -> dict[str, list[Message]]:
-    """By method: what is changed and damaged."""
-    sampling = pb.SamplingParams(temperature=0.9, seed=1, max_tokens=3)
-    common: dict[str, Any] = {"sampling_params": sampling}
-    chat = [pb.ChatMessage(role="user", content="x"), pb.ChatMessage(role="system", content="y")]
-    full = pb.SamplingParams(n=2, best_of=3, logprobs=2, prompt_logprobs=1, max_tokens=4)
-    beams = pb.SamplingParams(n=2, beam_width=3, max_tokens=4, temperature=0)
-    stops = pb.SamplingParams(stop=["e", "import"], stop_token_ids=[5], max_tokens=30)
-    ids = pb.TokenIds(ids=range(100, 140))
-    return {
-        "/fastpage.v1.Fastpage/Generate": [
-            pb.GenerateRequest(text=PROMPT, **common),
-            pb.GenerateRequest(token_ids=ids, request_id="the same id", **common),
-            pb.GenerateRequest(text=PROMPT, sampling_params=full),
-            pb.GenerateRequest(token_ids=ids, sampling_params=beams),
-            pb.GenerateRequest(text=PROMPT, sampling_params=stops),
-        ],
-        "/fastpage.v1.Fastpage/Chat": [pb.ChatRequest(messages=chat, **common)],
-        "/fastpage.v1.Fastpage/Abort": [pb.AbortRequest(request_id="the same id")],
-        "/fastpage.v1.Fastpage/GetModelInfo": [pb.GetModelInfoRequest()],
-        "/fastpage.v1.Fastpage/GetServerStats": [pb.GetServerStatsRequest()],
-    }
-
-
 async def answer(client: GrpcClient, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
-    call = client.channel.unary_stream(method)(data, timeout=60)
+    endless = method.endswith("/SubscribeKvEvents")
+    call = client.channel.unary_stream(method)(data, timeout=0.2 if endless else 60.0)
     try:
         async for _ in call:
             pass
     except grpc.aio.AioRpcError as error:
-        return error.code(), error.details() or ""
+        if not (endless and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED):
+            return error.code(), error.details() or ""
     return grpc.StatusCode.OK, ""
 
 
-def test_malformed_messages(server: ServerProcess, expected: list[int]) -> None:
+@pytest.mark.parametrize("service", SERVICES)
+def test_malformed_messages(server: ServerProcess, expected: list[int], service: str) -> None:
     rng = Random(SEED)
-    methods = {m: MalformedMessages(rng, valid) for m, valid in valid_requests().items()}
-    names = [GENERATE] * 6 + list(methods)
+    methods = {m: MalformedMessages(rng, v) for m, v in valid_messages(service).items()}
+    # Half of them to those that generate.
+    names = [name for name in methods if name.endswith(("/Generate", "/Chat"))] * len(methods)
+    names += [name for name in methods for _ in range(2)]
     statuses: collections.Counter[str] = collections.Counter()
 
     async def one(client: GrpcClient) -> None:
@@ -346,7 +327,7 @@ def test_malformed_messages(server: ServerProcess, expected: list[int]) -> None:
         await asyncio.gather(*(many(client, NUM_MALFORMED // (9 * 16) + 1) for _ in range(16)))
 
     inflict(server, expected, fault, rounds=9)
-    print(f"seed {SEED}: {dict(statuses)}")
+    print(f"{service}, seed {SEED}: {dict(statuses)}")
     assert len(statuses) > 2
 
 
