@@ -32,7 +32,8 @@ void bind_outputs(py::module_& m) {
       .def_readonly("num_output_tokens", &R::num_output_tokens)
       .def_readonly("num_cached_tokens", &R::num_cached_tokens)
       .def_readonly("cumulative_logprob", &R::cumulative_logprob)
-      .def_readonly("score", &R::score);
+      .def_readonly("score", &R::score)
+      .def_readonly("queue_seconds", &R::queue_seconds);
 
   using S = StepOutput;
   py::class_<S>(m, "StepOutput")
@@ -51,7 +52,10 @@ void bind_stats(py::module_& m) {
       .def_readonly("num_computed_tokens", &S::num_computed_tokens)
       .def_readonly("num_generated_tokens", &S::num_generated_tokens)
       .def_readonly("schedule_seconds", &S::schedule_seconds)
-      .def_readonly("model_seconds", &S::model_seconds);
+      .def_readonly("prepare_seconds", &S::prepare_seconds)
+      .def_readonly("model_seconds", &S::model_seconds)
+      .def_readonly("sample_seconds", &S::sample_seconds)
+      .def_readonly("output_seconds", &S::output_seconds);
 }
 
 RequestId add_request(Engine& self, const py::object& prompt_token_ids,

@@ -40,6 +40,7 @@ void bind_scheduler_config(py::module_& m) {
       .def_readwrite("max_num_batched_tokens", &C::max_num_batched_tokens)
       .def_readwrite("max_model_len", &C::max_model_len)
       .def_readwrite("max_num_waiting", &C::max_num_waiting)
+      .def_readwrite("max_num_waiting_tokens", &C::max_num_waiting_tokens)
       .def_readwrite("long_prefill_token_threshold", &C::long_prefill_token_threshold)
       .def_readwrite("max_num_partial_prefills", &C::max_num_partial_prefills)
       .def_readwrite("enable_prefix_caching", &C::enable_prefix_caching)
@@ -60,6 +61,7 @@ void bind_scheduler_stats(py::module_& m) {
   using S = SchedulerStats;
   py::class_<S>(m, "SchedulerStats")
       .def_readonly("num_waiting", &S::num_waiting)
+      .def_readonly("num_waiting_tokens", &S::num_waiting_tokens)
       .def_readonly("num_running", &S::num_running)
       .def_readonly("num_blocks", &S::num_blocks)
       .def_readonly("num_free_blocks", &S::num_free_blocks)

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
 #include <map>
 #include <mutex>
 #include <set>
@@ -29,7 +30,10 @@ TEST(Engine, RunsARequestToItsEnd) {
   EXPECT_EQ(stats.num_computed_tokens, 10);
   EXPECT_EQ(stats.num_generated_tokens, 6);
   EXPECT_GT(stats.schedule_seconds, 0);
+  EXPECT_GT(stats.prepare_seconds, 0);
   EXPECT_GT(stats.model_seconds, 0);
+  EXPECT_EQ(stats.sample_seconds, 0);  // the fake model does not say
+  EXPECT_GT(stats.output_seconds, 0);
   EXPECT_FALSE(f.engine.abort(id));
   EXPECT_EQ(f.engine.step().step_id, -1);
 }
@@ -93,6 +97,56 @@ TEST(Engine, AFullQueueIsRefusedWhenItsRequestsHaveReachedTheScheduler) {
   for (const auto& [key, outputs] : f.drain()) {
     EXPECT_EQ(outputs.back().finish_reason, FinishReason::kLength);
   }
+}
+
+TEST(Engine, AQueueThatHoldsTooManyTokensIsRefused) {
+  EngineConfig config = small_config();
+  config.scheduler.max_num_seqs = 1;
+  config.scheduler.max_num_waiting_tokens = 5;
+  Fixture f(config);
+  f.engine.add_request(request(std::vector<TokenId>(9, 1)));  // longer, but alone
+  EXPECT_EQ(f.engine.stats().scheduler.num_waiting_tokens, 9);
+  EXPECT_EQ(error_of<ResourceExhausted>([&] { f.engine.add_request(request({2})); }),
+            "the queue is full: 9 prompt tokens waiting and 1 more, max_num_waiting_tokens 5: try "
+            "again later");
+  f.engine.step();
+  EXPECT_EQ(f.engine.stats().scheduler.num_waiting_tokens, 0);
+  Request two = request({2, 3, 4});
+  two.params.n = 2;  // one prompt
+  const RequestId id = f.engine.add_request(two);
+  f.engine.step();
+  EXPECT_EQ(f.engine.stats().scheduler.num_waiting_tokens, 3);
+  EXPECT_THROW(f.engine.add_request(request({5, 6, 7})), ResourceExhausted);
+  f.engine.add_request(request({5, 6}));
+  f.engine.abort(id, 1);
+  EXPECT_EQ(f.engine.stats().scheduler.num_waiting_tokens, 5);
+  f.engine.abort(id);
+  EXPECT_EQ(f.engine.stats().scheduler.num_waiting_tokens, 2);
+  f.drain();
+  EXPECT_EQ(f.engine.stats().scheduler.num_waiting_tokens, 0);
+}
+
+TEST(Engine, SaysHowLongARequestHasWaited) {
+  EngineConfig config = small_config();
+  config.scheduler.max_num_seqs = 1;
+  config.scheduler.max_num_batched_tokens = 4;
+  Fixture f(config);
+  const RequestId first = f.engine.add_request(request({1, 2, 3, 4, 5, 6, 7, 8, 9}));
+  const RequestId second = f.engine.add_request(request({1}));
+  const RequestId third = f.engine.add_request(request({2}));
+  const auto added = std::chrono::steady_clock::now();
+  f.engine.step();
+  const auto stepped = std::chrono::steady_clock::now();
+  f.engine.abort(third);
+  auto outputs = f.drain();
+  const double least = std::chrono::duration<double>(stepped - added).count();
+  const auto waited = [&](RequestId id) { return outputs[{id, 0}].front().queue_seconds; };
+  EXPECT_GT(waited(first), 0);
+  EXPECT_LT(waited(first), waited(second));
+  EXPECT_GE(waited(second), least);
+  EXPECT_GE(waited(third), least);
+  const double said_last = outputs[{second, 0}].back().queue_seconds;
+  EXPECT_EQ(said_last, waited(second));
 }
 
 TEST(Engine, SamplesOfOneRequestDifferBySeedAndIndexOnly) {

@@ -76,6 +76,7 @@ inline SchedulerConfig random_config(Choices* choices) {
   config.prompt_lookup_max = config.prompt_lookup_min + choices->between(0, 2);
   config.enable_kv_events = choices->one_in(3);
   if (choices->one_in(8)) config.max_num_waiting = choices->between(1, 20);
+  if (choices->one_in(8)) config.max_num_waiting_tokens = choices->between(1, 100);
   config.hash_key_lo = choices->below(~uint64_t{0});
   config.hash_key_hi = choices->below(~uint64_t{0});
   config.eos_token_ids = {0, 1};

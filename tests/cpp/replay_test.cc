@@ -221,6 +221,7 @@ SchedulerConfig random_config(uint64_t seed) {
   config.long_prefill_token_threshold = random.of({0, 6});
   config.max_num_partial_prefills = random.of({0, 1});
   config.max_num_waiting = random.of({8, 1000});
+  config.max_num_waiting_tokens = random.of({0, 100});
   config.policy = random.of({SchedulingPolicy::kFcfs, SchedulingPolicy::kPriority});
   config.max_steps_in_flight = random.of({1, 2});
   config.num_speculative_tokens = random.of({0, 3});

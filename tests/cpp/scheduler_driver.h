@@ -151,6 +151,7 @@ class SchedulerDriver {
   };
 
   int32_t num_never_admitted() const;  // samples
+  bool too_many_tokens(size_t num_added) const;
   InputBatch* free_batch();
   Told* told(RequestId id) {
     const auto it = live_.find(id);
@@ -203,7 +204,8 @@ inline bool SchedulerDriver::add(SequenceRequest request) {
   RequestId id = 0;
   bool exhausted = false;
   const bool queue_is_full =
-      num_never_admitted() + told.request.params.num_samples() > config_.max_num_waiting;
+      num_never_admitted() + told.request.params.num_samples() > config_.max_num_waiting ||
+      too_many_tokens(told.request.prompt_token_ids.size());
   try {
     id = scheduler_.add_request(std::move(request));
   } catch (const InvalidArgument&) {
@@ -232,6 +234,15 @@ inline bool SchedulerDriver::add(SequenceRequest request) {
   live_.emplace(id, std::move(told));
   idle_steps_ = 0;
   return true;
+}
+
+inline bool SchedulerDriver::too_many_tokens(size_t num_added) const {
+  int64_t count = 0;
+  for (const auto& [id, told] : live_) {
+    if (!told.admitted) count += static_cast<int64_t>(told.request.prompt_token_ids.size());
+  }
+  return config_.max_num_waiting_tokens > 0 && count > 0 &&
+         count + static_cast<int64_t>(num_added) > config_.max_num_waiting_tokens;
 }
 
 inline int32_t SchedulerDriver::num_never_admitted() const {

@@ -21,9 +21,10 @@ TEST(SchedulerConfig, NamesTheFieldThatIsWrong) {
   for (int32_t SchedulerConfig::* field :
        {&SchedulerConfig::block_size, &SchedulerConfig::max_num_seqs,
         &SchedulerConfig::max_num_batched_tokens, &SchedulerConfig::max_model_len,
-        &SchedulerConfig::max_num_waiting, &SchedulerConfig::long_prefill_token_threshold,
-        &SchedulerConfig::max_num_partial_prefills, &SchedulerConfig::num_host_blocks,
-        &SchedulerConfig::max_steps_in_flight, &SchedulerConfig::num_speculative_tokens}) {
+        &SchedulerConfig::max_num_waiting, &SchedulerConfig::max_num_waiting_tokens,
+        &SchedulerConfig::long_prefill_token_threshold, &SchedulerConfig::max_num_partial_prefills,
+        &SchedulerConfig::num_host_blocks, &SchedulerConfig::max_steps_in_flight,
+        &SchedulerConfig::num_speculative_tokens}) {
     config = small_config();
     config.*field = -1;
     EXPECT_THROW(config.validate(), InvalidArgument);

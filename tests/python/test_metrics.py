@@ -235,7 +235,7 @@ def test_values_after_known_work() -> None:
             assert scrape("fastpage:step_seconds_count") == steps
             phases = sum(
                 scrape("fastpage:step_phase_seconds_total", phase=phase)
-                for phase in ("schedule", "model")
+                for phase in ("schedule", "prepare", "model", "sample", "output")
             )
             assert scrape("fastpage:step_seconds_sum") == pytest.approx(phases)
 

@@ -49,6 +49,9 @@ struct RequestOutput {
   // Of all output tokens so far; 0 unless logprobs were asked for, best_of > n, or beams.
   double cumulative_logprob = 0;
   float score = 0;  // beams only: see SamplingParams::length_penalty
+  // From add_request() to the first step that computed something of the request; to its end if none
+  // did.
+  double queue_seconds = 0;
 };
 
 struct StepOutput {
@@ -67,8 +70,12 @@ struct EngineStats {
   int64_t num_steps = 0;
   int64_t num_computed_tokens = 0;
   int64_t num_generated_tokens = 0;
-  double schedule_seconds = 0;  // that step() spent so far on: schedule + prepare + update,
-  double model_seconds = 0;     // the runner's execute and wait
+  // What step() has spent so far on
+  double schedule_seconds = 0;  // taking in requests and deciding steps,
+  double prepare_seconds = 0;   // laying out their inputs,
+  double model_seconds = 0;     // the runner's execute() and wait(), but for
+  double sample_seconds = 0;    // its sampling, if it says how long that took,
+  double output_seconds = 0;    // taking in the tokens and making the outputs.
 };
 
 class Engine {

@@ -95,6 +95,7 @@ struct ModelRunnerOutput {
   // Empty, or one per sampling_rows entry (an entry that asked for none is empty).
   std::vector<TokenLogprobs> logprobs;
   std::vector<TokenLogprobs> prompt_logprobs;  // one per prompt_logprob_rows entry
+  double sample_seconds = 0;  // of the step's time, what was spent on this; 0 if unknown
 };
 
 }  // namespace fastpage

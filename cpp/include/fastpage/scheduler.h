@@ -26,6 +26,8 @@ struct SchedulerConfig {
   int32_t max_num_batched_tokens = 2048;  // per step
   int32_t max_model_len = 2048;           // prompt + output
   int32_t max_num_waiting = 1 << 20;      // never yet admitted; more are refused
+  // Of their prompts, each once; 0 = no limit. A request that waits alone may be longer.
+  int32_t max_num_waiting_tokens = 0;
   // Fairness among prompts: of one sequence at most that many tokens a step, 0 = no cap; ...
   int32_t long_prefill_token_threshold = 0;
   // ... and at most that many sequences with a prompt partly computed, 0 = no cap. Prompts that fit
@@ -110,6 +112,7 @@ struct SchedulerStats {
   int32_t num_waiting = 0;         // sequences, preempted ones included
   int32_t num_never_admitted = 0;  // of the waiting requests: all their samples, born or not; what
                                    // SchedulerConfig::max_num_waiting is the limit of
+  int64_t num_waiting_tokens = 0;  // of their prompts: max_num_waiting_tokens is the limit
   int32_t num_running = 0;
   int32_t num_blocks = 0;
   int32_t num_free_blocks = 0;  // cached ones that nobody holds count as free

@@ -60,10 +60,11 @@ void transfer(Archive& archive, FrontEndMessage& message) {
 template <typename Archive>
 void transfer(Archive& archive, RequestOutput& output) {
   auto& [request_id, index, new_token_ids, logprobs, prompt_logprobs, finish_reason, stop_token_id,
-         num_prompt_tokens, num_output_tokens, num_cached_tokens, cumulative_logprob, score] =
-      output;
+         num_prompt_tokens, num_output_tokens, num_cached_tokens, cumulative_logprob, score,
+         queue_seconds] = output;
   archive(request_id, index, new_token_ids, logprobs, prompt_logprobs, finish_reason, stop_token_id,
-          num_prompt_tokens, num_output_tokens, num_cached_tokens, cumulative_logprob, score);
+          num_prompt_tokens, num_output_tokens, num_cached_tokens, cumulative_logprob, score,
+          queue_seconds);
 }
 
 template <typename Archive>
@@ -86,24 +87,24 @@ void transfer(Archive& archive, StepOutput& step) {
 
 template <typename Archive>
 void transfer(Archive& archive, SchedulerStats& stats) {
-  auto& [num_waiting, num_never_admitted, num_running, num_blocks, num_free_blocks, num_host_blocks,
-         num_cached_host_blocks, num_preemptions, num_preemptions_swap, prefix_cache_queries,
-         prefix_cache_hits, preempted_cache_queries, preempted_cache_hits, num_blocks_swapped_out,
-         num_blocks_swapped_in, num_blocks_copied, num_draft_tokens, num_accepted_tokens,
-         kv_slots_allocated, kv_slots_used] = stats;
-  archive(num_waiting, num_never_admitted, num_running, num_blocks, num_free_blocks,
-          num_host_blocks, num_cached_host_blocks, num_preemptions, num_preemptions_swap,
-          prefix_cache_queries, prefix_cache_hits, preempted_cache_queries, preempted_cache_hits,
-          num_blocks_swapped_out, num_blocks_swapped_in, num_blocks_copied, num_draft_tokens,
-          num_accepted_tokens, kv_slots_allocated, kv_slots_used);
+  auto& [num_waiting, num_never_admitted, num_waiting_tokens, num_running, num_blocks,
+         num_free_blocks, num_host_blocks, num_cached_host_blocks, num_preemptions,
+         num_preemptions_swap, prefix_cache_queries, prefix_cache_hits, preempted_cache_queries,
+         preempted_cache_hits, num_blocks_swapped_out, num_blocks_swapped_in, num_blocks_copied,
+         num_draft_tokens, num_accepted_tokens, kv_slots_allocated, kv_slots_used] = stats;
+  archive(num_waiting, num_never_admitted, num_waiting_tokens, num_running, num_blocks,
+          num_free_blocks, num_host_blocks, num_cached_host_blocks, num_preemptions,
+          num_preemptions_swap, prefix_cache_queries, prefix_cache_hits, preempted_cache_queries,
+          preempted_cache_hits, num_blocks_swapped_out, num_blocks_swapped_in, num_blocks_copied,
+          num_draft_tokens, num_accepted_tokens, kv_slots_allocated, kv_slots_used);
 }
 
 template <typename Archive>
 void transfer(Archive& archive, EngineStats& stats) {
   auto& [scheduler, num_steps, num_computed_tokens, num_generated_tokens, schedule_seconds,
-         model_seconds] = stats;
+         prepare_seconds, model_seconds, sample_seconds, output_seconds] = stats;
   archive(scheduler, num_steps, num_computed_tokens, num_generated_tokens, schedule_seconds,
-          model_seconds);
+          prepare_seconds, model_seconds, sample_seconds, output_seconds);
 }
 
 template <typename Archive>

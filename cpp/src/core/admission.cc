@@ -59,6 +59,7 @@ void SchedulerConfig::validate() const {
   check_range("max_num_batched_tokens", max_num_batched_tokens, 1, 1 << 24);
   check_range("max_model_len", max_model_len, 2, 1 << 28);
   check_range("max_num_waiting", max_num_waiting, 1, kMaxWaiting);
+  check_range("max_num_waiting_tokens", max_num_waiting_tokens, 0, kMax);
   check_range("long_prefill_token_threshold", long_prefill_token_threshold, 0, kMax);
   check_range("max_num_partial_prefills", max_num_partial_prefills, 0, kMax);
   check_range("max_steps_in_flight", max_steps_in_flight, 1, 2);
@@ -114,15 +115,24 @@ void check_fits(const SchedulerConfig& config, size_t num_prompt_tokens,
   }
 }
 
-void check_queue(const SchedulerConfig& config, int64_t num_waiting, int64_t num_new) {
-  if (num_new > config.max_num_waiting) {
-    throw InvalidArgument("n is " + std::to_string(num_new) + ": more than max_num_waiting " +
-                          std::to_string(config.max_num_waiting) + " can never queue up");
+void check_queue(const SchedulerConfig& config, const QueueLoad& waiting, const QueueLoad& added) {
+  if (added.num_sequences > config.max_num_waiting) {
+    throw InvalidArgument("n is " + std::to_string(added.num_sequences) +
+                          ": more than max_num_waiting " + std::to_string(config.max_num_waiting) +
+                          " can never queue up");
   }
-  if (num_waiting + num_new > config.max_num_waiting) {
-    throw ResourceExhausted("the queue is full: " + std::to_string(num_waiting) +
+  if (waiting.num_sequences + added.num_sequences > config.max_num_waiting) {
+    throw ResourceExhausted("the queue is full: " + std::to_string(waiting.num_sequences) +
                             " waiting, max_num_waiting " + std::to_string(config.max_num_waiting) +
                             ": try again later");
+  }
+  if (config.max_num_waiting_tokens > 0 && waiting.num_prompt_tokens > 0 &&
+      waiting.num_prompt_tokens + added.num_prompt_tokens > config.max_num_waiting_tokens) {
+    throw ResourceExhausted("the queue is full: " + std::to_string(waiting.num_prompt_tokens) +
+                            " prompt tokens waiting and " +
+                            std::to_string(added.num_prompt_tokens) +
+                            " more, max_num_waiting_tokens " +
+                            std::to_string(config.max_num_waiting_tokens) + ": try again later");
   }
 }
 

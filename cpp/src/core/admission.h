@@ -13,8 +13,14 @@ int32_t final_length(const SchedulerConfig& config, size_t num_prompt_tokens,
 void check_fits(const SchedulerConfig& config, size_t num_prompt_tokens,
                 const SamplingParams& params);
 
-// Throws ResourceExhausted if `num_new` more do not fit into the queue now, InvalidArgument if they
-// never will.
-void check_queue(const SchedulerConfig& config, int64_t num_waiting, int64_t num_new);
+// What waits and was never admitted, or is about to.
+struct QueueLoad {
+  int64_t num_sequences = 0;
+  int64_t num_prompt_tokens = 0;  // each prompt once
+};
+
+// Throws ResourceExhausted if `added` does not fit into the queue now, InvalidArgument if it never
+// will.
+void check_queue(const SchedulerConfig& config, const QueueLoad& waiting, const QueueLoad& added);
 
 }  // namespace fastpage

@@ -22,7 +22,7 @@
 namespace fastpage {
 
 inline constexpr char kLogMagic[] = "fpreplay";
-inline constexpr uint32_t kLogVersion = 1;
+inline constexpr uint32_t kLogVersion = 2;
 
 enum class Call : uint8_t {
   kAddRequest,
@@ -96,15 +96,15 @@ inline constexpr SchedulingPolicy kLastOf<SchedulingPolicy> = SchedulingPolicy::
 template <typename Archive>
 void transfer(Archive& log, SchedulerConfig& config) {
   auto& [num_blocks, num_host_blocks, block_size, max_num_seqs, max_num_batched_tokens,
-         max_model_len, max_num_waiting, long_prefill_token_threshold, max_num_partial_prefills,
-         enable_prefix_caching, policy, swap_cost_per_block, max_steps_in_flight,
-         num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, enable_kv_events,
-         hash_key_lo, hash_key_hi, eos_token_ids] = config;
+         max_model_len, max_num_waiting, max_num_waiting_tokens, long_prefill_token_threshold,
+         max_num_partial_prefills, enable_prefix_caching, policy, swap_cost_per_block,
+         max_steps_in_flight, num_speculative_tokens, prompt_lookup_min, prompt_lookup_max,
+         enable_kv_events, hash_key_lo, hash_key_hi, eos_token_ids] = config;
   log(num_blocks, num_host_blocks, block_size, max_num_seqs, max_num_batched_tokens, max_model_len,
-      max_num_waiting, long_prefill_token_threshold, max_num_partial_prefills,
-      enable_prefix_caching, policy, swap_cost_per_block, max_steps_in_flight,
-      num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, enable_kv_events, hash_key_lo,
-      hash_key_hi, eos_token_ids);
+      max_num_waiting, max_num_waiting_tokens, long_prefill_token_threshold,
+      max_num_partial_prefills, enable_prefix_caching, policy, swap_cost_per_block,
+      max_steps_in_flight, num_speculative_tokens, prompt_lookup_min, prompt_lookup_max,
+      enable_kv_events, hash_key_lo, hash_key_hi, eos_token_ids);
 }
 
 template <typename Archive>

@@ -76,6 +76,7 @@ struct Arrival {
 struct StepUnderWay {
   const SchedulerOutput* step = nullptr;
   InputBatch batch;
+  Clock::time_point begun;
 };
 
 }  // namespace
@@ -109,14 +110,16 @@ struct Engine::State {
   void fail();
   void abort_lost();
   void wait_for(int32_t first) noexcept;
-  void collect(const InputBatch& batch, const std::vector<SequenceUpdate>& updates,
+  void count_model_time(double waited, double sampled);
+  void collect(const StepUnderWay& done, const std::vector<SequenceUpdate>& updates,
                const ModelRunnerOutput& result, StepOutput* out);
   void deliver_best(Group* group, StepOutput* out);
   void finish(Group* group, int32_t index);
   void take_pending(StepOutput* out);
   void count_arriving(SchedulerStats* stats) const {
-    stats->num_waiting += static_cast<int32_t>(num_arriving);
-    stats->num_never_admitted += static_cast<int32_t>(num_arriving);
+    stats->num_waiting += static_cast<int32_t>(arriving.num_sequences);
+    stats->num_never_admitted += static_cast<int32_t>(arriving.num_sequences);
+    stats->num_waiting_tokens += arriving.num_prompt_tokens;
   }
   void refresh_snapshot();
 
@@ -138,7 +141,7 @@ struct Engine::State {
   std::vector<Arrival> arrivals;
   std::vector<Abort> aborts;
   std::vector<RequestOutput> pending;  // for the next StepOutput
-  int64_t num_arriving = 0;            // sequences among the arrivals
+  QueueLoad arriving;                  // the arrivals
   RequestId next_id = 1;
   bool woken = false;
   bool work_under_way = false;  // num_under_way > 0
@@ -155,12 +158,14 @@ RequestId Engine::State::add(Request request) {
                             ": not in [0, " + std::to_string(config.vocab_size) + ")");
     }
   }
-  const int32_t num_sequences = request.params.num_samples();
+  const QueueLoad added = {request.params.num_samples(),
+                           static_cast<int64_t>(request.prompt_token_ids.size())};
   auto group = std::make_unique<Group>(request.params, request.prompt_token_ids.size());
 
   std::lock_guard<std::mutex> lock(mutex);
-  check_queue(config.scheduler, snapshot.scheduler.num_never_admitted + num_arriving,
-              num_sequences);
+  SchedulerStats waiting = snapshot.scheduler;
+  count_arriving(&waiting);
+  check_queue(config.scheduler, {waiting.num_never_admitted, waiting.num_waiting_tokens}, added);
   const RequestId id = next_id++;
   group->id = id;
   const uint64_t seed = request.params.seed.value_or(mix(config.seed ^ mix(id)));
@@ -172,7 +177,8 @@ RequestId Engine::State::add(Request request) {
     live.erase(place);
     throw;
   }
-  num_arriving += num_sequences;
+  arriving.num_sequences += added.num_sequences;
+  arriving.num_prompt_tokens += added.num_prompt_tokens;
   work.notify_all();
   return id;
 }
@@ -226,7 +232,7 @@ void Engine::State::drain() {
     new_aborts.swap(aborts);
     // They count as waiting until the scheduler's own count says so.
     count_arriving(&snapshot.scheduler);
-    num_arriving = 0;
+    arriving = {};
   }
   for (Arrival& arrival : new_arrivals) {
     try {
@@ -300,7 +306,9 @@ Group* Engine::State::find(RequestId id) {
 }
 
 void Engine::State::step(StepOutput* out) {
+  const Clock::time_point start = Clock::now();
   drain();
+  totals.schedule_seconds += seconds(Clock::now() - start);
   while (num_under_way < config.scheduler.max_steps_in_flight && begin_step()) {
   }
   if (num_under_way > 0) end_step(out);
@@ -313,6 +321,8 @@ void Engine::State::step(StepOutput* out) {
 bool Engine::State::begin_step() {
   const Clock::time_point start = Clock::now();
   const SchedulerOutput& step = scheduler.schedule();
+  const Clock::time_point scheduled = Clock::now();
+  totals.schedule_seconds += seconds(scheduled - start);
   refresh_snapshot();  // whoever was just admitted waits no longer
   if (step.sequences.empty()) return false;
   StepUnderWay& begun = steps[(oldest + num_under_way) % steps.size()];
@@ -320,7 +330,7 @@ bool Engine::State::begin_step() {
     scheduler.prepare(step, &begun.batch);
     const Clock::time_point prepared = Clock::now();
     runner->execute(begun.batch);
-    totals.schedule_seconds += seconds(prepared - start);
+    totals.prepare_seconds += seconds(prepared - scheduled);
     totals.model_seconds += seconds(Clock::now() - prepared);
   } catch (...) {
     scheduler.discard(step);
@@ -329,6 +339,7 @@ bool Engine::State::begin_step() {
     throw;
   }
   begun.step = &step;
+  begun.begun = start;
   ++num_under_way;
   return true;
 }
@@ -342,10 +353,9 @@ void Engine::State::end_step(StepOutput* out) {
     const Clock::time_point computed = Clock::now();
     check_result(done.batch, result, config.vocab_size, num_with_logprobs > 0);
     drain();
-    collect(done.batch, scheduler.update(step, result.sampled_token_ids, result.logprobs), result,
-            out);
-    totals.model_seconds += seconds(computed - start);
-    totals.schedule_seconds += seconds(Clock::now() - computed);
+    collect(done, scheduler.update(step, result.sampled_token_ids, result.logprobs), result, out);
+    count_model_time(seconds(computed - start), result.sample_seconds);
+    totals.output_seconds += seconds(Clock::now() - computed);
   } catch (...) {
     fail();
     throw;
@@ -356,6 +366,12 @@ void Engine::State::end_step(StepOutput* out) {
   out->num_tokens = step.num_scheduled_tokens;
   ++totals.num_steps;
   totals.num_computed_tokens += step.num_scheduled_tokens;
+}
+
+// A step sampled on another thread may have taken longer for it than this one waited.
+void Engine::State::count_model_time(double waited, double sampled) {
+  totals.sample_seconds += sampled;
+  totals.model_seconds = std::max(totals.model_seconds + waited - sampled, 0.0);
 }
 
 // The oldest step under way has failed. What was begun after it builds upon it.
@@ -413,9 +429,9 @@ Span<const PromptLogprobRow> rows_of(Span<const PromptLogprobRow> rows, int32_t 
 
 }  // namespace
 
-void Engine::State::collect(const InputBatch& batch, const std::vector<SequenceUpdate>& updates,
+void Engine::State::collect(const StepUnderWay& done, const std::vector<SequenceUpdate>& updates,
                             const ModelRunnerOutput& result, StepOutput* out) {
-  const Span<const PromptLogprobRow> prompt_rows = batch.prompt_logprob_rows;
+  const Span<const PromptLogprobRow> prompt_rows = done.batch.prompt_logprob_rows;
   int32_t last_seq = -1;
   out->outputs.reserve(updates.size());
   for (const SequenceUpdate& update : updates) {
@@ -423,10 +439,10 @@ void Engine::State::collect(const InputBatch& batch, const std::vector<SequenceU
     // Samples that are born here follow the one that computed the prompt, and have its seq.
     if (!prompt_rows.empty() && update.seq != last_seq) prompt = rows_of(prompt_rows, update.seq);
     last_seq = update.seq;
+    Group* group = group_of(update.tag);
+    group->start(done.begun);
     if (update.new_token_ids.empty() && prompt.empty()) continue;
     totals.num_generated_tokens += static_cast<int64_t>(update.new_token_ids.size());
-
-    Group* group = group_of(update.tag);
     group->num_cached_tokens = update.num_cached_tokens;
     const bool held = group->delivery == Group::Delivery::kBestOf;
     if (!held || !prompt.empty()) {

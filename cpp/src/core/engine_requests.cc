@@ -34,6 +34,10 @@ RequestOutput Group::news_of(int32_t index, FinishReason reason) const {
   news.num_cached_tokens = num_cached_tokens;
   news.num_output_tokens = samples[index].num_output_tokens;
   news.cumulative_logprob = samples[index].cumulative_logprob;
+  news.queue_seconds = queue_seconds;
+  if (queue_seconds < 0) {
+    news.queue_seconds = std::chrono::duration<double>(Clock::now() - arrived).count();
+  }
   return news;
 }
 
@@ -77,6 +81,7 @@ std::vector<RequestOutput> Group::take_best() {
     output.index = static_cast<int32_t>(rank);
     output.num_prompt_tokens = num_prompt_tokens;
     output.num_cached_tokens = num_cached_tokens;
+    output.queue_seconds = queue_seconds;
     best.push_back(std::move(output));
   }
   return best;

@@ -1,6 +1,7 @@
 // What the engine knows of each request, and how news of its sequences become RequestOutputs.
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <vector>
 
@@ -17,6 +18,7 @@ struct Sample {
 
 // A request in progress: the scheduler's tag of it points here.
 struct Group {
+  using Clock = std::chrono::steady_clock;
   enum class Delivery : uint8_t {
     kAsMade,
     kBestOf,  // kept in `held` until the last of best_of samples is done
@@ -27,6 +29,10 @@ struct Group {
 
   // With its counts, and no tokens.
   RequestOutput news_of(int32_t index, FinishReason reason) const;
+  // A step that began then computes something of it.
+  void start(Clock::time_point now) {
+    if (queue_seconds < 0) queue_seconds = std::chrono::duration<double>(now - arrived).count();
+  }
   // The tokens that an update has brought, with what belongs to them, go to the end of `news`.
   void append(const SequenceUpdate& update, const ModelRunnerOutput& result,
               RequestOutput* news) const;
@@ -37,6 +43,8 @@ struct Group {
 
   RequestId id = 0;
   RequestId scheduler_id = 0;  // 0 until it is admitted
+  Clock::time_point arrived = Clock::now();
+  double queue_seconds = -1;  // until it was started
   Delivery delivery;
   bool needs_logprobs;    // of the runner, for whatever reason
   bool reports_logprobs;  // to the caller

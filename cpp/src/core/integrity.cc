@@ -83,6 +83,7 @@ void Scheduler::State::check_integrity() const {
 
 void Scheduler::State::check_groups() const {
   int32_t num_new = 0;
+  int64_t num_new_tokens = 0;
   size_t num_free = 0;
   for (const auto& group : groups) {
     if (group->id == 0) {
@@ -105,11 +106,18 @@ void Scheduler::State::check_groups() const {
       throw Error("request " + std::to_string(group->id) + ": " + std::to_string(group->num_alive) +
                   " samples counted, " + std::to_string(num_alive) + " alive");
     }
-    if (group->num_cached_tokens == kNeverAdmitted) num_new += group->num_alive;
+    if (group->num_cached_tokens == kNeverAdmitted) {
+      num_new += group->num_alive;
+      num_new_tokens += group->num_prompt_tokens;
+    }
   }
   if (num_new != num_never_admitted) {
     throw Error("never admitted: " + std::to_string(num_never_admitted) + " counted, " +
                 std::to_string(num_new) + " waiting");
+  }
+  if (num_new_tokens != num_waiting_tokens) {
+    throw Error("prompt tokens never admitted: " + std::to_string(num_waiting_tokens) +
+                " counted, " + std::to_string(num_new_tokens) + " waiting");
   }
   if (num_free != free_slots.size()) {
     throw Error("slots: " + std::to_string(num_free) + " unused, " +

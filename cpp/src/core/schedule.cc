@@ -175,6 +175,7 @@ Scheduler::State::Admission Scheduler::State::admit(Sequence* seq, bool force) {
   seq->num_computed_tokens = num_cached;
   if (group->num_cached_tokens == kNeverAdmitted) {
     num_never_admitted -= group->num_alive;
+    num_waiting_tokens -= group->num_prompt_tokens;
     group->num_cached_tokens = num_cached;
     stats.prefix_cache_queries += seq->num_tokens;
     stats.prefix_cache_hits += num_cached;

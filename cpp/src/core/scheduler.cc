@@ -58,7 +58,8 @@ Scheduler::State::State(const SchedulerConfig& c)
 RequestId Scheduler::State::add(SequenceRequest request) {
   check_fits(config, request.prompt_token_ids.size(), request.params);
   const int32_t num_samples = request.params.num_samples();
-  check_queue(config, num_never_admitted, num_samples);
+  const auto num_tokens = static_cast<int64_t>(request.prompt_token_ids.size());
+  check_queue(config, {num_never_admitted, num_waiting_tokens}, {num_samples, num_tokens});
   SequenceGroup* group = new_group();
   Sequence* leader = nullptr;
   try {
@@ -71,6 +72,7 @@ RequestId Scheduler::State::add(SequenceRequest request) {
     throw;
   }
   num_never_admitted += num_samples;
+  num_waiting_tokens += num_tokens;
   return group->id;
 }
 
@@ -80,6 +82,7 @@ void Scheduler::State::begin(Sequence* leader, SequenceRequest request) {
   const bool is_private = !config.enable_prefix_caching;
   group->seed = request.seed;
   group->num_alive = num_samples;
+  group->num_prompt_tokens = static_cast<int32_t>(request.prompt_token_ids.size());
   // Blocks of requests with a salt are nobody else's to hit.
   group->announce = config.enable_kv_events && !is_private && request.cache_salt.empty();
   group->root = hasher.root(padded(request.cache_salt));
@@ -332,7 +335,9 @@ void Scheduler::State::end_unborn(SequenceGroup* group, int32_t index) {
 }
 
 void Scheduler::State::count_down(SequenceGroup* group) {
-  if (--group->num_alive == 0) group->id = 0;
+  if (--group->num_alive > 0) return;
+  if (group->num_cached_tokens == kNeverAdmitted) num_waiting_tokens -= group->num_prompt_tokens;
+  group->id = 0;
 }
 
 void Scheduler::State::bury(Sequence* seq) {
@@ -375,6 +380,7 @@ SchedulerStats Scheduler::State::current_stats() const {
   SchedulerStats out = stats;
   out.num_waiting = static_cast<int32_t>(waiting.size());
   out.num_never_admitted = num_never_admitted;
+  out.num_waiting_tokens = num_waiting_tokens;
   out.num_running = static_cast<int32_t>(running.size());
   out.num_blocks = config.num_blocks;
   out.num_free_blocks = blocks.pool().num_free();

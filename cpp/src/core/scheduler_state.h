@@ -81,6 +81,7 @@ struct SequenceGroup {
   int32_t slot = 0;
   int32_t num_alive = 0;      // samples that have not ended, unborn ones included
   int32_t num_sequences = 0;  // that point here
+  int32_t num_prompt_tokens = 0;
   int32_t num_cached_tokens = kNeverAdmitted;
   int32_t next_prompt_logprob = 0;  // first position whose logprob is still owed; the end if none
   bool announce = false;            // its blocks, in the KV events
@@ -223,6 +224,7 @@ struct Scheduler::State {
   std::vector<Sequence*> running;           // ordered by ComesFirst
   std::set<Sequence*, ComesFirst> waiting;  // new and preempted
   int32_t num_never_admitted = 0;           // samples of the waiting requests
+  int64_t num_waiting_tokens = 0;           // of their prompts
   std::vector<Sequence*> dead;              // ended, but still in `running` or in a step
 
   // Steps under way: num_steps of them from oldest_step on, in a ring.

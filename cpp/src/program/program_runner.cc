@@ -1,3 +1,4 @@
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -10,6 +11,8 @@
 namespace fastpage {
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 struct RunnerStep {
   const InputBatch* batch = nullptr;
@@ -118,8 +121,12 @@ void ProgramRunner::Impl::compute(RunnerStep* step) {
     const InputBatch& batch = *step->batch;
     executor->apply_transfers(batch.transfers);
     sampler.begin(batch, &step->output);
+    step->output.sample_seconds = 0;
     executor->forward(batch, [this, step](int32_t first_row, Matrix<float> logits) {
+      const Clock::time_point start = Clock::now();
       sampler.sample(logits, first_row, *step->batch, &step->output);
+      const std::chrono::duration<double> taken = Clock::now() - start;
+      step->output.sample_seconds += taken.count();
     });
   } catch (...) {
     step->error = std::current_exception();

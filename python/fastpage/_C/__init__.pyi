@@ -61,6 +61,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     max_model_len: int
     max_num_waiting: int
+    max_num_waiting_tokens: int
     long_prefill_token_threshold: int
     max_num_partial_prefills: int
     enable_prefix_caching: bool
@@ -82,6 +83,8 @@ class SchedulerStats:
 
     @property
     def num_waiting(self) -> int: ...
+    @property
+    def num_waiting_tokens(self) -> int: ...  # prompt tokens never yet admitted
     @property
     def num_running(self) -> int: ...
     @property
@@ -387,6 +390,8 @@ class RequestOutput:
     def cumulative_logprob(self) -> float: ...  # logprobs, best_of > n, beams; otherwise 0
     @property
     def score(self) -> float: ...  # beams only
+    @property
+    def queue_seconds(self) -> float: ...  # until the first step that computed something of it
 
 class StepOutput:
     @property
@@ -411,7 +416,13 @@ class EngineStats:
     @property
     def schedule_seconds(self) -> float: ...
     @property
+    def prepare_seconds(self) -> float: ...
+    @property
     def model_seconds(self) -> float: ...
+    @property
+    def sample_seconds(self) -> float: ...
+    @property
+    def output_seconds(self) -> float: ...
 
 class Engine:
     """step() runs without the GIL (it takes it only to call a Python ModelRunner)."""

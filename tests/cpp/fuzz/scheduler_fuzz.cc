@@ -54,10 +54,10 @@ SchedulerConfig absurd_config(Choices* choices) {
        {&SchedulerConfig::num_blocks, &SchedulerConfig::num_host_blocks,
         &SchedulerConfig::block_size, &SchedulerConfig::max_num_seqs,
         &SchedulerConfig::max_num_batched_tokens, &SchedulerConfig::max_model_len,
-        &SchedulerConfig::max_num_waiting, &SchedulerConfig::long_prefill_token_threshold,
-        &SchedulerConfig::max_num_partial_prefills, &SchedulerConfig::max_steps_in_flight,
-        &SchedulerConfig::num_speculative_tokens, &SchedulerConfig::prompt_lookup_min,
-        &SchedulerConfig::prompt_lookup_max}) {
+        &SchedulerConfig::max_num_waiting, &SchedulerConfig::max_num_waiting_tokens,
+        &SchedulerConfig::long_prefill_token_threshold, &SchedulerConfig::max_num_partial_prefills,
+        &SchedulerConfig::max_steps_in_flight, &SchedulerConfig::num_speculative_tokens,
+        &SchedulerConfig::prompt_lookup_min, &SchedulerConfig::prompt_lookup_max}) {
     if (choices->one_in(16)) config.*field = any_int(choices);
   }
   if (choices->one_in(4)) config.swap_cost_per_block = any_float(choices);

@@ -310,5 +310,9 @@ def _server_stats(
         num_blocks_copied=scheduler.num_blocks_copied,
         num_draft_tokens=scheduler.num_draft_tokens,
         num_accepted_tokens=scheduler.num_accepted_tokens,
+        prepare_seconds=stats.prepare_seconds,
+        sample_seconds=stats.sample_seconds,
+        output_seconds=stats.output_seconds,
+        num_waiting_tokens=scheduler.num_waiting_tokens,
         ready=engine.ready,
     )

@@ -37,7 +37,9 @@ _STEP_SECONDS = (
 )
 
 # What a step's time goes to, and the total of it in EngineStats.
-STEP_PHASES = {"schedule": "schedule_seconds", "model": "model_seconds"}
+STEP_PHASES = {
+    phase: f"{phase}_seconds" for phase in ("schedule", "prepare", "model", "sample", "output")
+}
 # Of EngineStats: what only grows, until an engine process begins anew.
 _TOTALS = (
     "num_steps",
