@@ -1,0 +1,359 @@
+"""Workers behind the real SMG gateway, driven with the real openai client."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import openai
+import pytest
+from server_process import GRPC, ServerProcess, eventually, write_tiny_model
+
+from fastpage import LLM, SamplingParams
+from fastpage.v1 import fastpage_pb2 as pb
+from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
+
+BLOCK_SIZE = 16
+
+
+class Gateway:
+    """`smg launch` in front of some workers, until the end of the with block."""
+
+    def __init__(self, workers: list[str], *options: str) -> None:
+        port, metrics_port = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
+        self._workers = [f"grpc://{address}" for address in workers]
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command = [Path(sys.executable).with_name("smg"), "launch", "--host", "127.0.0.1"]
+        command += ["--port", str(port), "--worker-urls", *self._workers]
+        command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
+        # The models are loaded while it starts.
+        command += ["--worker-startup-check-interval", "1", *options]
+        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def wait_until_ready(self) -> None:
+        eventually("every worker's KV events are subscribed to", self._is_ready)
+
+    def _is_ready(self) -> bool:
+        assert self.process.poll() is None, self.log
+        try:
+            is_ready = httpx.get(f"{self.url}/readiness").status_code == 200
+        except httpx.TransportError:
+            return False
+        return is_ready and all(
+            self.metric("smg_kv_event_subscriptions_total", worker) for worker in self._workers
+        )
+
+    def metric(self, name: str, worker: str) -> float:
+        """Of the worker at that address; 0 if there is none."""
+        worker = "grpc://" + worker.removeprefix("grpc://")
+        text = httpx.get(self._metrics_url).text
+        found = re.search(rf'^{name}{{[^}}]*"{re.escape(worker)}"[^}}]*}} (\S+)$', text, re.M)
+        return float(found[1]) if found else 0.0
+
+    @property
+    def log(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def __enter__(self) -> Gateway:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.client.close()
+        self._log.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Worker(ServerProcess):
+    """fastpage-grpc, and its own protocol to look into it."""
+
+    def __init__(self, model: Path, *options: str) -> None:
+        super().__init__(GRPC, model, "--served-model-name", "tiny", "--threads", "1", *options)
+
+    def call(self, method: str, request: Any) -> Any:
+        with grpc.insecure_channel(self.address) as channel:
+            return getattr(pb_grpc.FastpageStub(channel), method)(request, timeout=60)
+
+    @property
+    def stats(self) -> pb.GetServerStatsResponse:
+        response: pb.GetServerStatsResponse = self.call(
+            "GetServerStats", pb.GetServerStatsRequest()
+        )
+        return response
+
+    def is_idle(self) -> bool:
+        stats = self.stats
+        return (
+            not stats.num_running
+            + stats.num_waiting
+            + (stats.kv_blocks_total - stats.kv_blocks_free)
+        )
+
+    def warm(self, text: str) -> None:
+        """Has it compute a prompt that the gateway does not see."""
+        with grpc.insecure_channel(self.address) as channel:
+            request = pb.GenerateRequest(text=text)
+            request.sampling_params.max_tokens = 1
+            list(pb_grpc.FastpageStub(channel).Generate(request, timeout=60))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("gateway") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: Path) -> LLM:
+    return LLM(str(tiny), threads=1)
+
+
+class Fleet:
+    def __init__(self, gateway: Gateway, workers: list[Worker]) -> None:
+        self.gateway = gateway
+        self.workers = workers
+        self.client = gateway.client
+
+    def warm(self, worker: Worker, text: str) -> None:
+        """Until the gateway has heard of it."""
+        before = self.gateway.metric("smg_kv_index_blocks", worker.address)
+        worker.warm(text)
+        eventually(
+            "the gateway hears of what is cached",
+            lambda: self.gateway.metric("smg_kv_index_blocks", worker.address) > before,
+        )
+
+
+@contextlib.contextmanager
+def start_fleet(model: Path, *options: str) -> Iterator[Fleet]:
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(model, *options)) for _ in range(2)]
+        gateway = stack.enter_context(Gateway([worker.address for worker in workers]))
+        gateway.wait_until_ready()
+        yield Fleet(gateway, workers)
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny: Path) -> Iterator[Fleet]:
+    with start_fleet(tiny) as fleet:
+        yield fleet
+        for worker in fleet.workers:
+            eventually("a request is left over", worker.is_idle)
+
+
+def whole(text: str) -> str:
+    """Without what is left of a character at the end: the gateway leaves it out."""
+    return text.rstrip("\ufffd")
+
+
+PROMPT = "the quick brown fox jumps over"
+MESSAGES: Any = [{"role": "user", "content": "What does the fox say?"}]
+
+
+# ---------------------------------------------------------------- one worker or the other
+
+
+def test_models(fleet: Fleet) -> None:
+    assert [model.id for model in fleet.client.models.list()] == ["tiny"]
+
+
+def test_completions_are_the_engine_s(fleet: Fleet, llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=20)
+    (expected,) = llm.generate(PROMPT, params)
+    options: Any = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 20}
+    answer = fleet.client.completions.create(**options)
+    assert whole(answer.choices[0].text) == whole(expected.outputs[0].text)
+    assert answer.choices[0].finish_reason == expected.outputs[0].finish_reason
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)
+    assert answer.usage.completion_tokens == len(expected.outputs[0].token_ids)
+    stream = fleet.client.completions.create(**options, stream=True)
+    assert "".join(c.choices[0].text for c in stream if c.choices) == answer.choices[0].text
+
+
+def test_several_prompts_and_samples(fleet: Fleet) -> None:
+    answer = fleet.client.completions.create(
+        model="tiny", prompt=[PROMPT, "hello"], n=2, temperature=1.0, seed=3, max_tokens=4
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.usage is not None and answer.usage.completion_tokens == 16
+
+
+def test_chat(fleet: Fleet, llm: LLM) -> None:
+    (expected,) = llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=20))
+    options: Any = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 20}
+    answer = fleet.client.chat.completions.create(**options)
+    assert whole(answer.choices[0].message.content or "") == whole(expected.outputs[0].text)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)
+
+    chunks = list(
+        fleet.client.chat.completions.create(
+            **options, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == answer.choices[0].message.content
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
+
+
+def test_stop_strings_end_the_work(fleet: Fleet, llm: LLM) -> None:
+    (free,) = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=40))
+    stop = free.outputs[0].text[9:13]
+    (expected,) = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=40, stop=stop))
+    options: Any = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 40}
+    for stream in (False, True):
+        answer = fleet.client.completions.create(**options, stop=[stop], stream=stream)
+        if stream:
+            choices = [chunk.choices[0] for chunk in answer if chunk.choices]
+            assert "".join(choice.text for choice in choices) == expected.outputs[0].text
+            assert choices[-1].finish_reason == "stop"
+            continue
+        assert answer.choices[0].text == expected.outputs[0].text
+        assert answer.choices[0].finish_reason == "stop"
+        # What comes after the stop string was not computed.
+        assert answer.usage.completion_tokens == len(expected.outputs[0].token_ids) < 40
+
+
+def test_logprobs(fleet: Fleet) -> None:
+    options: Any = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 6}
+    answer = fleet.client.chat.completions.create(**options, logprobs=True, top_logprobs=3, n=2)
+    for choice in answer.choices:
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        assert len(choice.logprobs.content) == 6
+        for token in choice.logprobs.content:
+            assert len(token.top_logprobs) == 3
+            # Greedy.
+            assert token.top_logprobs[0].token == token.token
+            assert token.top_logprobs[0].logprob == token.logprob <= 0
+
+
+def test_what_is_refused_is_refused_by_name(fleet: Fleet) -> None:
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="json_schema is not supported"):
+            fleet.client.chat.completions.create(
+                model="tiny", messages=MESSAGES, response_format=schema, stream=stream
+            )
+        with pytest.raises(openai.BadRequestError, match="max_tokens 5000 > max_model_len 4096"):
+            fleet.client.completions.create(
+                model="tiny", prompt=PROMPT, max_tokens=5000, stream=stream
+            )
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 4096"):
+        fleet.client.completions.create(model="tiny", prompt=PROMPT * 500)
+    # Nobody's circuit breaker opened for that.
+    test_models(fleet)
+    fleet.client.completions.create(model="tiny", prompt=PROMPT, max_tokens=1)
+
+
+def test_a_client_that_leaves_frees_its_blocks(fleet: Fleet) -> None:
+    options: Any = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4000}
+    extra = {"ignore_eos": True}
+    before = sum(worker.stats.num_generated_tokens for worker in fleet.workers)
+    stream = fleet.client.completions.create(**options, extra_body=extra, stream=True)
+    next(iter(stream))
+    stream.close()
+    with pytest.raises(openai.APITimeoutError):
+        fleet.client.completions.create(**options, extra_body=extra, timeout=0.3)
+    for worker in fleet.workers:
+        eventually("the blocks are free", worker.is_idle)
+    after = sum(worker.stats.num_generated_tokens for worker in fleet.workers)
+    assert after - before < 2 * 4000
+
+
+# ---------------------------------------------------------------- two workers
+
+
+def test_requests_go_where_their_prefix_is(fleet: Fleet) -> None:
+    """Prefixes that the gateway never saw: it knows of them by the workers' KV events only."""
+    prefixes = [f"{i} " + letter * 200 for i, letter in enumerate("abcd")]
+    for i, prefix in enumerate(prefixes):
+        fleet.warm(fleet.workers[i % 2], prefix)
+    for tail in ("one", "two"):
+        for prefix in prefixes:
+            answer = fleet.client.completions.create(
+                model="tiny", prompt=f"{prefix} {tail}", max_tokens=1
+            )
+            assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+            cached = answer.usage.prompt_tokens_details.cached_tokens
+            assert cached is not None and cached >= 4 * BLOCK_SIZE, (prefix, tail)
+
+
+def test_a_worker_drains_and_another_takes_its_place(tiny: Path) -> None:
+    with start_fleet(tiny) as fleet:
+        leaving, staying = fleet.workers
+        fleet.warm(leaving, "x" * 200)
+        options: Any = {"model": "tiny", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
+        stream = iter(fleet.client.completions.create(prompt="x" * 200, stream=True, **options))
+        next(stream)
+        assert leaving.stats.num_running == 1
+        leaving.process.send_signal(signal.SIGTERM)
+        # What it was at goes on to the end, and the rest goes to the other one.
+        for _ in range(4):
+            fleet.client.completions.create(model="tiny", prompt="x" * 200, max_tokens=2)
+        *_, last = stream
+        assert last.choices[0].finish_reason == "length"
+        assert leaving.process.wait(60) == 0
+        assert staying.stats.num_generated_tokens == 8
+        for _ in range(4):
+            fleet.client.completions.create(model="tiny", prompt="x" * 200, max_tokens=2)
+
+        # One that starts at its address is found again, and so is what it has cached.
+        port = leaving.address.rpartition(":")[2]
+        with Worker(tiny, "--port", port) as back:
+            eventually(
+                "the gateway subscribes again",
+                lambda: fleet.gateway.metric("smg_kv_event_subscriptions_total", back.address) > 1,
+            )
+            fleet.warm(back, "y" * 200)
+            answer = fleet.client.completions.create(
+                model="tiny", prompt="y" * 200 + " z", max_tokens=1
+            )
+            assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+            assert answer.usage.prompt_tokens_details.cached_tokens
+
+
+# ---------------------------------------------------------------- the real model
+
+
+def test_the_real_model(smollm2_gguf: Path) -> None:
+    from fastpage.checkpoints import open_checkpoint
+
+    with (
+        Worker(smollm2_gguf, "--max-model-len", "512", "--num-kv-blocks", "64") as worker,
+        Gateway([worker.address]) as gateway,
+    ):
+        gateway.wait_until_ready()
+        messages: Any = [{"role": "user", "content": "What is the capital of France?"}]
+        answer = gateway.client.chat.completions.create(
+            model="tiny", messages=messages, temperature=0, max_tokens=12
+        )
+        assert "Paris" in (answer.choices[0].message.content or "")
+        assert answer.choices[0].finish_reason == "stop"
+        # The gateway tokenizes with what it got from the worker.
+        tokenizer = open_checkpoint(str(smollm2_gguf)).tokenizer()
+        for text in ("Hello, 12345 worlds! ", "naïve café 你好 \U0001f600", "<|im_start|>user\n"):
+            url = f"{gateway.url}/v1/tokenize"
+            tokens = httpx.post(url, json={"model": "tiny", "prompt": text}).json()["tokens"]
+            assert tokens == tokenizer.encode(text)
