@@ -112,6 +112,7 @@ def chat_text(
     *,
     add_generation_prompt: bool | None = None,
     continue_final_message: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """A conversation through the model's chat template: up to where the assistant's next answer
@@ -129,7 +130,7 @@ def chat_text(
     if continue_final_message:
         messages = [*messages[:-1], _with_mark(messages[-1])]
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt, **kwargs)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt, tools, **kwargs)
     except InvalidArgument as error:
         raise InvalidArgument(f"messages: {error}") from None
     if not continue_final_message:
@@ -157,12 +158,17 @@ def _with_mark(message: Message) -> Message:
 
 
 def chat_prompt(
-    messages: Sequence[Message], tokenizer: Tokenizer, cache_salt: str = "", **options: Any
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    cache_salt: str = "",
+    *,
+    add_special_tokens: bool = False,
+    **options: Any,
 ) -> Prompt:
-    """`options` are those of chat_text()."""
+    """`options` are those of chat_text(). Templates write the special tokens themselves: few need
+    `add_special_tokens`, those that the tokenizer puts around a text."""
     text = chat_text(messages, tokenizer, **options)
-    # The template has written the special tokens already.
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     if not token_ids:
         raise InvalidArgument("messages: the chat template makes an empty prompt of them")
     return Prompt(text, token_ids, cache_salt)

@@ -6,6 +6,10 @@ import argparse
 import hmac
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ssl
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +76,18 @@ class TlsFiles:
                 context.load_verify_locations(self.client_ca)
             except (ssl.SSLError, OSError):
                 raise ValueError(f"--tls-client-ca {self.client_ca} has no certificates") from None
+
+    def server_context(self) -> ssl.SSLContext:
+        """For servers that Python's own TLS stands before. Files that are replaced count when the
+        server is started again."""
+        import ssl
+
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.cert, self.key, password="")
+        if self.client_ca is not None:
+            context.load_verify_locations(self.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
     def modified(self) -> tuple[int, ...]:
         """Another value when a file has been replaced."""

@@ -1,0 +1,1 @@
+"""fastpage-openai: an HTTP server that speaks OpenAI's API."""

@@ -1,0 +1,93 @@
+"""fastpage-openai: the server's command line."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastpage.serving import lifecycle, security
+
+_MODULES = {"starlette", "uvicorn", "httptools", "msgspec"}  # of the extra
+
+
+def main() -> None:
+    lifecycle.run(
+        "fastpage-openai",
+        "Serve a model over HTTP, with OpenAI's API.",
+        _add_options,
+        _make_frontends,
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    server = parser.add_argument_group("Server", "where it listens, and its limits")
+    server.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    server.add_argument(
+        "--port",
+        type=int,
+        default=8000,
+        help="0: let the system choose, and print it (default: %(default)s)",
+    )
+    server.add_argument("--uds", metavar="PATH", help="a Unix socket, instead of --host and --port")
+    server.add_argument(
+        "--max-body-bytes",
+        type=int,
+        default=4 << 20,
+        metavar="BYTES",
+        help="longest request; tokenizing one takes up to 150 times its memory (default: "
+        "%(default)s)",
+    )
+    server.add_argument(
+        "--request-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="until a request has come in whole (default: %(default)g)",
+    )
+    server.add_argument(
+        "--slow-client-timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="a client that takes nothing of its answer for that long loses the connection "
+        "(default: %(default)g)",
+    )
+    server.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this site ask, such as https://chat.example; * is any. May be given "
+        "several times",
+    )
+    security.add_options(parser)
+
+
+def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
+    if not 0 < options.max_body_bytes < 2**31:
+        raise ValueError(f"--max-body-bytes {options.max_body_bytes} is not from 1 to 2^31")
+    for name in ("request_timeout", "slow_client_timeout"):
+        if not 0 < getattr(options, name) < float("inf"):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {getattr(options, name)} is not above 0")
+    try:
+        from fastpage.serving.openai.exchange import Limits
+        from fastpage.serving.openai.server import HttpOptions, HttpServer
+    except ModuleNotFoundError as error:
+        if error.name not in _MODULES:
+            raise
+        raise ValueError(f"{error.name} is missing: pip install 'fastpage[openai]'") from None
+    limits = Limits(options.max_body_bytes, options.request_timeout, options.slow_client_timeout)
+    http = HttpOptions(
+        host=options.host,
+        port=options.port,
+        uds=options.uds,
+        tls=security.TlsFiles.from_options(options),
+        tokens=security.BearerTokens.from_options(options),
+        cors_origins=options.cors_origin,
+        limits=limits,
+    )
+    return [HttpServer(http)]
+
+
+if __name__ == "__main__":
+    main()

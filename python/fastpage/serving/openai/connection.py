@@ -1,0 +1,72 @@
+"""uvicorn's HTTP connection, bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from fastpage.serving.openai.exchange import Limits
+
+_MAX_HEADER_BYTES = 64 << 10
+
+
+class Connection(HttpToolsProtocol):
+    """Bounds what a client can hold: no half-sent headers, no requests ahead of their answers, no
+    answers that nobody takes."""
+
+    def __init__(self, limits: Limits, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._num_header_bytes = 0
+        self._sent_ahead = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm(self._limits.request_timeout_seconds)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._num_header_bytes >= 0:
+            self._num_header_bytes += len(data)
+            if self._num_header_bytes > _MAX_HEADER_BYTES:
+                self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            # A request sent ahead. Its connection would be read no more, and the end of its client
+            # go unnoticed; nobody's client does this.
+            self._sent_ahead = True
+            self.transport.abort()
+        self._num_header_bytes = 0
+        self._arm(self._limits.request_timeout_seconds)
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._num_header_bytes = -1
+        self._disarm()
+        if not self._sent_ahead:
+            super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._arm(self._limits.slow_client_timeout_seconds)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._disarm()
+
+    def _arm(self, seconds: float) -> None:
+        self._disarm()
+        self._timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

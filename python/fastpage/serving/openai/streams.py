@@ -1,0 +1,78 @@
+"""The requests to the engine that one call makes, one for each of its prompts, as one thing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from fastpage.engine.async_engine import AsyncEngine, RequestStream
+from fastpage.outputs import RequestOutput, RequestOutputKind
+from fastpage.serving.openai.exchange import ClientGone
+from fastpage.serving.openai.reply import Call, News
+
+
+class Streams:
+    """abort() may be called at any time, by whoever learns that nobody waits for the outputs."""
+
+    def __init__(self) -> None:
+        self._streams: dict[int, RequestStream] = {}  # by the index of the prompt
+        self._aborted = False
+
+    async def submit(self, engine: AsyncEngine, call: Call) -> None:
+        """All of the call's prompts, or none: raises what AsyncEngine.add_request() raises for the
+        first that is refused, and ClientGone after abort()."""
+        if len(call.prompts) == 1:
+            await self._add(engine, call, 0, call.id)
+        else:
+            adding = [
+                self._add(engine, call, i, f"{call.id}-{i}") for i in range(len(call.prompts))
+            ]
+            results = await asyncio.gather(*adding, return_exceptions=True)
+            for error in filter(None, results):
+                raise error
+        if self._aborted:
+            raise ClientGone
+
+    async def _add(self, engine: AsyncEngine, call: Call, index: int, request_id: str) -> None:
+        stream = await engine.add_request(
+            call.prompts[index],
+            call.params,
+            request_id,
+            priority=call.request.priority or 0,
+            output_kind=RequestOutputKind.DELTA if call.stream else RequestOutputKind.FINAL_ONLY,
+        )
+        self._streams[index] = stream
+        if self._aborted:
+            stream.abort()
+
+    def abort(self) -> None:
+        self._aborted = True
+        for stream in self._streams.values():
+            stream.abort()
+
+    async def outputs(self) -> list[RequestOutput]:
+        """Of calls that do not stream: one for each prompt, when all are complete."""
+        in_order = [self._streams[i] for i in sorted(self._streams)]
+        return [output for stream in in_order async for output in stream]
+
+    async def news(self) -> AsyncGenerator[list[News], None]:
+        """What is new of any of them, as it comes."""
+        if len(self._streams) == 1:
+            async for output in self._streams[0]:
+                yield [(0, output)]
+            return
+        waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in self._streams.items()}
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                news = []
+                for task in done:
+                    i = waiting.pop(task)
+                    output = task.result()
+                    news.append((i, output))
+                    if not output.finished:
+                        waiting[asyncio.ensure_future(anext(self._streams[i]))] = i
+                yield news
+        finally:
+            for task in waiting:
+                task.cancel()
