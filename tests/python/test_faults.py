@@ -352,6 +352,21 @@ def test_huge_prompts(server: ServerProcess, expected: list[int]) -> None:
     inflict(server, expected, fault, rounds=3, kept=256 << 20)
 
 
+def test_names_that_are_huge(server: ServerProcess, expected: list[int]) -> None:
+    """They are in the message, which must not be longer than a client takes."""
+
+    async def fault(client: GrpcClient) -> None:
+        for name in ("e\u0301" * 500_000, "\U0001f9ff" * 1000):
+            data = request(model=name).SerializeToString()
+            status, details = await answer(client, GENERATE, data)
+            assert status is grpc.StatusCode.NOT_FOUND and details.startswith("model ")
+        data = request(request_id="x" * 1_000_000).SerializeToString()
+        status, details = await answer(client, GENERATE, data)
+        assert status is grpc.StatusCode.INVALID_ARGUMENT and details.startswith("request_id has")
+
+    inflict(server, expected, fault, kept=16 << 20)
+
+
 # ---------------------------------------------------------------- processes that are killed
 
 

@@ -45,7 +45,7 @@ WRONG = [
     ({"stop_token_ids": ["x"]}, "stop_token_ids must be an integer, got 'x'"),
     (
         {"stop_token_ids": [-1]},
-        "stop_token_ids: token id -1 is outside the vocabulary of 2147483647",
+        "stop_token_ids: token id -1 is negative",
     ),
     ({"bad_words": [""]}, "bad_words must not contain an empty string"),
     ({"allowed_token_ids": []}, "allowed_token_ids must not be empty"),

@@ -29,8 +29,9 @@ void require(bool ok, const char* field, const std::string& rule, T value) {
 
 void require_token(TokenId token, const char* field, int32_t vocab_size) {
   if (token >= 0 && token < vocab_size) return;
-  throw InvalidArgument(std::string(field) + ": token id " + std::to_string(token) +
-                        " is outside the vocabulary of " + std::to_string(vocab_size));
+  const std::string named = std::string(field) + ": token id " + std::to_string(token);
+  if (token < 0) throw InvalidArgument(named + " is negative");
+  throw InvalidArgument(named + " is outside the vocabulary of " + std::to_string(vocab_size));
 }
 
 void require_tokens(const std::vector<TokenId>& tokens, const char* field, int32_t vocab_size) {

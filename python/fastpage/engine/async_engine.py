@@ -25,6 +25,9 @@ KvEventListener = Callable[[list[_C.KvEvent]], None]
 # Texts, and lists of token ids, that are longer than this are looked at off the event loop.
 _LONG_PROMPT = 1 << 14
 
+# A server says it in every message of the answer.
+_LONGEST_REQUEST_ID = 1024
+
 
 class DuplicateRequestId(InvalidArgument):
     """Another request in progress has that request_id."""
@@ -156,6 +159,10 @@ class AsyncEngine:
         priority: int,
         output_kind: RequestOutputKind,
     ) -> RequestStream:
+        if len(request_id) > _LONGEST_REQUEST_ID:
+            raise InvalidArgument(
+                f"request_id has {len(request_id)} characters: at most {_LONGEST_REQUEST_ID}"
+            )
         self.info.check_priority(priority)
         params = sampling_params or SamplingParams()
         if not isinstance(prompt, Prompt):

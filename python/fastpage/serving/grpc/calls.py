@@ -49,12 +49,18 @@ _STATUS = (
 )
 
 
+# It travels as metadata, percent-encoded, of which a client takes 8 KiB for certain.
+_LONGEST_MESSAGE = 600
+
+
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
     """Ends the call with the status that fits the error, and one line."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
     status = next(status for kind, status in _STATUS if isinstance(error, kind))
     message = " ".join(str(error).split()) or type(error).__name__
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[:_LONGEST_MESSAGE]} ..."
     await context.abort(status, message, _retry_hint(error))
     raise AssertionError("abort() raises")
 
