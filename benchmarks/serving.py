@@ -1,8 +1,8 @@
-"""What the benchmarks of the servers share: server processes, and a gRPC client that costs little.
+"""What the benchmarks of the servers share: server processes, and clients that cost little.
 
-The client speaks just enough HTTP/2 to stream calls over one connection and to keep what comes,
-with its time: it shares the cores with the server, and grpcio's own client takes as long for a
-message as the server does. Messages are decoded when all calls are done.
+They speak just enough HTTP/2, for gRPC, or HTTP/1.1 to stream calls and to keep what comes, with
+its time: they share the cores with the server, and grpcio's own client takes as long for a message
+as the server does. Messages are decoded when all calls are done.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,7 @@ class ServerProcess:
     """A server's command, and the processes that it starts."""
 
     def __init__(self, module: str, *options: str) -> None:
+        self._is_grpc = "openai" not in module
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "--port", "0", *options],
             stdout=subprocess.PIPE,
@@ -46,11 +49,21 @@ class ServerProcess:
         sys.exit(f"error: {module} did not start, exit status {self.process.wait()}")
 
     def wait_until_serving(self) -> None:
+        if not self._is_grpc:
+            while not self._is_healthy():
+                time.sleep(0.05)
+            return
         with grpc.insecure_channel(self.address) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             for response in health.Watch(health_pb2.HealthCheckRequest()):
                 if response.status == health_pb2.HealthCheckResponse.SERVING:
                     return
+
+    def _is_healthy(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"http://{self.address}/health").status == 200
+        except urllib.error.HTTPError:
+            return False
 
     def pids(self) -> list[int]:
         """Its own first, then those of its children."""
@@ -199,3 +212,52 @@ class StreamingClient:
         return (
             struct.pack("!I", len(payload))[1:] + struct.pack("!BBI", kind, flags, stream) + payload
         )
+
+
+class EventsClient:
+    """POSTs that are answered with server-sent events, each over a connection of its own. Not
+    checked: statuses; a call that failed has no events."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._host, self._port = host, int(port)
+
+    def call_all(self, path: str, bodies: list[bytes]) -> list[Call]:
+        """Makes all calls at once; returns when all have ended."""
+        poll = select.epoll()
+        calls: dict[int, Call] = {}
+        sockets = {}
+        for body in bodies:
+            connection = socket.create_connection((self._host, self._port))
+            connection.sendall(
+                b"POST %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+                % (path.encode(), len(body), body)
+            )
+            sockets[connection.fileno()] = connection
+            calls[connection.fileno()] = Call(time.perf_counter())
+            poll.register(connection, select.EPOLLIN)
+        while sockets:
+            for fileno, _ in poll.poll():
+                received = sockets[fileno].recv(1 << 16)
+                if received:
+                    calls[fileno].pieces.append((time.perf_counter(), received))
+                else:
+                    calls[fileno].ended = True
+                    poll.unregister(fileno)
+                    sockets.pop(fileno).close()
+        return list(calls.values())
+
+
+def events_of(call: Call) -> list[tuple[float, bytes]]:
+    """The data of each server-sent event of an answer in HTTP chunks, when its last byte had
+    come."""
+    found, rest = [], b""
+    for when, piece in call.pieces:
+        rest += piece
+        while (end := rest.find(b"\n\n")) >= 0:
+            data = rest[:end].rpartition(b"data: ")[2]
+            rest = rest[end + 2 :]
+            if data.startswith(b"{"):
+                found.append((when, data))
+    return found
