@@ -25,7 +25,7 @@ from fastpage.errors import CheckpointError, ModelError, ResourceExhausted
 SMALL = {"kv_cache_memory": "64MiB", "max_model_len": 512, "threads": 1}
 PROMPT = "Once upon a time"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
-LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+LONG = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
 
 
 class Watcher(EngineObserver):
@@ -109,6 +109,21 @@ def test_what_the_core_refuses_is_raised_by_add_request(smollm2_gguf: Path) -> N
             for stream in streams:
                 stream.abort()
             assert not engine._streams
+
+    asyncio.run(main())
+
+
+def test_the_queue_is_bounded_in_tokens_too(smollm2_gguf: Path) -> None:
+    async def main() -> None:
+        options = {"max_num_waiting_tokens": 1000, "max_num_seqs": 1}
+        async with engine_process(smollm2_gguf, **options) as (engine, _):
+            running = await engine.add_request(PROMPT, LONG)
+            await anext(running)
+            queued = [await engine.add_request([7] * 400, LONG) for _ in range(2)]
+            with pytest.raises(ResourceExhausted, match="max_num_waiting_tokens"):
+                await engine.add_request([7] * 400, LONG)
+            for stream in [running, *queued]:
+                stream.abort()
 
     asyncio.run(main())
 

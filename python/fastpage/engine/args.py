@@ -186,6 +186,14 @@ class EngineArgs:
         metavar="N",
         type=int,
     )
+    max_num_waiting_tokens: int = _arg(
+        0,
+        "Memory and batching",
+        "most prompt tokens of the sequences in the queue; more are refused, but for one request "
+        "alone; 0: no limit of its own",
+        metavar="TOKENS",
+        type=int,
+    )
     enable_kv_events: bool | None = _arg(
         None,
         "Memory and batching",
@@ -287,6 +295,7 @@ class EngineArgs:
             ("long_prefill_token_threshold", 0),
             ("max_num_partial_prefills", 0),
             ("max_num_waiting", 1),
+            ("max_num_waiting_tokens", 0),
             ("num_speculative_tokens", 0),
             ("prompt_lookup_min", 1),
             ("prompt_lookup_max", 1),

@@ -336,6 +336,7 @@ def _engine_config(args: EngineArgs, info: ModelInfo) -> _C.EngineConfig:
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
         max_num_waiting=args.max_num_waiting,
+        max_num_waiting_tokens=args.max_num_waiting_tokens,
         long_prefill_token_threshold=args.long_prefill_token_threshold,
         max_num_partial_prefills=args.max_num_partial_prefills,
         enable_prefix_caching=args.enable_prefix_caching,
