@@ -1007,6 +1007,17 @@ def test_tokenize_models_load_and_version() -> None:
     run(test)
 
 
+def test_metrics() -> None:
+    async def test(client: Client) -> None:
+        await client.complete("abc", n=2)
+        status, text, headers = await client.request("/metrics")
+        assert status == 200 and "content-type: text/plain" in headers
+        assert 'vllm:generation_tokens_total{engine="0",model_name="alphabet"} 10.0' in text
+        assert "vllm:time_to_first_token_seconds_bucket" in text
+
+    run(test)
+
+
 def test_tokens() -> None:
     async def test(client: Client) -> None:
         assert (await client.request("/health"))[0] == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +48,11 @@ def _routes(state: ServerState) -> list[BaseRoute]:
     async def version(request: Request) -> Response:
         return _json(info.version())
 
+    async def metrics(request: Request) -> Response:
+        accept = request.headers.get("accept", "")
+        body, content_type = await asyncio.to_thread(state.exposition.render, accept)
+        return Response(body, headers={"content-type": content_type})
+
     def models(body: bytes, engine: Any, model: Any) -> Any:
         return info.list_models(model, state.started)
 
@@ -59,6 +65,7 @@ def _routes(state: ServerState) -> list[BaseRoute]:
     return [
         get("/health", health),
         get("/version", version),
+        get("/metrics", metrics),
         get("/load", JsonEndpoint(state, info.load, reads_body=False)),
         get("/v1/models", JsonEndpoint(state, models, reads_body=False)),
         get("/v1/models/{name:path}", _ModelEndpoint(state)),

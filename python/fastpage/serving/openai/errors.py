@@ -14,6 +14,8 @@ from fastpage.errors import InvalidArgument, ResourceExhausted
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 
+_LONGEST = 600  # characters of a message
+
 _RETRY_WHEN_LOADING = 2.0  # seconds
 
 
@@ -31,7 +33,8 @@ class ApiError(Exception):
         retry_after_seconds: float | None = None,
         close: bool = False,
     ) -> None:
-        super().__init__(message)
+        # What a client sent may be in it.
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ...")
         self.status = status
         self.kind = kind
         self.param = param
