@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 
 from fastpage.serving import lifecycle, security
 
-_MODULES = {"starlette", "uvicorn", "httptools", "msgspec"}  # of the extra
+_EXTRA = ("httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")
 
 
 def main() -> None:
@@ -69,13 +70,12 @@ def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
         if not 0 < getattr(options, name) < float("inf"):
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(options, name)} is not above 0")
-    try:
-        from fastpage.serving.openai.exchange import Limits
-        from fastpage.serving.openai.server import HttpOptions, HttpServer
-    except ModuleNotFoundError as error:
-        if error.name not in _MODULES:
-            raise
-        raise ValueError(f"{error.name} is missing: pip install 'fastpage[openai]'") from None
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} must be there: pip install 'fastpage[openai]'")
+    from fastpage.serving.openai.exchange import Limits
+    from fastpage.serving.openai.server import HttpOptions, HttpServer
+
     limits = Limits(options.max_body_bytes, options.request_timeout, options.slow_client_timeout)
     http = HttpOptions(
         host=options.host,
