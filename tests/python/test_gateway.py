@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +303,31 @@ def test_requests_go_where_their_prefix_is(fleet: Fleet) -> None:
             assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
             cached = answer.usage.prompt_tokens_details.cached_tokens
             assert cached is not None and cached >= 4 * BLOCK_SIZE, (prefix, tail)
+
+
+def test_an_engine_that_dies_costs_nobody_an_answer(fleet: Fleet) -> None:
+    victim = fleet.workers[0]
+    fleet.warm(victim, "k" * 200)
+    options: Any = {"model": "tiny", "prompt": "k" * 200, "max_tokens": 1000}
+    with ThreadPoolExecutor() as pool:
+        asking = pool.submit(
+            fleet.client.completions.create, **options, extra_body={"ignore_eos": True}
+        )
+        eventually("it goes where its prefix is", lambda: victim.stats.num_running)
+        _, engine = victim.pids()
+        os.kill(engine, signal.SIGKILL)
+        # The gateway asks somebody else.
+        answer = asking.result(60)
+    assert answer.usage is not None and answer.usage.completion_tokens == 1000
+    eventually(
+        "the gateway forgets what was cached there",
+        lambda: fleet.gateway.metric("smg_kv_index_blocks", victim.address) == 0,
+    )
+    eventually("the engine is back", lambda: victim.stats.ready)
+    fleet.warm(victim, "m" * 200)
+    answer = fleet.client.completions.create(model="tiny", prompt="m" * 200 + " z", max_tokens=1)
+    assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens
 
 
 def test_a_worker_drains_and_another_takes_its_place(tiny: Path) -> None:
