@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,9 +24,12 @@ import pytest
 from server_process import GRPC, ServerProcess, eventually, write_tiny_model
 
 from fastpage import LLM, SamplingParams
+from fastpage.checkpoints import open_checkpoint
 from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
+README = Path(__file__).resolve().parents[2] / "README.md"
+SMG = Path(sys.executable).with_name("smg")
 BLOCK_SIZE = 16
 
 
@@ -37,7 +42,7 @@ class Gateway:
         self._metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
         self._workers = [f"grpc://{address}" for address in workers]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [Path(sys.executable).with_name("smg"), "launch", "--host", "127.0.0.1"]
+        command = [SMG, "launch", "--host", "127.0.0.1"]
         command += ["--port", str(port), "--worker-urls", *self._workers]
         command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
         # The models are loaded while it starts.
@@ -50,11 +55,7 @@ class Gateway:
 
     def _is_ready(self) -> bool:
         assert self.process.poll() is None, self.log
-        try:
-            is_ready = httpx.get(f"{self.url}/readiness").status_code == 200
-        except httpx.TransportError:
-            return False
-        return is_ready and all(
+        return is_ready(self.url) and all(
             self.metric("smg_kv_event_subscriptions_total", worker) for worker in self._workers
         )
 
@@ -78,6 +79,13 @@ class Gateway:
         self.process.wait()
         self.client.close()
         self._log.close()
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readiness").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def free_port() -> int:
@@ -367,23 +375,46 @@ def test_a_worker_drains_and_another_takes_its_place(tiny: Path) -> None:
 # ---------------------------------------------------------------- the real model
 
 
-def test_the_real_model(smollm2_gguf: Path) -> None:
-    from fastpage.checkpoints import open_checkpoint
+def test_the_commands_of_the_readme(smollm2_gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / smollm2_gguf.name).symlink_to(smollm2_gguf)
+    block = re.search(r"```sh\n([^`]*smg launch[^`]*)```", README.read_text())
+    assert block is not None
+    text = block[1].replace("\\\n", "")
+    for port in ("50051", "50052", "30000"):
+        text = text.replace(port, str(free_port()))
+    programs = {"fastpage-grpc": [sys.executable, "-m", GRPC], "smg": [str(SMG)]}
+    with contextlib.ExitStack() as stack:
+        _, *servers, curl = [shlex.split(line.rstrip(" &")) for line in text.splitlines()]
+        for program, *options in servers:
+            if program == "smg":
+                options += ["--prometheus-port", str(free_port())]
+                options += ["--worker-startup-check-interval", "1"]
+            process = subprocess.Popen(
+                [*programs[program], *options], cwd=tmp_path, stdout=subprocess.DEVNULL
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        url = curl[1].removesuffix("/v1/chat/completions")
+        eventually("the gateway is ready", lambda: is_ready(url))
+        done = subprocess.run(curl, capture_output=True, text=True, timeout=60, check=True)
+        assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+        check_answer(url)
+        check_tokenizer(url, smollm2_gguf)
 
-    with (
-        Worker(smollm2_gguf, "--max-model-len", "512", "--num-kv-blocks", "64") as worker,
-        Gateway([worker.address]) as gateway,
-    ):
-        gateway.wait_until_ready()
-        messages: Any = [{"role": "user", "content": "What is the capital of France?"}]
-        answer = gateway.client.chat.completions.create(
-            model="tiny", messages=messages, temperature=0, max_tokens=12
-        )
-        assert "Paris" in (answer.choices[0].message.content or "")
-        assert answer.choices[0].finish_reason == "stop"
-        # The gateway tokenizes with what it got from the worker.
-        tokenizer = open_checkpoint(str(smollm2_gguf)).tokenizer()
-        for text in ("Hello, 12345 worlds! ", "naïve café 你好 \U0001f600", "<|im_start|>user\n"):
-            url = f"{gateway.url}/v1/tokenize"
-            tokens = httpx.post(url, json={"model": "tiny", "prompt": text}).json()["tokens"]
-            assert tokens == tokenizer.encode(text)
+
+def check_answer(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    messages: Any = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = client.chat.completions.create(
+        model="smollm2", messages=messages, temperature=0, max_tokens=12
+    )
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def check_tokenizer(url: str, model: Path) -> None:
+    """What the gateway got of a GGUF file gives the ids that the worker would."""
+    tokenizer = open_checkpoint(str(model)).tokenizer()
+    for text in ("Hello, 12345 worlds! ", "naïve café 你好 \U0001f600", "<|im_start|>user\n"):
+        answer = httpx.post(f"{url}/v1/tokenize", json={"model": "smollm2", "prompt": text})
+        assert answer.json()["tokens"] == tokenizer.encode(text)
