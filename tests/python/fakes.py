@@ -22,14 +22,16 @@ VOCAB = [*LETTERS, " ", ".", EOS]
 EOS_ID = VOCAB.index(EOS)
 
 
-def letter_tokenizer() -> Tokenizer:
+_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def letter_tokenizer(template: str = _TEMPLATE) -> Tokenizer:
     """One token per character; anything but a-z, space and full stop is unknown and dropped."""
     backend = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab={token: i for i, token in enumerate(VOCAB)}, merges=[])
     )
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens([EOS])
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     return Tokenizer(backend, eos_token_ids=[EOS_ID], chat_templates={"default": template})
 
 

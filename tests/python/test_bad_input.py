@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 import pytest
 from fakes import load_alphabet
-from test_grpc_server import collect, serve, text_request
+from grpc_harness import collect, serve, text_request
 
 from fastpage import LLM, SamplingParams
 from fastpage.engine.args import EngineArgs, parse_cpus

@@ -7,16 +7,20 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 
 from fastpage.serving.argument_parser import OneLineParser
+from fastpage.serving.security import read_text
 from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
 PROGRAM = "fastpage-chat"
+Metadata = tuple[tuple[str, str], ...]
+
 _HELP = "Ctrl-C stops an answer, /new starts over, /quit or Ctrl-D ends."
 
 
@@ -31,9 +35,14 @@ class Answer:
 
 class Conversation:
     def __init__(
-        self, stub: pb_grpc.FastpageStub, system: str | None, sampling: pb.SamplingParams
+        self,
+        stub: pb_grpc.FastpageStub,
+        system: str | None,
+        sampling: pb.SamplingParams,
+        metadata: Metadata = (),
     ) -> None:
         self._stub = stub
+        self._metadata = metadata
         self._sampling = sampling
         self._system = system
         self.messages: list[pb.ChatMessage] = []
@@ -50,7 +59,8 @@ class Conversation:
         answer = Answer()
         start = time.monotonic()
         call = self._stub.Chat(
-            pb.ChatRequest(messages=self.messages, sampling_params=self._sampling)
+            pb.ChatRequest(messages=self.messages, sampling_params=self._sampling),
+            metadata=self._metadata,
         )
         try:
             for response in call:
@@ -84,9 +94,10 @@ def main() -> None:
             except ValueError:
                 option = "--" + name.replace("_", "-")
                 sys.exit(f"{PROGRAM}: error: {option} {value} is out of range")
-    with grpc.insecure_channel(options.address) as channel:
+    with _channel(options) as channel:
         try:
-            conversation = Conversation(pb_grpc.FastpageStub(channel), options.system, sampling)
+            stub = pb_grpc.FastpageStub(channel)
+            conversation = Conversation(stub, options.system, sampling, _metadata(options))
             message = " ".join(options.message)
             if not message and not sys.stdin.isatty():
                 message = sys.stdin.read().strip()
@@ -104,6 +115,31 @@ def main() -> None:
             sys.exit(1)
         except KeyboardInterrupt:
             print()
+
+
+def _channel(options: argparse.Namespace) -> grpc.Channel:
+    if options.tls_ca is None:
+        return grpc.insecure_channel(options.address)
+    roots = _read("--tls-ca", options.tls_ca).encode()
+    return grpc.secure_channel(options.address, grpc.ssl_channel_credentials(roots))
+
+
+def _metadata(options: argparse.Namespace) -> Metadata:
+    if options.auth_token_file is None:
+        return ()
+    text = _read("--auth-token-file", options.auth_token_file).strip()
+    if not text:
+        sys.exit(
+            f"{PROGRAM}: error: --auth-token-file {options.auth_token_file} has no token in it"
+        )
+    return (("authorization", f"Bearer {text.splitlines()[0].strip()}"),)
+
+
+def _read(option: str, path: str) -> str:
+    try:
+        return read_text(option, Path(path))
+    except ValueError as error:
+        sys.exit(f"{PROGRAM}: error: {error}")
 
 
 def _talk(conversation: Conversation, verbose: bool) -> None:
@@ -158,7 +194,18 @@ def _parse_args() -> argparse.Namespace:
         prog=PROGRAM, description="Talk to a fastpage-grpc server.", epilog=_HELP
     )
     parser.add_argument("message", nargs="*", help="one message; none: a conversation")
-    parser.add_argument("--address", default="127.0.0.1:50051", help="(default: %(default)s)")
+    parser.add_argument(
+        "--address",
+        default="127.0.0.1:50051",
+        metavar="HOST:PORT|unix:PATH",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tls-ca", metavar="FILE", help="use TLS, and trust whom these certificates vouch for"
+    )
+    parser.add_argument(
+        "--auth-token-file", metavar="FILE", help="the first line is the server's token"
+    )
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
     parser.add_argument("--temperature", type=float, metavar="T", help="0: greedy")

@@ -91,9 +91,9 @@ async def write_outputs(
     try:
         async for output in stream:
             for message in to_messages(output):
-                watch.begin()
+                watch.count += 1
                 await context.write(message)
-                watch.end()
+                watch.count += 1
     except asyncio.CancelledError:
         if not watch.expired:
             raise
@@ -118,33 +118,36 @@ async def last_output(stream: Outputs[T]) -> T:
 
 
 class _WriteWatch:
-    """Cancels the task that made it when one write takes too long. One timer a call, which looks
-    now and then: a timeout of its own for each message would cost more than the message."""
+    """Cancels the task that made it when one write takes too long. `count` goes up before and after
+    each write. One timer a call, which looks now and then: a timeout, or only the time, for each
+    message would cost too much."""
+
+    _LOOKS = 4  # in the time that a write may take
 
     def __init__(self, seconds: float) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._loop = asyncio.get_running_loop()
-        self._seconds = seconds
-        self._since: float | None = None
+        self._seconds_between = seconds / self._LOOKS
+        self._last_count = 0
+        self._looks = 0
+        self._wait()
+        self.count = 0
         self.expired = False
-        self._timer = self._loop.call_later(seconds, self._look)
-
-    def begin(self) -> None:
-        self._since = self._loop.time()
-
-    def end(self) -> None:
-        self._since = None
 
     def stop(self) -> None:
         self._timer.cancel()
 
+    def _wait(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._seconds_between, self._look)
+
     def _look(self) -> None:
-        now = self._loop.time()
-        wait = self._seconds if self._since is None else self._since + self._seconds - now
-        if wait <= 0:
+        writing = self.count % 2 == 1
+        self._looks = self._looks + 1 if writing and self.count == self._last_count else 0
+        self._last_count = self.count
+        if self._looks == self._LOOKS:
             self.expired = True
             self._task.cancel()
         else:
-            self._timer = self._loop.call_later(wait, self._look)
+            self._wait()

@@ -1,0 +1,347 @@
+"""Unary calls, text and tokens, chat options; and how calls end: deadlines, slow clients, a full
+queue."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from fakes import Gate, letter_tokenizer, load_alphabet
+from google.protobuf import struct_pb2
+from grpc_harness import Client, collect, run, serve, text_request
+
+from fastpage.v1 import fastpage_pb2 as pb
+from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def refusal(call: Any) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await call
+    return error.value.code(), error.value.details() or ""
+
+
+def all_of(responses: list[pb.GenerateResponse]) -> pb.GenerateResponse:
+    """What the messages of a stream come to."""
+    whole = pb.GenerateResponse(request_id=responses[0].request_id)
+    by_index: dict[int, pb.CompletionDelta] = {}
+    for response in responses:
+        whole.prompt_logprobs.extend(response.prompt_logprobs)
+        if response.HasField("usage"):
+            whole.usage.CopyFrom(response.usage)
+        for delta in response.outputs:
+            output = by_index.setdefault(delta.index, pb.CompletionDelta())
+            text = output.text + delta.text
+            output.MergeFrom(delta)  # appends what is repeated, replaces the rest
+            output.text = text
+    whole.outputs.extend(by_index[index] for index in sorted(by_index))
+    return whole
+
+
+# ---------------------------------------------------------------- unary
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"stop": ["gh"], "max_tokens": 20},
+        {"n": 3, "temperature": 2.0, "seed": 5, "logprobs": 2, "prompt_logprobs": 1},
+        {"n": 2, "best_of": 4, "temperature": 3.0, "seed": 5, "ignore_eos": True},
+        {"n": 2, "beam_width": 3, "max_tokens": 6},
+        {"detokenize": False},
+    ],
+)
+def test_a_unary_call_brings_what_its_stream_does(sampling: dict[str, Any]) -> None:
+    async def test(client: Client) -> None:
+        request = text_request("abc", **sampling)
+        request.request_id = "r"
+        _, _, responses = await collect(client.stub.Generate(request))
+        unary = await client.stub.GenerateUnary(request)
+        # The stream had to compute the prompt, and a block of it was cached then.
+        unary.usage.cached_tokens = responses[-1].usage.cached_tokens
+        assert unary == all_of(responses)
+
+        chat = pb.ChatRequest(
+            request_id="r",
+            messages=[pb.ChatMessage(role="user", content="abc")],
+            sampling_params=request.sampling_params,
+        )
+        answer = await client.stub.ChatUnary(chat)
+        answer.usage.cached_tokens = unary.usage.cached_tokens
+        assert answer == unary
+
+    run(test)
+
+
+def test_a_unary_call_is_refused_cancelled_and_aborted_as_a_stream_is() -> None:
+    gate = Gate()
+
+    async def test(client: Client) -> None:
+        request = text_request("a", max_tokens=100)
+        request.output_kind = pb.OUTPUT_KIND_DELTA
+        code, details = await refusal(client.stub.GenerateUnary(request))
+        assert (code, details.split("=")[0]) == (INVALID, "output_kind")
+        code, details = await refusal(client.stub.ChatUnary(pb.ChatRequest()))
+        assert (code, details.split()[0]) == (INVALID, "messages")
+
+        request.output_kind = pb.OUTPUT_KIND_FINAL_ONLY
+        request.request_id = "r8"
+        call = client.stub.GenerateUnary(request)
+        while not (await client.stats()).num_waiting + (await client.stats()).num_running:
+            await asyncio.sleep(0.001)
+        call.cancel()
+        while client.engine._streams:
+            await asyncio.sleep(0.001)
+        gate.open(1)
+        await client.wait_until_idle()
+
+        call = client.stub.GenerateUnary(request)
+        gate.open(3)
+        while not (await client.stats()).num_running:
+            await asyncio.sleep(0.001)
+        assert (await client.stub.Abort(pb.AbortRequest(request_id="r8"))).found
+        answer = await call
+        assert answer.outputs[0].finish_reason == pb.FINISH_REASON_ABORT
+        gate.open(10)
+
+    run(test, before_step=gate)
+
+
+# ---------------------------------------------------------------- text and tokens
+
+
+def test_tokenize_and_detokenize() -> None:
+    async def test(client: Client) -> None:
+        answer = await client.stub.Tokenize(pb.TokenizeRequest(text="cab.", return_tokens=True))
+        assert (list(answer.token_ids), list(answer.tokens)) == ([2, 0, 1, 27], [*"cab."])
+        assert answer.max_model_len == 128
+        assert not (await client.stub.Tokenize(pb.TokenizeRequest(text=""))).token_ids
+
+        messages = [pb.ChatMessage(role="user", content=text) for text in ("ab", "c")]
+        answer = await client.stub.Tokenize(
+            pb.TokenizeRequest(conversation=pb.Conversation(messages=messages))
+        )
+        assert (list(answer.token_ids), list(answer.tokens)) == ([0, 1, 2], [])
+
+        answer = await client.stub.Detokenize(pb.DetokenizeRequest(token_ids=[2, 0, 28]))
+        assert answer.text == "ca<end>"
+        request = pb.DetokenizeRequest(token_ids=[2, 0, 28], skip_special_tokens=True)
+        assert (await client.stub.Detokenize(request)).text == "ca"
+        assert (await client.stub.Detokenize(pb.DetokenizeRequest())).text == ""
+
+        stub = client.stub
+        for call, word in (
+            (stub.Tokenize(pb.TokenizeRequest()), "input"),
+            (stub.Tokenize(pb.TokenizeRequest(conversation=pb.Conversation())), "messages"),
+            (stub.Detokenize(pb.DetokenizeRequest(token_ids=[1, 29])), "token_ids[1]=29"),
+            (stub.Detokenize(pb.DetokenizeRequest(token_ids=[-1])), "token_ids[0]=-1"),
+        ):
+            code, details = await refusal(call)
+            assert (code, details.split()[0]) == (INVALID, word)
+        code, _ = await refusal(stub.Tokenize(pb.TokenizeRequest(text="a", model="b")))
+        assert code == grpc.StatusCode.NOT_FOUND
+
+    run(test)
+
+
+def test_a_long_request_does_not_hold_up_the_others() -> None:
+    """Its checks are made on another thread."""
+
+    async def test(client: Client) -> None:
+        loop = asyncio.get_running_loop()
+        longest, ended = 0.0, asyncio.Event()
+
+        async def watch() -> None:
+            nonlocal longest
+            while not ended.is_set():
+                start = loop.time()
+                await asyncio.sleep(0)
+                longest = max(longest, loop.time() - start)
+
+        token_ids = [1] * 1_000_000
+        token_ids[-1] = 99
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=token_ids))
+        calls: list[str] = []
+        client.stub.Tokenize(pb.TokenizeRequest(text="a"))
+
+        async def long() -> None:
+            code, details = await refusal(client.stub.GenerateUnary(request))
+            assert (code, details.split()[0]) == (INVALID, "token_ids[999999]=99")
+            calls.append("long")
+
+        async def short() -> None:
+            await asyncio.sleep(0)
+            await client.stub.GenerateUnary(text_request("a"))
+            calls.append("short")
+
+        await asyncio.gather(long(), short())
+        assert calls == ["short", "long"]
+
+    run(test)
+
+
+# ---------------------------------------------------------------- the prompt
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }} {{ m.content | trim }}.{% endfor %}"
+    "{% if add_generation_prompt %}a {% endif %}{{ style }}{{ size }}"
+)
+
+
+def test_options_of_the_chat_template() -> None:
+    async def main() -> None:
+        loaded = dataclasses.replace(load_alphabet(), tokenizer=letter_tokenizer(TEMPLATE))
+        async with serve(loaded) as client:
+
+            async def prompt(**options: Any) -> str:
+                messages = [pb.ChatMessage(role="user", content="hi")]
+                messages.append(pb.ChatMessage(role="assistant", content="yo u "))
+                conversation = pb.Conversation(messages=messages, **options)
+                tokens = await client.stub.Tokenize(pb.TokenizeRequest(conversation=conversation))
+                request = pb.ChatRequest(messages=messages, **options)
+                request.sampling_params.max_tokens = 1
+                usage = (await client.stub.ChatUnary(request)).usage
+                assert usage.prompt_tokens == len(tokens.token_ids)
+                ids = pb.DetokenizeRequest(token_ids=tokens.token_ids)
+                return (await client.stub.Detokenize(ids)).text
+
+            assert await prompt() == "u hi.a yo u.a "
+            assert await prompt(add_generation_prompt=True) == "u hi.a yo u.a "
+            assert await prompt(add_generation_prompt=False) == "u hi.a yo u."
+            assert await prompt(continue_final_message=True) == "u hi.a yo u "
+            kwargs = struct_pb2.Struct()
+            kwargs.update({"style": "x", "unused": [1, {"deep": None}]})
+            assert await prompt(template_kwargs=kwargs) == "u hi.a yo u.a x"
+
+            for options, word in (
+                (
+                    {"continue_final_message": True, "add_generation_prompt": True},
+                    "add_generation_prompt",
+                ),
+                ({"template_kwargs": {"messages": 1}}, "template_kwargs"),
+                ({"template_kwargs": {"self": 1}}, "template_kwargs"),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError, match=word) as error:
+                    await prompt(**options)
+                assert error.value.code() == INVALID
+                assert error.value.details().startswith(word)
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+def test_truncated_prompts_and_tokens_without_text() -> None:
+    async def test(client: Client) -> None:
+        answer = await client.stub.GenerateUnary(text_request("abcxyz", truncate_prompt_tokens=2))
+        assert (answer.usage.prompt_tokens, answer.outputs[0].text) == (2, "abcde")
+        request = text_request("abc" * 100, truncate_prompt_tokens=-1, max_tokens=8)
+        assert (await client.stub.GenerateUnary(request)).usage.prompt_tokens == 120
+        answer = await client.stub.GenerateUnary(text_request("abc", detokenize=False))
+        assert (answer.outputs[0].text, list(answer.outputs[0].token_ids)) == ("", [3, 4, 5, 6, 7])
+        for bad, word in (
+            ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+            ({"detokenize": False, "stop": ["a"]}, "stop"),
+        ):
+            code, details = await refusal(client.stub.GenerateUnary(text_request("abc", **bad)))
+            assert (code, details.split()[0]) == (INVALID, word)
+
+    run(test)
+
+
+# ---------------------------------------------------------------- how calls end
+
+
+async def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+
+
+def test_an_expired_deadline_frees_the_blocks_within_a_step() -> None:
+    gate = Gate()
+
+    async def test(client: Client) -> None:
+        gate.open(2)
+        call = client.stub.Generate(text_request("a", max_tokens=120), timeout=0.5)
+        await call.read()
+        code, _ = await refusal(collect(call))
+        assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: not client.engine._streams)
+        # The step that was in progress, and no other one.
+        gate.open(1)
+        await client.wait_until_idle()
+
+    run(test, before_step=gate)
+
+
+def test_a_client_that_takes_nothing_loses_the_call() -> None:
+    steps, pause = 0, 0.01
+
+    def before_step() -> None:
+        nonlocal steps
+        steps += 1
+        time.sleep(pause)
+
+    async def main() -> None:
+        nonlocal pause
+        loaded = load_alphabet(before_step, num_blocks=1024)
+        async with serve(loaded, slow_client_timeout=0.2) as client:
+            # 6 kB a step, and nobody reads more than the first; grpc must not find out that it
+            # would take more than 64 kB unread.
+            options = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+            channel = grpc.aio.insecure_channel(client.address, options)
+            generate = pb_grpc.FastpageStub(channel).Generate
+            request = text_request("a", n=16, logprobs=28, temperature=1.0, max_tokens=120)
+            request.sampling_params.ignore_eos = True
+            call = generate(request)
+            await call.read()
+            await until(lambda: not client.engine._streams)
+            await client.wait_until_idle()
+            assert steps < 120
+
+            bystander = await client.stub.GenerateUnary(text_request("a"))
+            assert bystander.outputs[0].text == "bcdef"
+            code, details = await refusal(collect(call))
+            assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "took no message for 0.2 s" in details
+
+            # Whoever reads is not disturbed, however long it takes in all, or nothing comes.
+            texts, _, _ = await collect(generate(text_request("a", max_tokens=100)))
+            assert len(texts[0]) == 100
+            pause = 0.5
+            texts, _, _ = await collect(generate(text_request("a", max_tokens=1)))
+            assert texts == {0: "b"}
+            await channel.close()
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    gate = Gate()
+
+    async def test(client: Client) -> None:
+        gate.open(1)
+        running = client.stub.Generate(text_request("a", max_tokens=3))
+        await running.read()
+        waiting = client.stub.GenerateUnary(text_request("b", max_tokens=3))
+        while not (await client.stats()).num_waiting:
+            await asyncio.sleep(0.001)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await client.stub.GenerateUnary(text_request("c"))
+        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        trailer = dict(error.value.trailing_metadata())
+        assert 0 < int(trailer["retry-after-ms"]) <= 30_000
+        assert trailer["grpc-retry-pushback-ms"] == trailer["retry-after-ms"]
+        gate.open(100)
+        await collect(running)
+        assert (await waiting).outputs[0].text == "cde"
+
+    run(test, before_step=gate, max_num_seqs=1, max_num_waiting=1)
