@@ -144,7 +144,7 @@ def test_a_curl_that_is_killed_frees_its_blocks(smol: ServerProcess) -> None:
     command += ["-H", "Content-Type: application/json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline()
-        assert usage_and_load(smol)[1] == 4
+        eventually("all four are running", lambda: usage_and_load(smol)[1] == 4)
         process.kill()
     eventually("all blocks are free", lambda: usage_and_load(smol) == (0, 0))
 
