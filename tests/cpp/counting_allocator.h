@@ -8,14 +8,25 @@
 #include <new>
 
 inline std::atomic<int64_t> num_allocations{0};
+inline std::atomic<int64_t> num_allocated_bytes{0};  // those given back are not taken off
 // So many more succeed in this thread, then one fails. Negative: none fails.
 inline thread_local int64_t num_until_failure = -1;
+// The same for all threads together that are not exempt.
+inline std::atomic<int64_t> num_until_failure_of_others{-1};
+inline thread_local bool is_exempt = false;
+
+inline bool is_to_fail() {
+  if (num_until_failure >= 0) return num_until_failure-- == 0;
+  if (is_exempt || num_until_failure_of_others < 0) return false;
+  return num_until_failure_of_others.fetch_sub(1) == 0;
+}
 
 // None is inlined, or GCC sees malloc and delete, new and free, and warns of a mismatch. All forms
 // are there, or a sanitizer's own ones meet them.
 [[gnu::noinline]] void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
   num_allocations.fetch_add(1, std::memory_order_relaxed);
-  if (num_until_failure >= 0 && num_until_failure-- == 0) return nullptr;
+  num_allocated_bytes.fetch_add(static_cast<int64_t>(size), std::memory_order_relaxed);
+  if (is_to_fail()) return nullptr;
   return std::malloc(size);
 }
 [[gnu::noinline]] void* operator new(std::size_t size) {

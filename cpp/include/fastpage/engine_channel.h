@@ -36,7 +36,7 @@ struct EngineNews {
 };
 
 // Longest message that a front end may send: a prompt and its parameters.
-inline constexpr size_t kMaxRequestBytes = size_t{256} << 20;
+inline constexpr size_t kMaxRequestBytes = size_t{64} << 20;
 
 struct EngineServerConfig {
   // What is kept for a front end that does not read. Beyond it the engine waits for it, and none of

@@ -510,7 +510,7 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str = "",
     ) -> int:
-        """ACCEPTED or REFUSED will follow. Raises InvalidArgument for a request of more than 256
+        """ACCEPTED or REFUSED will follow. Raises InvalidArgument for a request of more than 64
         MiB."""
     @overload
     def abort(self, request_id: int) -> None: ...
