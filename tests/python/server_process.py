@@ -30,7 +30,7 @@ from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 GRPC = "fastpage.serving.grpc.cli"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-_LISTENING = r"listening on (?:http://)?(\S+:\d+)"
+_LISTENING = r"listening on (?:http://)?([^\s,]+)"
 PATIENCE = 60.0  # seconds: more than anything here takes on a busy machine
 
 

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
-from grpc_harness import SERVING, text_request
+from grpc_harness import NOT_SERVING, SERVING, text_request
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from server_process import GRPC, ServerProcess
 
 from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
-
-
-@contextlib.contextmanager
-def server_process(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [
-        sys.executable,
-        "-m",
-        "fastpage.serving.grpc.cli",
-        "--model",
-        str(model),
-        "--port",
-        "0",
-    ]
-    process = subprocess.Popen(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        line = process.stdout.readline()
-        match = re.search(r"listening on (\S+:\d+)", line)
-        assert match, line + process.stderr.read()
-        yield process, match[1]
-    finally:
-        process.kill()
-        process.wait()
 
 
 def wait_until_serving(channel: grpc.Channel) -> None:
@@ -52,43 +27,102 @@ def wait_until_serving(channel: grpc.Channel) -> None:
         time.sleep(0.05)
 
 
+def slow_request(**sampling: Any) -> pb.GenerateRequest:
+    """It would take a minute."""
+    return text_request("Once upon a time", max_tokens=1500, ignore_eos=True, **sampling)
+
+
+def end_of(call: grpc.Call) -> tuple[grpc.StatusCode, int]:
+    """And the tokens until then."""
+    tokens = 0
+    try:
+        for response in call:
+            tokens += sum(len(output.token_ids) for output in response.outputs)
+    except grpc.RpcError as error:
+        return error.code(), tokens
+    return grpc.StatusCode.OK, tokens
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_process_cleanly(smollm2_gguf: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_the_process_when_the_time_to_drain_is_over(
+    smollm2_gguf: Path, number: signal.Signals
+) -> None:
     options = ["--max-model-len", "2048", "--num-kv-blocks", "128", "--served-model-name", "smol"]
     # A step is under way most of the time then.
     options += ["--async-scheduling", "--host-cache-memory", "8MiB", "--drain-timeout", "0"]
     with (
-        server_process(smollm2_gguf, *options) as (process, address),
-        grpc.insecure_channel(address) as channel,
+        ServerProcess(GRPC, smollm2_gguf, *options) as server,
+        grpc.insecure_channel(server.address) as channel,
     ):
         wait_until_serving(channel)
         stub = pb_grpc.FastpageStub(channel)
         assert stub.GetModelInfo(pb.GetModelInfoRequest()).model == "smol"
-        request = text_request("Once upon a time", max_tokens=1500, ignore_eos=True)
-        call = stub.Generate(request)
+        call = stub.Generate(slow_request())
         next(call)
-        process.send_signal(number)
-        with pytest.raises(grpc.RpcError) as error:
-            for _ in call:
-                pass
-        assert error.value.code() == grpc.StatusCode.UNAVAILABLE
-        out, err = process.communicate(timeout=30)
-        assert process.returncode == 0
-        assert err == ""
+        assert server.stop(number) == 0
+        assert end_of(call)[0] == grpc.StatusCode.UNAVAILABLE
+        assert server.err == ""
         for words in ("smol", "128 blocks of 16 tokens", "host cache", "start-up", "in all"):
-            assert words in out
+            assert words in server.out
+
+
+def test_a_signal_lets_requests_finish_and_a_second_one_does_not(smollm2_gguf: Path) -> None:
+    options = ["--max-model-len", "2048", "--drain-timeout", "600"]
+    with (
+        ServerProcess(GRPC, smollm2_gguf, *options) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        wait_until_serving(channel)
+        stub, health = pb_grpc.FastpageStub(channel), health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        long = stub.Generate(slow_request())
+        short = stub.Generate(text_request("Once", max_tokens=40, ignore_eos=True))
+        next(long), next(short)
+        server.process.send_signal(signal.SIGTERM)
+        assert next(watch).status == NOT_SERVING
+        refused = stub.Generate(text_request("Once"))
+        assert end_of(refused)[0] == grpc.StatusCode.UNAVAILABLE
+        assert not stub.GetServerStats(pb.GetServerStatsRequest()).ready
+        code, tokens = end_of(short)
+        assert (code, tokens) == (grpc.StatusCode.OK, 39)
+
+        assert server.process.poll() is None
+        assert server.stop() == 0
+        code, tokens = end_of(long)
+        assert code == grpc.StatusCode.UNAVAILABLE and 0 < tokens < 1400
+        assert end_of(watch)[0] == grpc.StatusCode.UNAVAILABLE
+        assert server.err == ""
 
 
 def test_a_signal_while_loading_ends_the_process(smollm2_gguf: Path) -> None:
-    with server_process(smollm2_gguf) as (process, _):
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=30)
-        assert (process.returncode, err) == (0, "")
+    with ServerProcess(GRPC, smollm2_gguf) as server:
+        assert (server.stop(), server.err) == (0, "")
+
+
+def test_a_unix_socket_a_token_and_health(smollm2_gguf: Path, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret")
+    options = ["--address", f"unix:{tmp_path}/socket", "--auth-token-file", str(token)]
+    with ServerProcess(GRPC, smollm2_gguf, "--max-model-len", "512", *options) as server:
+        assert server.address == f"unix:{tmp_path}/socket"
+        with grpc.insecure_channel(server.address) as channel:
+            wait_until_serving(channel)
+        chat = [sys.executable, "-m", "fastpage.serving.chat", "--address", server.address]
+        chat += ["--auth-token-file", str(token), "--max-tokens", "8", "--temperature", "0"]
+        answer = subprocess.run(
+            [*chat, "What is the capital of France?"], capture_output=True, timeout=60
+        )
+        assert (answer.returncode, answer.stderr) == (0, b"")
+        assert b"Paris" in answer.stdout
+        assert server.stop() == 0
+    assert not (tmp_path / "socket").exists()
 
 
 def test_chat_client(smollm2_gguf: Path) -> None:
     chat = [sys.executable, "-m", "fastpage.serving.chat"]
-    with server_process(smollm2_gguf, "--max-model-len", "512") as (_, address):
+    with ServerProcess(GRPC, smollm2_gguf, "--max-model-len", "512") as server:
+        address = server.address
         with grpc.insecure_channel(address) as channel:
             wait_until_serving(channel)
         options = ["--address", address, "--temperature", "0", "--max-tokens", "8", "--verbose"]
