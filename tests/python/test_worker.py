@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import random
+import sys
 import time
 import zipfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -24,7 +25,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
 from fastpage import AsyncEngine
 from fastpage.engine.loading import LoadedModel
-from fastpage.serving.worker import convert, kv_events, service
+from fastpage.serving.worker import convert, create_worker_service, kv_events, service
 from fastpage.serving.worker.kv_events import CursorOutOfRange, KvEventLog
 from fastpage.serving.worker.loads import LoadMeter
 from fastpage.serving.worker.service import VllmEngineService
@@ -260,12 +261,12 @@ def with_fields(**fields: Any) -> pb.GenerateRequest:
 
 BAD_REQUESTS = [
     (pb.GenerateRequest(request_id="r"), "input is not set"),
-    (pb.GenerateRequest(request_id="r", text=""), "prompt is empty"),
+    (pb.GenerateRequest(request_id="r", text=""), "text is empty"),
     (generate(""), "tokenized.input_ids is empty"),
     (generate("a", request_id=""), "request_id is empty"),
     (
         pb.GenerateRequest(request_id="r", tokenized=pb.TokenizedInput(input_ids=[0, 99])),
-        r"\[1\]=99",
+        r"tokenized.input_ids\[1\]=99",
     ),
     (generate("a" * 200), "max_model_len 128"),
     (generate("ab", max_tokens=127), "max_tokens 127"),
@@ -366,14 +367,13 @@ def test_abort_ends_the_stream() -> None:
 def test_an_abort_comes_while_the_prompt_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(client: Client) -> None:
         looked_at, go_on = asyncio.Event(), asyncio.Event()
-        to_prompt = client.engine.to_prompt
 
-        async def slowly(prompt: Any) -> Any:
+        async def slowly(request: Any, call: Callable[..., Any], *args: Any) -> Any:
             looked_at.set()
             await go_on.wait()
-            return await to_prompt(prompt)
+            return call(*args)
 
-        monkeypatch.setattr(client.engine, "to_prompt", slowly)
+        monkeypatch.setattr(service, "aside", slowly)
         call = client.stub.Generate(generate("ab", max_tokens=100))
         first = asyncio.ensure_future(collect(call))
         await looked_at.wait()
@@ -536,6 +536,21 @@ def test_rates_are_of_the_last_seconds() -> None:
     now += 1
     stats.num_generated_tokens = 7
     assert meter.read().gen_throughput >= 0
+
+
+def test_without_its_messages_there_is_no_worker(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert create_worker_service() is not None
+    # As if it did not go with the grpcio that is there.
+    monkeypatch.setitem(sys.modules, "fastpage.serving.worker.service", None)
+    assert create_worker_service() is None
+    assert "is not served: smg-grpc-proto" in caplog.text
+    # As if it were not there.
+    caplog.clear()
+    monkeypatch.setitem(sys.modules, "smg_grpc_proto", None)
+    assert create_worker_service() is None
+    assert caplog.text == ""
 
 
 # ---------------------------------------------------------------- the tokenizer

@@ -8,10 +8,14 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from fastpage.engine.async_engine import DuplicateRequestId
 from fastpage.engine.core import EngineStopped
 from fastpage.errors import InvalidArgument, ResourceExhausted
+
+# Requests of more bytes than this are looked at off the event loop: other calls go on meanwhile.
+_LONG_REQUEST = 1 << 14
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -73,6 +77,13 @@ def _retry_hint(error: Exception) -> tuple[tuple[str, str], ...]:
         return ()
     milliseconds = str(math.ceil(seconds * 1000))
     return (("retry-after-ms", milliseconds), ("grpc-retry-pushback-ms", milliseconds))
+
+
+async def aside(request: Message, call: Callable[..., T], *args: Any) -> T:
+    """call(*args), on another thread if the request is long."""
+    if request.ByteSize() > _LONG_REQUEST:
+        return await asyncio.to_thread(call, *args)
+    return call(*args)
 
 
 async def write_outputs(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.message import Message
 
 from fastpage._C import __version__
 from fastpage.engine.async_engine import AsyncEngine, RequestStream
@@ -16,7 +14,14 @@ from fastpage.engine.prompts import Prompt, chat_prompt, chat_text, checked_toke
 from fastpage.errors import InvalidArgument
 from fastpage.outputs import RequestOutputKind
 from fastpage.sampling_params import SamplingParams
-from fastpage.serving.grpc.calls import ModelNotFound, NotReady, abort, last_output, write_outputs
+from fastpage.serving.grpc.calls import (
+    ModelNotFound,
+    NotReady,
+    abort,
+    aside,
+    last_output,
+    write_outputs,
+)
 from fastpage.serving.grpc.convert import (
     chat_options_from_proto,
     messages_from_proto,
@@ -40,9 +45,6 @@ T = TypeVar("T")
 Context: TypeAlias = grpc.aio.ServicerContext
 # From a request to its prompt; called on any thread.
 ToPrompt = Callable[[Any, AsyncEngine], Prompt]
-
-# Requests of more bytes than this are looked at off the event loop: other calls go on meanwhile.
-_LONG_REQUEST = 1 << 14
 
 
 class FastpageService(pb_grpc.FastpageServicer):
@@ -107,7 +109,7 @@ class FastpageService(pb_grpc.FastpageServicer):
         self, request: Any, to_prompt: ToPrompt, output_kind: RequestOutputKind
     ) -> RequestStream:
         engine = self._ready_engine()
-        params, prompt = await _aside(request, self._read, request, engine, to_prompt)
+        params, prompt = await aside(request, self._read, request, engine, to_prompt)
         return await engine.add_request(
             prompt,
             params,
@@ -165,7 +167,7 @@ class FastpageService(pb_grpc.FastpageServicer):
                 refuse_unknown_fields(request)
                 return answer(request, engine)
 
-            return await _aside(request, check_and_answer)
+            return await aside(request, check_and_answer)
         except Exception as error:
             await abort(context, error)
 
@@ -173,13 +175,6 @@ class FastpageService(pb_grpc.FastpageServicer):
         if self._engine is None:
             raise NotReady("the model is being loaded: try again in a few seconds")
         return self._engine
-
-
-async def _aside(request: Message, call: Callable[..., T], *args: Any) -> T:
-    """call(*args), on another thread if the request is long."""
-    if request.ByteSize() > _LONG_REQUEST:
-        return await asyncio.to_thread(call, *args)
-    return call(*args)
 
 
 # ---- from a request to its prompt

@@ -11,7 +11,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from fastpage.engine.async_engine import AsyncEngine
 from fastpage.engine.loading import ModelInfo
-from fastpage.engine.prompts import PromptDict
+from fastpage.engine.prompts import Prompt, checked_token_ids, to_prompt
 from fastpage.errors import InvalidArgument
 from fastpage.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from fastpage.sampling_params import SamplingParams
@@ -59,15 +59,18 @@ def check_supported(request: pb.GenerateRequest) -> None:
         )
 
 
-def prompt_from_proto(request: pb.GenerateRequest) -> PromptDict:
+def prompt_from_proto(request: pb.GenerateRequest, engine: AsyncEngine) -> Prompt:
+    """Takes a while if it is long; on any thread."""
     kind = request.WhichOneof("input")
     if kind is None:
         raise InvalidArgument("input is not set: give tokenized.input_ids or text")
-    if kind == "text":
-        return {"prompt": request.text}
-    if not request.tokenized.input_ids:
-        raise InvalidArgument("tokenized.input_ids is empty")
-    return {"prompt_token_ids": list(request.tokenized.input_ids)}
+    vocab_size = engine.info.vocab_size
+    if kind == "tokenized":
+        token_ids = list(request.tokenized.input_ids)
+        return Prompt(None, checked_token_ids(token_ids, vocab_size, "tokenized.input_ids"))
+    if not request.text:
+        raise InvalidArgument("text is empty")
+    return to_prompt(request.text, engine.tokenizer, vocab_size)
 
 
 def sampling_params_from_proto(

@@ -19,7 +19,7 @@ from fastpage.engine.prompts import truncate
 from fastpage.errors import InvalidArgument
 from fastpage.outputs import RequestOutput, RequestOutputKind
 from fastpage.sampling_params import SamplingParams
-from fastpage.serving.grpc.calls import NotReady, abort, write_outputs
+from fastpage.serving.grpc.calls import NotReady, abort, aside, write_outputs
 from fastpage.serving.worker.convert import (
     Answer,
     check_answer_size,
@@ -113,7 +113,7 @@ class VllmEngineService(pb_grpc.VllmEngineServicer):
             raise DuplicateRequestId(f"request_id={request_id!r} is in use by another request")
         aborted = self._starting[request_id] = asyncio.Event()
         try:
-            prompt = await engine.to_prompt(prompt_from_proto(request))
+            prompt = await aside(request, prompt_from_proto, request, engine)
             prompt = truncate(prompt, params, engine.info.max_model_len)
             check_answer_size(params, len(prompt.token_ids))
             kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
