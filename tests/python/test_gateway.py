@@ -21,7 +21,11 @@ import grpc
 import httpx
 import openai
 import pytest
-from server_process import GRPC, ServerProcess, eventually, write_tiny_model
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+from server_process import GRPC, SERVING, ServerProcess, eventually, write_tiny_model
 
 from fastpage import LLM, SamplingParams
 from fastpage.checkpoints import open_checkpoint
@@ -185,6 +189,15 @@ MESSAGES: Any = [{"role": "user", "content": "What does the fox say?"}]
 
 def test_models(fleet: Fleet) -> None:
     assert [model.id for model in fleet.client.models.list()] == ["tiny"]
+
+
+def test_the_service_is_listed_and_healthy(fleet: Fleet) -> None:
+    """For Kubernetes and grpcurl; the gateway asks the service itself."""
+    with grpc.insecure_channel(fleet.workers[0].address) as channel:
+        name = "vllm.grpc.engine.VllmEngine"
+        assert name in ProtoReflectionDescriptorDatabase(channel).get_services()
+        request = health_pb2.HealthCheckRequest(service=name)
+        assert health_pb2_grpc.HealthStub(channel).Check(request).status == SERVING
 
 
 def test_completions_are_the_engine_s(fleet: Fleet, llm: LLM) -> None:

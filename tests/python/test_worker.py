@@ -303,6 +303,42 @@ def test_bad_requests_are_refused_by_name() -> None:
     run(test)
 
 
+def test_a_full_queue() -> None:
+    gate = Gate()
+
+    async def test(client: Client) -> None:
+        calls = [
+            asyncio.ensure_future(
+                collect(client.stub.Generate(generate("ab", request_id=f"{i}", max_tokens=2)))
+            )
+            for i in range(8)
+        ]
+        # Nothing moves: whoever has an answer is refused.
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        gate.open(100)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        errors = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+        assert 0 < len(errors) < 8
+        for error in errors:
+            assert error.code() == STATUS.RESOURCE_EXHAUSTED
+            assert "retry-after-ms" in dict(error.trailing_metadata())
+
+    run(test, gate, max_num_seqs=1, max_num_waiting=2)
+
+
+def test_a_model_that_fails_fails_the_request() -> None:
+    def fail() -> None:
+        raise RuntimeError("out of luck")
+
+    async def test(client: Client) -> None:
+        for stream in (False, True):
+            error = await refused(client.stub.Generate(generate("ab", stream=stream)))
+            assert error.code() == STATUS.INTERNAL
+            assert "out of luck" in (error.details() or "")
+
+    run(test, fail)
+
+
 def test_answers_that_no_message_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "MAX_MESSAGE_BYTES", 1000)
 

@@ -18,7 +18,8 @@ def create_worker_service(slow_client_timeout: float = 60.0) -> VllmEngineServic
         return None
     try:
         from fastpage.serving.worker.service import VllmEngineService
-    except (ImportError, RuntimeError) as error:  # made for other versions of grpcio, protobuf
+    except (ImportError, RuntimeError, TypeError) as error:
+        # Made for other versions of grpcio or protobuf; a common.proto of somebody else's.
         _logger.warning("vllm.grpc.engine.VllmEngine is not served: smg-grpc-proto: %s", error)
         return None
     return VllmEngineService(slow_client_timeout)
