@@ -9,6 +9,9 @@ from typing import Any, Literal, Protocol
 from fastpage import _C
 from fastpage.errors import InvalidArgument
 
+# All are looked for after every token.
+_MOST_STOP_STRINGS = 1024
+_MOST_BAD_WORDS = 16384
 # Token ids are compared with the vocabulary once a model is known, by the engine.
 _ANY_VOCABULARY = 2**31 - 1
 
@@ -37,10 +40,10 @@ class SamplingParams:
         min_p: Keep tokens at least this probable relative to the most likely one, [0, 1].
         seed: The same seed gives the same tokens, whatever else is in the batch. None (or -1):
             the engine picks one.
-        stop: Strings that end the output.
+        stop: Strings that end the output, 1024 at most.
         stop_token_ids: Token ids that end the output, beside EOS.
-        bad_words: Words that must not be generated: the last token of one is forbidden when the
-            output ends with those before it.
+        bad_words: Words that must not be generated, 16384 at most: the last token of one is
+            forbidden when the output ends with those before it.
         ignore_eos: Go on after EOS.
         max_tokens: Output tokens at most; None is as many as the model's context holds.
         min_tokens: No EOS nor stop token before that many output tokens.
@@ -97,8 +100,8 @@ class SamplingParams:
     early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
-        self.stop = _strings("stop", self.stop)
-        self.bad_words = _strings("bad_words", self.bad_words)
+        self.stop = _strings("stop", self.stop, _MOST_STOP_STRINGS)
+        self.bad_words = _strings("bad_words", self.bad_words, _MOST_BAD_WORDS)
         self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids)
         if self.allowed_token_ids is not None:
             self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
@@ -192,7 +195,7 @@ def _num_logprobs(field: str, value: int | None) -> int:
     return _or_minus_one(field, value, "between 0 and 1024")
 
 
-def _strings(field: str, value: str | Iterable[str] | None) -> list[str]:
+def _strings(field: str, value: str | Iterable[str] | None, most: int) -> list[str]:
     if value is None:
         return []
     strings = [value] if isinstance(value, str) else list(_items(field, value, "strings"))
@@ -201,7 +204,10 @@ def _strings(field: str, value: str | Iterable[str] | None) -> list[str]:
             raise InvalidArgument(f"{field} must be a string or a list of strings, got {item!r}")
         if not item:
             raise InvalidArgument(f"{field} must not contain an empty string")
-    return list(dict.fromkeys(strings))
+    unique = list(dict.fromkeys(strings))
+    if len(unique) > most:
+        raise InvalidArgument(f"{field} must have at most {most} strings, got {len(unique)}")
+    return unique
 
 
 def _token_ids(field: str, value: Iterable[int] | None) -> list[int]:

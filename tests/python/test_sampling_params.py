@@ -40,6 +40,11 @@ WRONG = [
     ({"stop": 3}, "stop must be a list of strings, got 3"),
     ({"stop": [3]}, "stop must be a string or a list of strings, got 3"),
     ({"stop": ["a", ""]}, "stop must not contain an empty string"),
+    ({"stop": [str(i) for i in range(1025)]}, "stop must have at most 1024 strings, got 1025"),
+    (
+        {"bad_words": [str(i) for i in range(16385)]},
+        "bad_words must have at most 16384 strings, got 16385",
+    ),
     ({"stop": "a", "detokenize": False}, "stop strings need detokenize=True"),
     ({"stop_token_ids": 3}, "stop_token_ids must be a list of token ids, got 3"),
     ({"stop_token_ids": ["x"]}, "stop_token_ids must be an integer, got 'x'"),

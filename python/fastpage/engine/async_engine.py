@@ -22,6 +22,8 @@ from fastpage.tokenizer import Tokenizer
 
 KvEventListener = Callable[[list[_C.KvEvent]], None]
 
+# More bad_words than this are tokenized off the event loop.
+_MANY_WORDS = 100
 # Texts, and lists of token ids, that are longer than this are looked at off the event loop.
 _LONG_PROMPT = 1 << 14
 
@@ -168,7 +170,7 @@ class AsyncEngine:
         if not isinstance(prompt, Prompt):
             prompt = await self.to_prompt(prompt)
         prompt = truncate(prompt, params, self.info.max_model_len)
-        core_params = params.to_core(self.tokenizer)
+        core_params = await self._to_core(params)
         # No await from here on until the request is known: of two with one id, one comes first.
         if self._stopped:
             raise EngineStopped("the engine is shutting down")
@@ -221,6 +223,11 @@ class AsyncEngine:
         if _is_long(prompt):
             return await asyncio.to_thread(to_prompt, *arguments)
         return to_prompt(*arguments)
+
+    async def _to_core(self, params: SamplingParams) -> _C.SamplingParams:
+        if len(params.bad_words or ()) > _MANY_WORDS:
+            return await asyncio.to_thread(params.to_core, self.tokenizer)
+        return params.to_core(self.tokenizer)
 
     # ---- the rest
 

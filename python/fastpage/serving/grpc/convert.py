@@ -30,13 +30,29 @@ _EARLY_STOPPING: dict[int, bool | str] = {
     pb.EARLY_STOPPING_NEVER: "never",
 }
 
+# Of fields that are not known. More of them are not looked through for the first one's number.
+_MOST_UNKNOWN_BYTES = 1 << 16
+
 # Fields of pb.SamplingParams that are set or not; the rest are lists.
 _OPTIONAL_FIELDS = [f.name for f in pb.SamplingParams.DESCRIPTOR.fields if f.has_presence]
 _LIST_FIELDS = ("allowed_token_ids", "bad_words", "stop", "stop_token_ids")
 
 
-def refuse_unknown_fields(message: ProtoMessage, where: str = "") -> None:
+def refuse_unknown_fields(message: ProtoMessage) -> None:
     """Raises InvalidArgument if the sender set a field that this server's protocol lacks."""
+    known = type(message)()
+    known.CopyFrom(message)
+    known.DiscardUnknownFields()
+    unknown_bytes = message.ByteSize() - known.ByteSize()
+    if unknown_bytes > _MOST_UNKNOWN_BYTES:
+        raise InvalidArgument(
+            f"request has {unknown_bytes} bytes of fields that this server does not know"
+        )
+    if unknown_bytes > 0:
+        _name_unknown_field(message, "")
+
+
+def _name_unknown_field(message: ProtoMessage, where: str) -> None:
     unknown = UnknownFieldSet(message)
     if len(unknown) > 0:
         raise InvalidArgument(
@@ -44,7 +60,7 @@ def refuse_unknown_fields(message: ProtoMessage, where: str = "") -> None:
             "does not know"
         )
     for name, child in _submessages(message):
-        refuse_unknown_fields(child, f"{where}.{name}" if where else name)
+        _name_unknown_field(child, f"{where}.{name}" if where else name)
 
 
 def _submessages(message: ProtoMessage) -> Iterator[tuple[str, ProtoMessage]]:
