@@ -152,7 +152,7 @@ FAULTS ?= 10000
 SEED ?= 6
 faults: $(DEV_DONE)  ## what clients, networks and signals do to a server, with FAULTS=10000 malformed requests
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
-	@FASTPAGE_FAULTS=$(FAULTS) FASTPAGE_SEED=$(SEED) $(VENV)/bin/pytest -v -s --timeout 0 tests/python/test_faults.py
+	@FASTPAGE_FAULTS=$(FAULTS) FASTPAGE_SEED=$(SEED) $(VENV)/bin/pytest -v -s --timeout 0 tests/python/test_faults.py tests/python/test_faults_http.py
 
 # SECONDS: how long.
 soak: SECONDS = 600

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from random import Random
@@ -264,7 +265,7 @@ def change_json(rng: Random, body: Any) -> None:
         if isinstance(body, dict) and rng.random() < 0.2:
             del body[key]
         else:
-            body[key] = rng.choice(JSON_VALUES)
+            body[key] = copy.deepcopy(rng.choice(JSON_VALUES))
         return
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
 GRPC = "fastpage.serving.grpc.cli"
+HTTP = "fastpage.serving.openai.cli"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _LISTENING = r"listening on (?:http://)?([^\s,]+)"
@@ -135,6 +137,14 @@ def eventually(what: str, condition: object) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.005)
+
+
+def assert_flat(memory: list[int], kept: int) -> None:
+    """The last third is no more than the third before."""
+    third = len(memory) // 3
+    before, after = memory[third : 2 * third], memory[-third:]
+    growth = statistics.median(after) - statistics.median(before)
+    assert growth < kept, f"memory grows: {[m >> 20 for m in memory]} MiB"
 
 
 class GrpcClient:

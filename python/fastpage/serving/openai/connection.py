@@ -30,6 +30,10 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         super().connection_lost(exc)
+        # uvicorn's timer of an idle connection runs on after a reset, and holds the last request;
+        # so does the cycle of the two, until the garbage collector next looks at all there is.
+        self._unset_keepalive_if_required()
+        self.cycle = None  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
