@@ -46,7 +46,7 @@ class RequestMetrics:
     arrival_time: float
     first_token_time: float | None = None
     last_token_time: float | None = None
-    # Seconds, not a time: from its coming to the engine until its first token was computed on.
+    # Seconds, no time: from its coming to the engine to the first step that computed on it.
     queue_seconds: float | None = None
 
 

@@ -248,6 +248,14 @@ def test_values_after_known_work() -> None:
                 + scrape("vllm:request_decode_time_seconds_sum")
             )
             assert scrape("vllm:request_time_per_output_token_seconds_count") == 2 + 3
+            assert scrape("vllm:request_queue_time_seconds_count") == 4
+            assert scrape("vllm:request_queue_time_seconds_sum") > 0
+            assert scrape("vllm:request_inference_time_seconds_count") == 4
+            assert scrape("vllm:request_prefill_time_seconds_count") == 4
+            assert scrape("vllm:request_inference_time_seconds_sum") == pytest.approx(
+                scrape("vllm:request_prefill_time_seconds_sum")
+                + scrape("vllm:request_decode_time_seconds_sum")
+            )
 
             assert scrape("vllm:request_prompt_tokens_sum") == 24
             assert scrape("vllm:request_prefill_kv_computed_tokens_sum") == 16
@@ -437,7 +445,7 @@ def exposed_names() -> set[str]:
 
     async def main() -> set[str]:
         async with serving(with_all_options()) as setup:
-            setup.metrics.startup_seconds = {"imports": 1.0}
+            setup.engine.phases = {"imports": 1.0}
             return {key[0] for key in setup.scrape().samples}
 
     return asyncio.run(main())

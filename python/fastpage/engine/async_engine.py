@@ -93,6 +93,8 @@ class AsyncEngine:
             core = LocalCore(model.engine)
         self._core = core
         self._model = model
+        # Seconds that each part of the start took. Whoever starts it may add its own.
+        self.phases = dict(model.phases)
         self._observers: list[EngineObserver] = []
         self._kv_event_listeners: list[KvEventListener] = []
         self._processor = OutputProcessor(model.tokenizer)
@@ -238,11 +240,6 @@ class AsyncEngine:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._model.tokenizer
-
-    @property
-    def phases(self) -> dict[str, float]:
-        """Seconds that each part of the loading took."""
-        return self._model.phases
 
     @property
     def ready(self) -> bool:

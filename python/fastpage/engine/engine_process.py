@@ -14,7 +14,7 @@ import struct
 import sys
 from typing import Any
 
-from fastpage import _C
+from fastpage import _C, logs
 from fastpage.engine.args import EngineArgs
 from fastpage.engine.loading import LoadedModel, load_model
 from fastpage.errors import FastpageError
@@ -50,8 +50,11 @@ def _end_with(front_end: int) -> None:
 
 def _load(channel: socket.socket) -> LoadedModel | None:
     (length,) = _LENGTH.unpack(_read(channel, _LENGTH.size))
+    orders = json.loads(_read(channel, length))
+    if orders["logs"] is not None:
+        logs.configure(logs.LogConfig(**orders["logs"]))
     try:
-        loaded = load_model(EngineArgs(**json.loads(_read(channel, length))))
+        loaded = load_model(EngineArgs(**orders["args"]))
     except (FastpageError, OSError, MemoryError) as error:
         message = str(error) or type(error).__name__
         _say(channel, {"error": _error_name(error), "message": message})

@@ -286,6 +286,7 @@ class OutputProcessor:
             step.num_new_tokens += len(token_ids)
             if state.metrics.first_token_time is None:
                 state.metrics.first_token_time = step.time
+                state.metrics.queue_seconds = output.queue_seconds
                 step.first_tokens.append(state)
             if sample.last_token_time is not None:
                 step.token_gaps.append(step.time - sample.last_token_time)

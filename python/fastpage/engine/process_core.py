@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fastpage import logs
 from fastpage.checkpoints import open_checkpoint
 from fastpage.engine.args import EngineArgs
 from fastpage.engine.channel_core import ChannelCore
@@ -86,7 +87,8 @@ class _Process:
         EngineDied."""
         loop = asyncio.get_running_loop()
         try:
-            text = json.dumps(dataclasses.asdict(self._args)).encode()
+            orders = {"args": dataclasses.asdict(self._args), "logs": logs.configured()}
+            text = json.dumps(orders).encode()
             await loop.sock_sendall(self._socket, _LENGTH.pack(len(text)) + text)
             (length,) = _LENGTH.unpack(await self._read(_LENGTH.size))
             if length > _LONGEST_HELLO:

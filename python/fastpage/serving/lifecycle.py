@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from fastpage import logs
 from fastpage.serving.argument_parser import OneLineParser
 
 if TYPE_CHECKING:
     from fastpage.engine.args import EngineArgs
     from fastpage.engine.async_engine import AsyncEngine
+    from fastpage.serving.observability import Observability
 
 # Of the clients, to take the last messages, when the time to drain is over.
 _LAST_SECONDS = 1.0
@@ -75,6 +77,7 @@ def run(
     from fastpage import _C
     from fastpage.engine.args import EngineArgs
     from fastpage.errors import FastpageError
+    from fastpage.serving import observability
 
     parser = OneLineParser(
         prog=program, usage="%(prog)s --model PATH [options]", description=description
@@ -89,11 +92,13 @@ def run(
         help="how long requests in progress may go on; a second signal ends them at once "
         "(default: %(default)g)",
     )
+    observability.add_options(parser)
     EngineArgs.add_cli_args(parser)
     options = parser.parse_args()
     try:
         if not 0 <= options.drain_timeout < float("inf"):
             raise ValueError(f"--drain-timeout {options.drain_timeout} is not a number >= 0")
+        observing = observability.Observability(options)
         frontends = make_frontends(options)
         args = EngineArgs.from_cli_args(options)
     except ValueError as error:
@@ -102,7 +107,8 @@ def run(
 
     phases["imports"] = time.perf_counter() - start
     try:
-        asyncio.run(_Server(program, args, frontends, options.drain_timeout, phases).run())
+        server = _Server(program, args, frontends, observing, options.drain_timeout, phases)
+        asyncio.run(server.run())
     except (FastpageError, OSError, MemoryError) as error:
         _exit_with_error(program, error)
 
@@ -113,12 +119,14 @@ class _Server:
         program: str,
         args: EngineArgs,
         frontends: Sequence[Frontend],
+        observing: Observability,
         drain_timeout: float,
         phases: dict[str, float],
     ) -> None:
         self._program = program
         self._args = args
         self._frontends = frontends
+        self._observing = observing
         self._drain_timeout = drain_timeout
         self._phases = phases
         self._signals = _Signals()
@@ -136,9 +144,12 @@ class _Server:
             self._say("stopped while loading")
             # Nothing that is half loaded needs an orderly end; the engine's process goes along.
             _exit(0)
+        engine.phases = self._phases | engine.phases
+        for observer in self._observing.observers:
+            engine.add_observer(observer)
         for frontend in self._frontends:
             await frontend.set_engine(engine)
-        _print(_summary(engine, self._phases | engine.phases, addresses))
+        _print(_summary(engine, addresses))
         await self._signals.first.wait()
         await self._stop(engine)
 
@@ -150,6 +161,7 @@ class _Server:
         await self._first(engine.drain(self._drain_timeout), self._signals.second)
         await engine.shutdown()
         await self._stop_frontends(max(_LAST_SECONDS, deadline - time.monotonic()))
+        await self._first(self._observing.close(), self._signals.second)
         self._say("stopped")
 
     async def _stop_frontends(self, grace: float) -> None:
@@ -199,7 +211,7 @@ class _Signals:
             _exit(0)
 
 
-def _summary(engine: AsyncEngine, phases: dict[str, float], addresses: Sequence[str]) -> str:
+def _summary(engine: AsyncEngine, addresses: Sequence[str]) -> str:
     from fastpage._C import __version__
     from fastpage.engine.memory import format_bytes
 
@@ -229,6 +241,7 @@ def _summary(engine: AsyncEngine, phases: dict[str, float], addresses: Sequence[
         rows.insert(3, ("host cache", text))
     lines = [f"fastpage {__version__} is ready"]
     lines += [f"  {name:<12} {value}" for name, value in rows]
+    phases = engine.phases
     width = max(10, *map(len, phases))
     lines.append("  start-up     seconds")
     lines += [f"    {name:<{width}} {seconds:6.2f}" for name, seconds in phases.items()]
@@ -248,7 +261,7 @@ def _seconds_since_process_start() -> float:
 
 def _print(text: str) -> None:
     with contextlib.suppress(BrokenPipeError):
-        print(text, flush=True)
+        logs.announce(text)
 
 
 def _exit_with_error(program: str, error: BaseException) -> NoReturn:

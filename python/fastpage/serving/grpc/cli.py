@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from typing import TYPE_CHECKING
 
 from fastpage.serving import lifecycle, security
+
+if TYPE_CHECKING:
+    import grpc
 
 
 def main() -> None:
@@ -53,6 +57,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="serve grpc.channelz.v1, grpc's own statistics (needs the package grpcio-channelz)",
     )
+    server.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="PORT",
+        help="Prometheus metrics over HTTP on --host and this port; 0: let the system choose, "
+        "and print it (needs fastpage[metrics])",
+    )
     security.add_options(parser)
 
 
@@ -68,6 +79,11 @@ def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
     from fastpage.serving.grpc.service import FastpageService
     from fastpage.serving.worker import create_worker_service
 
+    interceptors: list[grpc.aio.ServerInterceptor] = []
+    if options.otlp_traces_endpoint:
+        from fastpage.serving.tracing import TraceContextInterceptor
+
+        interceptors.append(TraceContextInterceptor())
     services: list[GrpcService] = [FastpageService(options.slow_client_timeout)]
     if worker := create_worker_service(options.slow_client_timeout):
         services.append(worker)
@@ -79,8 +95,20 @@ def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
         tokens=security.BearerTokens.from_options(options),
         max_message_bytes=options.max_message_bytes,
         channelz=options.channelz,
+        interceptors=interceptors,
     )
-    return [GrpcServer(services, config)]
+    frontends: list[lifecycle.Frontend] = [GrpcServer(services, config)]
+    if options.metrics_port is not None:
+        frontends.append(_metrics_server(options.host, options.metrics_port))
+    return frontends
+
+
+def _metrics_server(host: str, port: int) -> lifecycle.Frontend:
+    if not 0 <= port < 65536:
+        raise ValueError(f"--metrics-port {port} is not between 0 and 65535")
+    from fastpage.serving.metrics.server import MetricsServer
+
+    return MetricsServer(host, port)
 
 
 if __name__ == "__main__":

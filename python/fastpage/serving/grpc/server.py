@@ -65,6 +65,7 @@ class GrpcServerConfig:
     tokens: BearerTokens | None = None
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES  # of a request
     channelz: bool = False
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = ()  # beside those that it needs itself
 
 
 class GrpcServer:
@@ -112,6 +113,7 @@ class GrpcServer:
         interceptors: list[grpc.aio.ServerInterceptor] = [RefuseUndecodable()]
         if config.tokens is not None:
             interceptors.insert(0, RequireToken(config.tokens))
+        interceptors += config.interceptors
         options = (
             *_OPTIONS,
             ("grpc.max_receive_message_length", config.max_message_bytes),

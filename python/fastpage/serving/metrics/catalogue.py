@@ -277,7 +277,7 @@ _OURS = (
         "fastpage:startup_seconds",
         "gauge",
         "What each part of the start took.",
-        lambda metrics: metrics.startup_seconds,
+        lambda metrics: {} if metrics.engine is None else metrics.engine.phases,
         label="phase",
     ),
     Metric(
@@ -315,7 +315,8 @@ _OURS = (
     Metric(
         "fastpage:step_phase_seconds",
         "counter",
-        "Time in steps, by phase.",
+        "Time in steps, by phase: schedule (taking in requests, deciding the step), prepare (its "
+        "inputs), model, sample, output (taking in the tokens).",
         lambda metrics: {phase: metrics.total(name) for phase, name in STEP_PHASES.items()},
         label="phase",
     ),

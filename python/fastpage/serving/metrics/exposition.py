@@ -14,10 +14,10 @@ from fastpage.serving.metrics.recorder import EngineMetrics, Histogram
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
-MISSING = 'metrics need the package prometheus_client: pip install "fastpage[metrics]"'
+_MISSING = 'metrics need the package prometheus_client: pip install "fastpage[metrics]"'
 
 
-class MissingExtra(FastpageError):
+class MissingExtra(FastpageError, ValueError):
     """prometheus_client is not installed."""
 
 
@@ -28,7 +28,7 @@ class Exposition:
         try:
             import prometheus_client
         except ImportError:
-            raise MissingExtra(MISSING) from None
+            raise MissingExtra(_MISSING) from None
         self._client = prometheus_client
         self._registry = prometheus_client.CollectorRegistry()
         # What every program with this client shows: CPU seconds, memory, open files, Python's own.

@@ -108,7 +108,6 @@ class EngineMetrics(EngineObserver):
         self.engine: AsyncEngine | None = None  # once it has started
         self.engine_up = False
         self.num_restarts = 0
-        self.startup_seconds: dict[str, float] = {}  # by phase; whoever starts the engine says
         self.finished = dict.fromkeys(FINISH_REASONS, 0)  # outputs, by reason
         self.refused = dict.fromkeys((reason for _, reason in _REFUSALS), 0)
         self.num_prompt_tokens = 0

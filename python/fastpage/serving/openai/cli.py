@@ -85,6 +85,7 @@ def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
         tokens=security.BearerTokens.from_options(options),
         cors_origins=options.cors_origin,
         limits=limits,
+        trace_context=bool(options.otlp_traces_endpoint),
     )
     return [HttpServer(http)]
 

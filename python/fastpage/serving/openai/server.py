@@ -35,6 +35,7 @@ class HttpOptions:
     tokens: BearerTokens | None = None
     cors_origins: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
+    trace_context: bool = False  # heed the traceparent header
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -58,6 +59,10 @@ class HttpServer:
         # What clients do wrong is theirs to know.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         app = build_app(self._state, options.tokens, options.cors_origins)
+        if options.trace_context:
+            from fastpage.serving.tracing import TraceContextMiddleware
+
+            app = TraceContextMiddleware(app)
         config = uvicorn.Config(
             app,
             http=functools.partial(Connection, options.limits),  # type: ignore[arg-type]
