@@ -12,13 +12,14 @@ from typing import Any
 
 import openai
 import pytest
+import trustme
 from fakes import EOS_ID, Gate, load_alphabet
 
 from fastpage import AsyncEngine
 from fastpage.engine.loading import LoadedModel
 from fastpage.serving.openai.exchange import Limits
 from fastpage.serving.openai.server import HttpOptions, HttpServer
-from fastpage.serving.security import BearerTokens
+from fastpage.serving.security import BearerTokens, TlsFiles
 
 
 class Client:
@@ -1061,3 +1062,42 @@ def test_unix_socket(tmp_path: Path) -> None:
             assert not path.exists()
 
     asyncio.run(main())
+
+
+def test_tls_and_its_renewal(tmp_path: Path) -> None:
+    authority, stranger = trustme.CA(), trustme.CA()
+    files = TlsFiles(*(tmp_path / name for name in ("cert.pem", "key.pem", "ca.pem")))
+    client_files = {
+        name: tmp_path / f"client-{name}.pem" for name in ("authority", "stranger", "cert")
+    }
+
+    def renew(ca: trustme.CA) -> None:
+        issued = ca.issue_cert("localhost", "127.0.0.1")
+        files.cert.write_bytes(issued.cert_chain_pems[0].bytes())
+        files.key.write_bytes(issued.private_key_pem.bytes())
+
+    renew(authority)
+    authority.cert_pem.write_to_path(str(files.client_ca))
+    authority.cert_pem.write_to_path(str(client_files["authority"]))
+    stranger.cert_pem.write_to_path(str(client_files["stranger"]))
+    authority.issue_cert("client").private_key_and_cert_chain_pem.write_to_path(
+        str(client_files["cert"])
+    )
+    certificate = ("--cert", str(client_files["cert"]))
+
+    async def test(client: Client) -> None:
+        async def status(ca: str, *options: str) -> int:
+            ca_file = str(client_files[ca])
+            return (await client.request("/v1/models", None, "--cacert", ca_file, *options))[0]
+
+        assert client.url.startswith("https://")
+        assert await status("authority", *certificate) == 200
+        assert await status("authority") == 0  # without a certificate
+        assert await status("stranger", *certificate) == 0
+        files.cert.write_text("half a file")
+        assert await status("authority", *certificate) == 200
+        renew(stranger)
+        assert await status("stranger", *certificate) == 200
+        assert await status("stranger") == 0
+
+    run(test, http=HttpOptions(tls=files))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import hmac
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import ssl
+
+_logger = logging.getLogger("fastpage.serving")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -78,11 +81,30 @@ class TlsFiles:
                 raise ValueError(f"--tls-client-ca {self.client_ca} has no certificates") from None
 
     def server_context(self) -> ssl.SSLContext:
-        """For servers that Python's own TLS stands before. Files that are replaced count when the
-        server is started again."""
+        """For servers that Python's own TLS stands before. Files that are replaced count from the
+        next connection on; as long as they do not fit together, the old ones do."""
+        first = self._context()
+        modified, newest = self.modified(), first
+
+        def look_again(connection: Any, name: str | None, context: Any) -> None:
+            nonlocal modified, newest
+            try:
+                now = self.modified()
+                if now != modified:
+                    self.check()
+                    newest, modified = self._context(), now
+            except (OSError, ValueError) as error:
+                _logger.warning("the new TLS files are not used: %s", error)
+            connection.context = newest
+
+        first.sni_callback = look_again
+        return first
+
+    def _context(self) -> ssl.SSLContext:
         import ssl
 
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.set_alpn_protocols(["http/1.1"])
         context.load_cert_chain(self.cert, self.key, password="")
         if self.client_ca is not None:
             context.load_verify_locations(self.client_ca)

@@ -78,7 +78,6 @@ class HttpServer:
         config.load()
         if options.tls is not None:
             config.ssl = options.tls.server_context()
-            config.ssl.set_alpn_protocols(["http/1.1"])
         listener, url = _listen(options)
         self._server = _Server(config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
