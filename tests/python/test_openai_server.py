@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -17,6 +18,7 @@ from fakes import EOS_ID, Gate, load_alphabet
 
 from fastpage import AsyncEngine
 from fastpage.engine.loading import LoadedModel
+from fastpage.serving.openai.completions import Completions
 from fastpage.serving.openai.exchange import Limits
 from fastpage.serving.openai.server import HttpOptions, HttpServer
 from fastpage.serving.security import BearerTokens, TlsFiles
@@ -707,6 +709,37 @@ def test_size_and_type_of_bodies() -> None:
             status, answer, _ = await client.request(path, None, "-X", method)
             assert answer["error"]["code"] == expected
             assert status == (405 if expected == "method_not_allowed" else 404)
+
+    run(test)
+
+
+def test_huge_bodies_are_read_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And off the event loop, where they hold nobody up."""
+    understand = Completions.understand
+    permits = threading.Semaphore(0)
+    reading: list[int] = []
+    most_at_once: list[int] = []
+
+    def slowly(self: Completions, body: bytes, *arguments: Any) -> Any:
+        if len(body) < 1_000_000:
+            return understand(self, body, *arguments)
+        reading.append(1)
+        most_at_once.append(len(reading))
+        assert permits.acquire(timeout=60)
+        reading.pop()
+        return understand(self, body, *arguments)
+
+    monkeypatch.setattr(Completions, "understand", slowly)
+
+    async def test(client: Client) -> None:
+        body = {"prompt": "a" * 1_000_000}
+        huge = [asyncio.create_task(client.request("/v1/completions", body)) for _ in range(4)]
+        await client.wait_for(lambda: reading)
+        assert texts_of(await client.complete("abc")) == ["defgh"]
+        permits.release(4)
+        for status, answer, _ in await asyncio.gather(*huge):
+            assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert most_at_once == [1] * 4
 
     run(test)
 

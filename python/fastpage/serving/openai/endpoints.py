@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import aclosing
@@ -24,17 +23,6 @@ from fastpage.serving.openai.streams import Streams
 
 _logger = logging.getLogger("fastpage.serving.openai")
 
-# Bodies of more bytes than this are read, and their prompts tokenized, off the event loop: that
-# takes a millisecond or more, and a hop to another thread a tenth of one.
-_LONG_BODY = 1 << 12
-
-
-async def aside(body: bytes, call: Callable[..., Any], *arguments: Any) -> Any:
-    """call(body, *arguments), on another thread if the body is long."""
-    if len(body) > _LONG_BODY:
-        return await asyncio.to_thread(call, body, *arguments)
-    return call(body, *arguments)
-
 
 class GenerationEndpoint:
     def __init__(self, state: ServerState, dialect: Dialect) -> None:
@@ -48,12 +36,14 @@ class GenerationEndpoint:
             engine = self._state.ready_engine()
             body = await exchange.read_json_body()
             with exchange.watching(on_gone=streams.abort):
-                call = await aside(
+                call = await self._state.aside(
                     body,
                     self._dialect.understand,
                     self._state.model(),
                     exchange.header(b"x-request-id"),
                 )
+                if exchange.gone:
+                    raise ClientGone
                 await streams.submit(engine, call)
                 answer = self._stream if call.stream else self._answer
                 await answer(exchange, call, streams)
@@ -126,7 +116,7 @@ class JsonEndpoint:
         try:
             engine = self._state.ready_engine()
             body = await exchange.read_json_body() if self._reads_body else b""
-            value = await aside(body, self._handler, engine, self._state.model())
+            value = await self._state.aside(body, self._handler, engine, self._state.model())
             await exchange.send_json(200, value)
         except ClientGone:
             pass

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable
+from typing import Any
 
 from fastpage.engine.async_engine import AsyncEngine
 from fastpage.serving.metrics import EngineMetrics, Exposition
 from fastpage.serving.openai.errors import not_ready
 from fastpage.serving.openai.exchange import Limits
 from fastpage.serving.openai.reply import Model
+
+# Bodies of more bytes than this are read, and their prompts tokenized, off the event loop: that
+# takes a millisecond or more, and a hop to another thread a tenth of one.
+_LONG_BODY = 1 << 12
+# And those that are longer than this one after the other: tokenizing takes some 150 bytes of memory
+# for each byte of text.
+_HUGE_BODY = 1 << 18
 
 
 class ServerState:
@@ -20,6 +30,7 @@ class ServerState:
         self.draining = False
         self._metrics = EngineMetrics()
         self.exposition = Exposition(self._metrics)
+        self._huge_body = asyncio.Lock()
         self._engine: AsyncEngine | None = None
         self._model: Model | None = None
 
@@ -45,3 +56,12 @@ class ServerState:
     def model(self) -> Model:
         assert self._model is not None
         return self._model
+
+    async def aside(self, body: bytes, call: Callable[..., Any], *arguments: Any) -> Any:
+        """call(body, *arguments), on another thread if the body is long."""
+        if len(body) <= _LONG_BODY:
+            return call(body, *arguments)
+        if len(body) <= _HUGE_BODY:
+            return await asyncio.to_thread(call, body, *arguments)
+        async with self._huge_body:
+            return await asyncio.to_thread(call, body, *arguments)
