@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -16,19 +18,27 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from fakes import Gate, load_alphabet
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from fastpage import AsyncEngine, SamplingParams
+from fastpage import AsyncEngine, EngineArgs, SamplingParams
 from fastpage.engine.async_engine import RequestStream
 from fastpage.engine.core import EngineStopped
 from fastpage.engine.loading import LoadedModel
+from fastpage.engine.process_core import ProcessCore
 from fastpage.errors import FastpageError, InvalidArgument, ResourceExhausted
+from fastpage.serving.grpc.server import GrpcServer, GrpcServerConfig
+from fastpage.serving.grpc.service import FastpageService
 from fastpage.serving.metrics import EngineMetrics, Exposition
+from fastpage.serving.metrics.calls import CountRequests, http_requests
 from fastpage.serving.metrics.catalogue import METRICS
 from fastpage.serving.metrics.exposition import MissingExtra
+from fastpage.serving.metrics.grpc_calls import CountCalls, grpc_calls
+from fastpage.v1 import fastpage_pb2 as pb
+from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
 ROOT = Path(__file__).parents[2]
 
@@ -299,7 +309,7 @@ def test_gauges_follow_the_scheduler() -> None:
 async def setup_has(setup: Setup, condition: Any) -> None:
     async with asyncio.timeout(20):
         while not condition():
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
 
 
 def test_beams_and_best_of_have_no_time_between_tokens() -> None:
@@ -435,6 +445,109 @@ def test_without_prometheus_client_the_extra_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(MissingExtra, match=r'pip install "fastpage\[metrics\]"'):
         Exposition(EngineMetrics())
+
+
+def test_calls_are_counted_whether_they_reach_the_engine_or_not() -> None:
+    async def main() -> None:
+        calls, gate = grpc_calls(), Gate()
+        server = GrpcServer([FastpageService()], GrpcServerConfig(interceptors=[CountCalls(calls)]))
+        address = await server.start()
+        await server.set_engine(AsyncEngine(load_alphabet(gate)))
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = pb_grpc.FastpageStub(channel)
+
+            async def generate(timeout: float = 20, **params: Any) -> grpc.StatusCode:
+                params = {"max_tokens": 2, "temperature": 0, **params}
+                request = pb.GenerateRequest(text="a", sampling_params=pb.SamplingParams(**params))
+                try:
+                    await stub.GenerateUnary(request, timeout=timeout)
+                except grpc.aio.AioRpcError as error:
+                    return error.code()
+                return grpc.StatusCode.OK
+
+            assert await generate(temperature=-1) is grpc.StatusCode.INVALID_ARGUMENT
+            assert await generate(timeout=0.1) is grpc.StatusCode.DEADLINE_EXCEEDED
+            streaming = stub.Generate(pb.GenerateRequest(text="a"))
+            streaming.cancel()
+            gate.open(1000)
+            assert await generate() is grpc.StatusCode.OK
+            undecodable = channel.unary_unary("/fastpage.v1.Fastpage/GenerateUnary")
+            unknown = channel.unary_unary("/fastpage.v1.Fastpage/Unheard")
+            for call in (undecodable, unknown):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await call(b"\xff\xff")
+            async for _ in stub.Generate(pb.GenerateRequest(text="a")):
+                pass
+        await server.stop(1)
+        service = "fastpage.v1.Fastpage"
+        calls.counts.pop(
+            ("server_stream", service, "Generate", "CANCELLED"), None
+        )  # if it got here
+        assert calls.counts == {
+            ("unary", service, "GenerateUnary", "INVALID_ARGUMENT"): 2,
+            ("unary", service, "GenerateUnary", "DEADLINE_EXCEEDED"): 1,
+            ("unary", service, "GenerateUnary", "OK"): 1,
+            ("server_stream", service, "Generate", "OK"): 1,
+            ("unknown", "unknown", "unknown", "UNIMPLEMENTED"): 1,
+        }
+        scrape = Scrape(Exposition(EngineMetrics(), calls).render()[0].decode())
+        assert scrape.families["grpc_server_handled"].type == "counter"
+        assert sum(s.value for s in scrape.families["grpc_server_handled"].samples) == 6
+
+    asyncio.run(main())
+
+
+def test_http_requests_are_counted_by_known_paths() -> None:
+    async def main() -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"] == "/gone":
+                raise ConnectionError
+            await send({"type": "http.response.start", "status": 429 if receive else 200})
+            await send({"type": "http.response.body"})
+
+        async def send(message: Any) -> None:
+            pass
+
+        requests = http_requests()
+        count = CountRequests(app, requests, {"/health", "/gone"})
+        for path, method, receive in (
+            ("/health", "GET", None),
+            ("/health", "GET", True),
+            ("/elsewhere", "BREW", None),
+        ):
+            await count({"type": "http", "path": path, "method": method}, receive, send)
+        with pytest.raises(ConnectionError):
+            await count({"type": "http", "path": "/gone", "method": "POST"}, None, send)
+        assert requests.counts == {
+            ("/health", "GET", "2xx"): 1,
+            ("/health", "GET", "4xx"): 1,
+            ("none", "other", "2xx"): 1,
+            ("/gone", "POST", "none"): 1,
+        }
+
+    asyncio.run(main())
+
+
+def test_an_engine_process_that_is_killed(smollm2_gguf: Path) -> None:
+    async def main() -> None:
+        metrics = EngineMetrics()
+        args = EngineArgs(model=str(smollm2_gguf), kv_cache_memory="64MiB", max_model_len=512)
+        engine = await AsyncEngine.start_process(args, metrics)
+        core = engine._core
+        assert isinstance(core, ProcessCore)
+        async with engine:
+            setup = Setup(engine, metrics)
+            await setup.generate("Once", max_tokens=4)
+            assert metrics.total("num_steps") == 4
+            os.kill(core.pid, signal.SIGKILL)
+            await setup_has(setup, lambda: not metrics.engine_up)
+            assert metrics.total("num_steps") == 4
+            await setup_has(setup, lambda: metrics.num_restarts)
+            await setup.generate("Once", max_tokens=4)
+            assert metrics.total("num_steps") == 8
+            assert metrics.num_generation_tokens == 8
+
+    asyncio.run(main())
 
 
 # ---------------------------------------------------------------- documents

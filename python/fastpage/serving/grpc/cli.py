@@ -11,6 +11,8 @@ from fastpage.serving import lifecycle, security
 if TYPE_CHECKING:
     import grpc
 
+    from fastpage.serving.metrics.server import MetricsServer
+
 
 def main() -> None:
     lifecycle.run(
@@ -80,6 +82,12 @@ def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
     from fastpage.serving.worker import create_worker_service
 
     interceptors: list[grpc.aio.ServerInterceptor] = []
+    metrics = []
+    if options.metrics_port is not None:
+        from fastpage.serving.metrics.grpc_calls import CountCalls
+
+        metrics.append(_metrics_server(options.host, options.metrics_port))
+        interceptors.append(CountCalls(metrics[0].calls))
     if options.otlp_traces_endpoint:
         from fastpage.serving.tracing import TraceContextInterceptor
 
@@ -97,13 +105,10 @@ def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
         channelz=options.channelz,
         interceptors=interceptors,
     )
-    frontends: list[lifecycle.Frontend] = [GrpcServer(services, config)]
-    if options.metrics_port is not None:
-        frontends.append(_metrics_server(options.host, options.metrics_port))
-    return frontends
+    return [GrpcServer(services, config), *metrics]
 
 
-def _metrics_server(host: str, port: int) -> lifecycle.Frontend:
+def _metrics_server(host: str, port: int) -> MetricsServer:
     if not 0 <= port < 65536:
         raise ValueError(f"--metrics-port {port} is not between 0 and 65535")
     from fastpage.serving.metrics.server import MetricsServer

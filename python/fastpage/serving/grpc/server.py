@@ -65,7 +65,7 @@ class GrpcServerConfig:
     tokens: BearerTokens | None = None
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES  # of a request
     channelz: bool = False
-    interceptors: Sequence[grpc.aio.ServerInterceptor] = ()  # beside those that it needs itself
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = ()  # of calls with a token
 
 
 class GrpcServer:
@@ -110,10 +110,9 @@ class GrpcServer:
 
     def _make_server(self) -> grpc.aio.Server:
         config = self._config
-        interceptors: list[grpc.aio.ServerInterceptor] = [RefuseUndecodable()]
+        interceptors = [*config.interceptors, RefuseUndecodable()]
         if config.tokens is not None:
             interceptors.insert(0, RequireToken(config.tokens))
-        interceptors += config.interceptors
         options = (
             *_OPTIONS,
             ("grpc.max_receive_message_length", config.max_message_bytes),

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fastpage.errors import FastpageError
+from fastpage.serving.metrics.calls import CallCounts
 from fastpage.serving.metrics.catalogue import METRICS, Metric
 from fastpage.serving.metrics.recorder import EngineMetrics, Histogram
 
@@ -24,7 +25,7 @@ class MissingExtra(FastpageError, ValueError):
 class Exposition:
     """Raises MissingExtra if prometheus_client is not there."""
 
-    def __init__(self, metrics: EngineMetrics) -> None:
+    def __init__(self, metrics: EngineMetrics, calls: CallCounts | None = None) -> None:
         try:
             import prometheus_client
         except ImportError:
@@ -36,6 +37,8 @@ class Exposition:
         prometheus_client.PlatformCollector(registry=self._registry)
         prometheus_client.GCCollector(registry=self._registry)
         self._registry.register(_EngineCollector(metrics))
+        if calls is not None:
+            self._registry.register(_CallCollector(calls))
         self._server: tuple[Any, threading.Thread] | None = None
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
@@ -81,6 +84,23 @@ class _EngineCollector:
         for metric in METRICS:
             if metric.exists(metrics):
                 yield _family(metric, metrics, labels)
+
+
+class _CallCollector:
+    def __init__(self, calls: CallCounts) -> None:
+        self._calls = calls
+
+    def describe(self) -> list[Family]:
+        return []
+
+    def collect(self) -> Iterator[Family]:
+        from prometheus_client.core import CounterMetricFamily
+
+        calls = self._calls
+        family = CounterMetricFamily(calls.name, calls.meaning, labels=calls.labels)
+        for values, count in list(calls.counts.items()):
+            family.add_metric(values, count)
+        yield family
 
 
 def _family(metric: Metric, metrics: EngineMetrics, labels: Mapping[str, str]) -> Family:

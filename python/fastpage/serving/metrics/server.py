@@ -1,4 +1,4 @@
-"""Metrics on a port of their own, beside a server that does not speak HTTP."""
+"""Metrics on a port of their own, beside a gRPC server."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from fastpage.serving.metrics.exposition import Exposition
+from fastpage.serving.metrics.grpc_calls import grpc_calls
 from fastpage.serving.metrics.recorder import EngineMetrics
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ class MetricsServer:
         self._host = host
         self._port = port
         self._metrics = EngineMetrics()
-        self._exposition = Exposition(self._metrics)
+        self.calls = grpc_calls()
+        self._exposition = Exposition(self._metrics, self.calls)
 
     async def start(self) -> str:
         port = self._exposition.start_server(self._host, self._port)

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from fastpage.serving.metrics.calls import CountRequests
 from fastpage.serving.openai import info
 from fastpage.serving.openai.chat import Chat
 from fastpage.serving.openai.completions import Completions
@@ -28,14 +29,16 @@ from fastpage.serving.security import BearerTokens
 def build_app(
     state: ServerState, tokens: BearerTokens | None = None, cors_origins: Sequence[str] = ()
 ) -> Any:
-    middleware = []
+    routes = _routes(state)
+    paths = {route.path for route in routes if isinstance(route, Route)}
+    middleware = [Middleware(CountRequests, counts=state.requests, paths=paths)]
     if cors_origins:
         options: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         middleware.append(Middleware(CORSMiddleware, allow_origins=cors_origins, **options))
     if tokens is not None:
         middleware.append(Middleware(RequireToken, tokens=tokens))
     return Starlette(
-        routes=_routes(state),
+        routes=routes,
         middleware=middleware,
         exception_handlers={HTTPException: _http_error},
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastpage.engine.async_engine import AsyncEngine
 from fastpage.serving.metrics import EngineMetrics, Exposition
+from fastpage.serving.metrics.calls import http_requests
 from fastpage.serving.openai.errors import not_ready
 from fastpage.serving.openai.exchange import Limits
 from fastpage.serving.openai.reply import Model
@@ -29,7 +30,8 @@ class ServerState:
         self.started = int(time.time())
         self.draining = False
         self._metrics = EngineMetrics()
-        self.exposition = Exposition(self._metrics)
+        self.requests = http_requests()
+        self.exposition = Exposition(self._metrics, self.requests)
         self._huge_body = asyncio.Lock()
         self._engine: AsyncEngine | None = None
         self._model: Model | None = None
