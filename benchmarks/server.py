@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import json
 import statistics
@@ -27,6 +28,7 @@ import workload
 from make_checkpoint import packaged_gguf
 from serving import Call, EventsClient, ServerProcess, StreamingClient, cpu_seconds, events_of
 
+SERVERS = {"grpc": "fastpage.serving.grpc.cli", "http": "fastpage.serving.openai.cli"}
 METHOD = "/fastpage.v1.Fastpage/Generate"
 FILE = str(Path(__file__).resolve())
 
@@ -191,8 +193,121 @@ class Side:
 
     def close(self) -> None:
         self._process.communicate()
-        if self.server:
-            self.server.stop()
+
+
+def sides(
+    model: str, options: list[str], names: list[str], stack: contextlib.ExitStack
+) -> list[Side]:
+    """Their ends go on the stack."""
+    found = []
+    for name in names:
+        if name == "in process":
+            side = Side(name, ["--engine-side", model, *options])
+        else:
+            server = ServerProcess(SERVERS[name], "--model", model, *options)
+            stack.callback(server.stop)
+            server.wait_until_serving()
+            side = Side(name, [f"--{name}-side", server.address], server)
+        stack.callback(side.close)
+        found.append(side)
+    return found
+
+
+def main() -> None:
+        async with AsyncEngine.from_engine_args(args) as engine:
+            print("ready", flush=True)
+            while line := await asyncio.to_thread(sys.stdin.readline):
+                print(json.dumps(await run(engine, line.strip())), flush=True)
+
+    asyncio.run(main())
+
+
+def grpc_side(address: str) -> None:
+    from fastpage.v1 import fastpage_pb2 as pb
+
+    def encoded(request: workload.Request) -> bytes:
+        sampling = pb.SamplingParams(temperature=0, max_tokens=request["out"], ignore_eos=True)
+        ids = pb.TokenIds(ids=request["prompt"])
+        return pb.GenerateRequest(token_ids=ids, sampling_params=sampling).SerializeToString()
+
+    client = StreamingClient(address)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        requests = list(map(encoded, requests_of(line.strip())))
+        cpu, began = time.process_time(), time.perf_counter()
+        calls = client.call_all(METHOD, requests)
+        cpu = time.process_time() - cpu
+        outputs: list[list[int]] = []
+        arrivals: list[Tokens] = []
+        for call in calls:
+            ids: list[int] = []
+            when: Tokens = []
+            for at, message in call.messages():
+                for output in pb.GenerateResponse.FromString(message).outputs:
+                    when.append((at, len(output.token_ids)))
+                    ids += output.token_ids
+            outputs.append(ids)
+            arrivals.append(when)
+        print(json.dumps(summary(began, outputs, arrivals, cpu)), flush=True)
+
+
+def http_side(address: str) -> None:
+    def encoded(request: workload.Request) -> bytes:
+        body = {
+            "prompt": request["prompt"],
+            "max_tokens": request["out"],
+            **{"temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True},
+        }
+        return json.dumps(body).encode()
+
+    def tokens_of(call: Call) -> tuple[list[int], Tokens]:
+        ids: list[int] = []
+        when: Tokens = []
+        for at, event in events_of(call):
+            new = json.loads(event)["choices"][0]["token_ids"]
+            when.append((at, len(new)))
+            ids += new
+        return ids, when
+
+    client = EventsClient(address)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        bodies = list(map(encoded, requests_of(line.strip())))
+        cpu, began = time.process_time(), time.perf_counter()
+        calls = client.call_all("/v1/completions", bodies)
+        cpu = time.process_time() - cpu
+        done = list(map(tokens_of, calls))
+        result = summary(began, [ids for ids, _ in done], [when for _, when in done], cpu)
+        print(json.dumps(result), flush=True)
+
+
+class Side:
+    """One of the above, and the server that it talks to."""
+
+    def __init__(self, name: str, arguments: list[str], server: ServerProcess | None = None):
+        self.name = name
+        self.server = server
+        self._process = subprocess.Popen(
+            [sys.executable, FILE, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != "ready\n":
+            sys.exit(f"error: the side {name} did not start")
+
+    def run(self, part: str) -> dict[str, Any]:
+        pids = self.server.pids() if self.server else []
+        before = list(map(cpu_seconds, pids))
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(part, file=self._process.stdin, flush=True)
+        result: dict[str, Any] = json.loads(self._process.stdout.readline())
+        result["server_cpu"] = [cpu_seconds(p) - b for p, b in zip(pids, before, strict=True)]
+        return result
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 def sides(model: str, options: list[str], names: list[str]) -> list[Side]:
@@ -237,16 +352,15 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any]:
     seqs = "256" if part == "many" else "64"
     options = ["--dtype", args.dtype, "--no-enable-prefix-caching", "--max-num-seqs", seqs]
     options += ["--max-model-len", "1024"]
-    compared = sides(args.model, options, args.sides.split(","))
-    runs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in compared}
-    turns = args.runs * (5 if part == "W2" else 1)
-    for side in compared:
-        side.run("W2")  # to warm up
-    for turn in range(turns):
-        for side in compared[:: 1 if turn % 2 else -1]:
-            runs[side.name].append(side.run(part))
-    for side in compared:
-        side.close()
+    with contextlib.ExitStack() as stack:
+        compared = sides(args.model, options, args.sides.split(","), stack)
+        runs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in compared}
+        turns = args.runs * (5 if part == "W2" else 1)
+        for side in compared:
+            side.run("W2")  # to warm up
+        for turn in range(turns):
+            for side in compared[:: 1 if turn % 2 else -1]:
+                runs[side.name].append(side.run(part))
     expected = runs[compared[0].name][0]["digests"]
     table = {name: row(found, expected) for name, found in runs.items()}
     show(part, table)

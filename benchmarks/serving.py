@@ -7,7 +7,6 @@ as the server does. Messages are decoded when all calls are done.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import select
@@ -19,7 +18,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,15 +79,6 @@ def cpu_seconds(pid: int) -> float:
     """User and system time that a process has taken so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
-
-
-@contextlib.contextmanager
-def serving(module: str, *options: str) -> Iterator[ServerProcess]:
-    server = ServerProcess(module, *options)
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """How long `fastpage-grpc` takes from the start of its process until its health check says SERVING.
 
-Prints the median of --runs and where the time goes, by the server's own account. The last line is
-one JSON object.
+Prints the median of --runs and where the time goes, by the server's own account: the engine's
+process loads the weights while the front end opens the tokenizer. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -9,49 +9,25 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from make_checkpoint import packaged_gguf
+from serving import ServerProcess
 
 PHASE = re.compile(r"    (\S.*?) +(\d+\.\d+)$")
 
 
 def start_once(model: Path, dtype: str) -> tuple[float, dict[str, float]]:
     """Seconds until ready, and seconds by phase."""
-    arguments = ["--model", str(model), "--dtype", dtype, "--port", "0"]
     began = time.perf_counter()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "fastpage.serving.grpc.cli", *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdout is not None
-    listening = re.search(r"listening on (\S+:\d+)", server.stdout.readline())
-    if listening is None:
-        sys.exit(f"error: the server did not start, exit status {server.wait()}")
-    wait_until_serving(listening[1])
+    server = ServerProcess("fastpage.serving.grpc.cli", "--model", str(model), "--dtype", dtype)
+    server.wait_until_serving()
     ready = time.perf_counter() - began
-    server.send_signal(signal.SIGTERM)
-    printed, _ = server.communicate()
-    phases = {
-        match[1]: float(match[2]) for match in map(PHASE.match, printed.splitlines()) if match
-    }
+    lines = server.stop().splitlines()
+    phases = {match[1]: float(match[2]) for match in map(PHASE.match, lines) if match}
     return ready, phases
-
-
-def wait_until_serving(address: str) -> None:
-    with grpc.insecure_channel(address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        for response in health.Watch(health_pb2.HealthCheckRequest()):
-            if response.status == health_pb2.HealthCheckResponse.SERVING:
-                return
 
 
 def main() -> None:
@@ -68,7 +44,7 @@ def main() -> None:
     }
     print(f"ready after {ready:.2f} s (median of {args.runs}), of which, as the server counts:")
     for name, seconds in phases.items():
-        print(f"  {name:<12} {seconds:6.2f} s")
+        print(f"  {name:<20} {seconds:6.2f} s")
     print(json.dumps({"ready_s": round(ready, 3), "phases_s": phases, "runs": args.runs}))
 
 

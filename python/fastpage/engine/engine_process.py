@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from typing import Any
 
 from fastpage import _C, logs
@@ -24,14 +25,16 @@ _LENGTH = struct.Struct("=Q")
 
 
 def main() -> None:
-    """sys.argv: the descriptor of the socket, the front end's process id."""
-    fileno, front_end = int(sys.argv[1]), int(sys.argv[2])
+    """sys.argv: the descriptor of the socket, the front end's process id, when that started this
+    process, by time.monotonic()."""
+    fileno, front_end, started = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    start_up = time.monotonic() - started
     # Signals are for the front end, which drains and then closes the socket.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     _end_with(front_end)
     with socket.socket(fileno=fileno) as channel:
-        loaded = _load(channel)
+        loaded = _load(channel, {"start": start_up})
         if loaded is None:
             sys.exit(1)
         server = _C.EngineServer(loaded.engine, [channel.detach()])
@@ -48,7 +51,7 @@ def _end_with(front_end: int) -> None:
         os._exit(1)
 
 
-def _load(channel: socket.socket) -> LoadedModel | None:
+def _load(channel: socket.socket, phases: dict[str, float]) -> LoadedModel | None:
     (length,) = _LENGTH.unpack(_read(channel, _LENGTH.size))
     orders = json.loads(_read(channel, length))
     if orders["logs"] is not None:
@@ -64,7 +67,7 @@ def _load(channel: socket.socket) -> LoadedModel | None:
         {
             "info": dataclasses.asdict(loaded.info),
             "sampling_defaults": loaded.sampling_defaults,
-            "phases": loaded.phases,
+            "phases": phases | loaded.phases,
         },
     )
     return loaded

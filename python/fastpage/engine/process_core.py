@@ -68,9 +68,10 @@ class _Process:
         self._socket, its_socket = socket.socketpair()
         with its_socket:
             command = _COMMAND.format(path=sys.path)
+            arguments = (its_socket.fileno(), os.getpid(), time.monotonic())
             # Not start_new_session: whoever ends the whole group means the engine too.
             self._popen = subprocess.Popen(
-                [sys.executable, "-c", command, str(its_socket.fileno()), str(os.getpid())],
+                [sys.executable, "-c", command, *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,
                 pass_fds=[its_socket.fileno()],
