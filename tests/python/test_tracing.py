@@ -24,6 +24,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from fastpage import AsyncEngine, SamplingParams
+from fastpage.engine.core import LocalCore
+from fastpage.engine.observer import EngineObserver, StepReport
 from fastpage.errors import FastpageError
 from fastpage.serving.grpc.server import GrpcServer, GrpcServerConfig
 from fastpage.serving.grpc.service import FastpageService
@@ -126,6 +128,35 @@ def test_the_parent_is_the_span_where_the_request_is_made() -> None:
     spans = spans_of(test)
     assert {span.parent.span_id for span in spans if span.parent} == {p.span_id for p in parents}
     assert {span.context.trace_id for span in spans} == {parent.trace_id for parent in parents}
+
+
+def test_the_parent_is_right_if_tokens_come_before_the_caller_goes_on() -> None:
+    """As they may where the core is another process."""
+    exporter = InMemorySpanExporter()
+    tracer = TracerProvider().get_tracer("test")
+
+    class LateCore(LocalCore):
+        async def accepted(self, core_id: int) -> None:
+            await last_step.wait()
+
+    class Watch(EngineObserver):
+        def stepped(self, report: StepReport) -> None:
+            if report.stats.num_steps == 5:
+                last_step.set()
+
+    async def main() -> None:
+        loaded, tracing = load_alphabet(), Tracing(exporter)
+        async with AsyncEngine(loaded, tracing, LateCore(loaded.engine)) as engine:
+            engine.add_observer(Watch())
+            with tracer.start_as_current_span("caller") as parent:
+                await asyncio.wait_for(generate(engine), timeout=60)
+        tracing.close()
+        (span,) = exporter.get_finished_spans()
+        assert span.parent is not None
+        assert span.parent.span_id == parent.get_span_context().span_id
+
+    last_step = asyncio.Event()
+    asyncio.run(main())
 
 
 def test_an_abort_and_a_failure() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable
@@ -49,6 +50,7 @@ class RequestStream:
         self._news = asyncio.Event()
         self._ended = False
         self._announced = False  # to the observers
+        self._caller = contextvars.copy_context()
 
     @property
     def request_id(self) -> str:
@@ -366,7 +368,7 @@ class AsyncEngine:
         if not stream._announced:
             stream._announced = True
             for observer in self._observers:
-                observer.request_added(stream._state)
+                stream._caller.run(observer.request_added, stream._state)
 
     def _remove(self, stream: RequestStream) -> None:
         state = stream._state

@@ -27,7 +27,7 @@ class EngineObserver:
     must be quick and not raise. Times are time.monotonic()."""
 
     def request_added(self, request: RequestState) -> None:
-        """It is in the engine's queue."""
+        """It is in the engine's queue. Called in the context (contextvars) of who added it."""
 
     def request_refused(self, request_id: str, error: Exception) -> None:
         """InvalidArgument, ResourceExhausted or EngineStopped instead of a stream."""
