@@ -34,16 +34,13 @@ class Streams:
             raise ClientGone
 
     async def _add(self, engine: AsyncEngine, call: Call, index: int, request_id: str) -> None:
-        stream = await engine.add_request(
+        self._streams[index] = await engine.add_request(
             call.prompts[index],
             call.params,
             request_id,
             priority=call.request.priority or 0,
             output_kind=RequestOutputKind.DELTA if call.stream else RequestOutputKind.FINAL_ONLY,
         )
-        self._streams[index] = stream
-        if self._aborted:
-            stream.abort()
 
     def abort(self) -> None:
         self._aborted = True
