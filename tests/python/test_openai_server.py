@@ -20,6 +20,7 @@ from fakes import EOS_ID, Gate, load_alphabet
 
 from fastpage import AsyncEngine
 from fastpage.engine.loading import LoadedModel
+from fastpage.errors import FastpageError
 from fastpage.serving.openai.completions import Completions
 from fastpage.serving.openai.exchange import Limits
 from fastpage.serving.openai.server import HttpOptions, HttpServer
@@ -1102,7 +1103,18 @@ def test_unix_socket(tmp_path: Path) -> None:
                     "/v1/models", None, "--unix-socket", str(path)
                 )
                 assert (status, answer["data"][0]["id"]) == (200, "alphabet")
+                with pytest.raises(FastpageError, match="address already in use"):
+                    await HttpServer(HttpOptions(uds=str(path))).start()
             assert not path.exists()
+
+        with socket.socket(socket.AF_UNIX) as killed:
+            killed.bind(str(path))
+        async with serve(load_alphabet(), HttpOptions(uds=str(path))):
+            pass
+        path.write_text("somebody's")
+        with pytest.raises(FastpageError, match="address already in use"):
+            await HttpServer(HttpOptions(uds=str(path))).start()
+        assert path.read_text() == "somebody's"
 
     asyncio.run(main())
 

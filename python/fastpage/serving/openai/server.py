@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from fastpage.serving.openai.exchange import Limits
 from fastpage.serving.openai.state import ServerState
 from fastpage.serving.security import BearerTokens, TlsFiles
 
+_BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 75  # longer than the minute of most load balancers
 
 
@@ -114,7 +116,7 @@ def _listen(options: HttpOptions) -> tuple[socket.socket, str]:
             return _listen_at_path(options.uds), f"unix:{options.uds}"
         found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
         family, _, _, _, address = found[0]
-        listener = socket.create_server(address[:2], family=family, backlog=2048)
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         where = options.uds or f"{options.host}:{options.port}"
         raise FastpageError(
@@ -125,12 +127,26 @@ def _listen(options: HttpOptions) -> tuple[socket.socket, str]:
 
 
 def _listen_at_path(path: str) -> socket.socket:
-    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+    if _is_left_behind(path):
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(path)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _is_left_behind(path: str) -> bool:
+    """Whether it is the socket of a server that was killed. (Of a file that is not a socket,
+    connect() says the same.)"""
+    if not os.path.exists(path) or not stat.S_ISSOCK(os.stat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)  # left behind by a server that was killed
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
-    listener.listen(2048)
-    return listener
+            return True
+    return False
