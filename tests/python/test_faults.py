@@ -103,9 +103,10 @@ def inflict(
     fault: Fault,
     rounds: int = 6,
     kept: int = 4 << 20,
+    asked: int | None = None,
 ) -> None:
     """`fault`, several times, then all that must hold after it. `kept`: bytes that allocators may
-    keep for the next time."""
+    keep for the next time. `asked`: tokens that nobody waited for; most are never made."""
 
     async def main() -> None:
         async with GrpcClient(server.address) as client:
@@ -114,8 +115,11 @@ def inflict(
             files = server.num_open_files()
             memory = []
             for _ in range(rounds):
+                made = (await client.stats()).num_generated_tokens
                 await fault(client)
                 await client.wait_until_idle()
+                made = (await client.stats()).num_generated_tokens - made
+                assert asked is None or made < asked / 2, made
                 await probe(client, expected)
                 memory.append(server.memory())
             # A connection that its client left is closed when the server next looks at it.
@@ -145,7 +149,7 @@ def test_cancelled_calls(server: ServerProcess, expected: list[int]) -> None:
         for call in [client.stub.Generate(request(2000)) for _ in range(40)]:
             call.cancel()
 
-    inflict(server, expected, fault)
+    inflict(server, expected, fault, asked=(16 + 40) * 2000)
 
 
 def test_clients_that_close_their_channel(server: ServerProcess, expected: list[int]) -> None:
@@ -153,7 +157,7 @@ def test_clients_that_close_their_channel(server: ServerProcess, expected: list[
         async with GrpcClient(server.address) as other:
             await streaming(other, 16)
 
-    inflict(server, expected, fault)
+    inflict(server, expected, fault, asked=16 * 2000)
 
 
 CLIENT = """
@@ -180,7 +184,7 @@ def test_killed_clients(server: ServerProcess, expected: list[int]) -> None:
         process.kill()
         await process.wait()
 
-    inflict(server, expected, fault, rounds=3)
+    inflict(server, expected, fault, rounds=3, asked=8 * 2000)
 
 
 GENERATE = "/fastpage.v1.Fastpage/Generate"
@@ -198,7 +202,7 @@ def test_connections_that_are_reset(server: ServerProcess, expected: list[int]) 
         for connection in connections:
             h2.reset(connection)
 
-    inflict(server, expected, fault)
+    inflict(server, expected, fault, asked=8 * 2000)
 
 
 def half_sent() -> list[bytes]:
@@ -274,7 +278,7 @@ def test_expired_deadlines(server: ServerProcess, expected: list[int]) -> None:
         ends = await asyncio.gather(*(until_expired(client, s) for s in seconds))
         assert set(ends) == {grpc.StatusCode.DEADLINE_EXCEEDED}
 
-    inflict(server, expected, fault)
+    inflict(server, expected, fault, asked=40 * 3000)
 
 
 # ---------------------------------------------------------------- requests that are none

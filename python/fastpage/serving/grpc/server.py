@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from fastpage.engine.async_engine import AsyncEngine
 from fastpage.engine.observer import EngineObserver
-from fastpage.serving.grpc.decoding import RefuseUndecodable
+from fastpage.serving.grpc.guard import CallGuard
 from fastpage.serving.grpc.listening import Address, listen
 from fastpage.serving.grpc.tokens import RequireToken
 from fastpage.serving.security import BearerTokens, TlsFiles
@@ -110,7 +110,7 @@ class GrpcServer:
 
     def _make_server(self) -> grpc.aio.Server:
         config = self._config
-        interceptors = [*config.interceptors, RefuseUndecodable()]
+        interceptors = [*config.interceptors, CallGuard()]
         if config.tokens is not None:
             interceptors.insert(0, RequireToken(config.tokens))
         options = (

@@ -1,12 +1,14 @@
-"""Bytes that are not a message of the method's type end the call with INVALID_ARGUMENT.
-
-grpc.aio by itself answers UNKNOWN and writes a traceback to the server's log.
+"""What clients do to a call, for which grpc.aio by itself writes a traceback to the server's log:
+bytes that are no message of the method's type, which end the call with INVALID_ARGUMENT instead of
+UNKNOWN; and going away while a message or a status is sent.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -24,7 +26,7 @@ class _Undecodable:
         self.why = " ".join(why.split())
 
 
-class RefuseUndecodable(grpc.aio.ServerInterceptor):
+class CallGuard(grpc.aio.ServerInterceptor):
     def __init__(self) -> None:
         self._handlers: dict[str, Handler] = {}
 
@@ -36,11 +38,11 @@ class RefuseUndecodable(grpc.aio.ServerInterceptor):
             handler = await continuation(details)
             if handler is None or handler.request_streaming:
                 return handler
-            found = self._handlers[details.method] = _checked(handler)
+            found = self._handlers[details.method] = _guard(handler)
         return found
 
 
-def _checked(handler: Handler) -> Handler:
+def _guard(handler: Handler) -> Handler:
     make = (
         grpc.unary_stream_rpc_method_handler
         if handler.response_streaming
@@ -48,7 +50,7 @@ def _checked(handler: Handler) -> Handler:
     )
     decode = handler.request_deserializer
     return make(
-        _refusing(handler.unary_stream or handler.unary_unary),
+        _guarded(handler.unary_stream or handler.unary_unary),
         None if decode is None else _decoder(decode),
         handler.response_serializer,
     )
@@ -64,19 +66,30 @@ def _decoder(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return decoded
 
 
-def _refusing(behavior: Callable[[Any, grpc.aio.ServicerContext], Any]) -> Any:
+@contextlib.contextmanager
+def _client_may_go() -> Iterator[None]:
+    """What is written to a call that is over raises before grpc.aio cancels the handler."""
+    try:
+        yield
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
+
+
+def _guarded(behavior: Callable[[Any, grpc.aio.ServicerContext], Any]) -> Any:
     async def refuse(request: _Undecodable, context: grpc.aio.ServicerContext) -> None:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"request: {request.why}")
 
     async def stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        if isinstance(request, _Undecodable):
-            await refuse(request, context)
-        async for response in behavior(request, context):
-            yield response
+        with _client_may_go():
+            if isinstance(request, _Undecodable):
+                await refuse(request, context)
+            async for response in behavior(request, context):
+                yield response
 
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        if isinstance(request, _Undecodable):
-            await refuse(request, context)
-        return await behavior(request, context)
+        with _client_may_go():
+            if isinstance(request, _Undecodable):
+                await refuse(request, context)
+            return await behavior(request, context)
 
     return stream if inspect.isasyncgenfunction(behavior) else call
