@@ -168,9 +168,9 @@ class PagedAttention {
         } else if (next_item != nullptr) {
           next = place(*next_item, next_item->tile_begin);
         }
-        here.add_to(cache_.k, tile.k);
-        here.add_to(cache_.v, tile.v);
-        next.add_to(cache_.k, tile.next_k);
+        here.add_to(cache_.k, tile.granules);
+        here.add_to(cache_.v, tile.granules + kTileGranules);
+        next.add_to(cache_.k, tile.granules + 2 * kTileGranules);
         here = next;
         const State rows = state.from_row(h * n, padded_);
         tile.q = memory + h * n * cache_.head_dim;

@@ -123,12 +123,20 @@ void value_pairs(const float* probabilities, const ValueRange& r, const float* o
     const uint16_t* v = static_cast<const uint16_t*>(r.v[granule]) + offset;
     const uint16_t* prefetch = static_cast<const uint16_t*>(r.prefetch[granule]);
     prefetch = prefetch == nullptr ? v : prefetch + offset;
+    const bool is_whole = n >= r.begin && end % 2 == 0 && columns[kVectors - 1] >= kPanel;
     for (; n < end; n += 2) {
       __m512bh pairs[C];
 #pragma GCC unroll 2
       for (int c = 0; c < kVectors; ++c) {
-        const __m512i even = load_values(v + c * kPanel, n >= r.begin ? columns[c] : 0);
-        const __m512i odd = load_values(v + r.stride + c * kPanel, n + 1 < r.end ? columns[c] : 0);
+        const uint16_t* p = v + c * kPanel;
+        __m512i even, odd;
+        if (__builtin_expect(is_whole, 1)) {
+          even = _mm512_loadu_si512(p);
+          odd = _mm512_loadu_si512(p + r.stride);
+        } else {
+          even = load_values(p, n >= r.begin ? columns[c] : 0);
+          odd = load_values(p + r.stride, n + 1 < r.end ? columns[c] : 0);
+        }
         pairs[2 * c] = (__m512bh)_mm512_unpacklo_epi16(even, odd);
         pairs[2 * c + 1] = (__m512bh)_mm512_unpackhi_epi16(even, odd);
       }
@@ -175,26 +183,22 @@ void pair_queries(float* q, int m, int head_dim) {
 }
 static_assert(kRowTile <= kLanes, "pair_queries takes a row tile in one vector");
 
-// Each granule has the one kGranulesAhead later fetched: keys, values, then the next tile's keys,
-// which must not push out what other row tiles of this one read. Farther ahead, requests would come
-// in faster than the core keeps them: the products take a fraction of the time that reading takes.
-static inline void fetch_granules_ahead(const AttentionTile& t, bool is_last, Granules* g) {
-  constexpr int kGranulesAhead = 4;
-  for (int i = 0; i < kTileGranules; ++i) {
-    const int to = (i + kGranulesAhead) % kTileGranules;
-    const bool is_same_half = to > i;
-    g->next_v[i] = is_same_half ? t.k[to] : t.v[to];
-    g->next_k[i] = is_same_half ? t.v[to] : is_last ? t.next_k[to] : nullptr;
-  }
-}
+// Each granule has the one so much later fetched: keys, values, then the next tile's keys. Farther
+// ahead nothing is gained: the core has as many lines under way as it can.
+constexpr int kGranulesAhead = 4;
 
 void bf16_attention_tile(const AttentionTile& t) {
+  const Granules last = granules_in_place(t, kGranulesAhead);
   const int tiles = (t.rows + kRowTile - 1) / kRowTile;
-  Granules g = granules_in_place<CacheBf16Pairs>(t);
+  if (tiles == 1) return attend_row_tile<CacheBf16Pairs, false>(t, last, 0, t.rows, t.scratch);
+  // The next tile's keys must not push out what later row tiles of this one read.
+  const void* values_only[kTileGranules] = {};
+  for (int i = 0; i + kGranulesAhead < kTileGranules; ++i) values_only[i] = last.with_v[i];
+  const Granules others = {last.k, last.v, last.with_k, values_only, last.v_stride};
   for (int i = 0; i < tiles; ++i) {
     const int row = static_cast<int>(static_cast<int64_t>(t.rows) * i / tiles);
     const int next = static_cast<int>(static_cast<int64_t>(t.rows) * (i + 1) / tiles);
-    fetch_granules_ahead(t, i + 1 == tiles, &g);
-    attend_row_tile<CacheBf16Pairs, false>(t, g, row, next - row, t.scratch);
+    attend_row_tile<CacheBf16Pairs, false>(t, i + 1 == tiles ? last : others, row, next - row,
+                                           t.scratch);
   }
 }

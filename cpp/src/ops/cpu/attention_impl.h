@@ -189,23 +189,20 @@ void value_columns(const float* probabilities, const ValueRange& r, const float*
   }
 }
 
-// Rows whose maxima are folded at once: a row tile, in whole vectors.
-constexpr int kFoldRows = (kRowTile + kLanes - 1) / kLanes * kLanes;
+// Rows whose maxima are folded at once, each a lane of a vector.
+constexpr int kFoldRows = kLanes;
+static_assert(kRowTile <= kFoldRows, "");
 
 // How states (maxima `max`) and partial results (maxima `other`) are weighted when they are folded:
-// one of the two by 1, the other by e^-|max - other|. kFoldRows of each; `max` becomes the larger.
-static inline void fold_weights(float* max, const float* other, float* weight,
-                                float* other_weight) {
-  for (int i = 0; i < kFoldRows; i += kLanes) {
-    const V a = vload(max + i);
-    const V b = vload(other + i);
-    const V larger = vmax(a, b);
-    // Minus infinity, where nothing was visible yet: both weights become 0.
-    const V reference = vmax(larger, vset(-__FLT_MAX__));
-    vstore(max + i, larger);
-    vstore(weight + i, vexp_bounded(vsub(a, reference)));
-    vstore(other_weight + i, vexp_bounded(vsub(b, reference)));
-  }
+// one of the two by 1, the other by e^-|max - other|. All have kFoldRows. Returns the larger
+// maxima.
+static inline V fold_weights(V max, V other, float* weight, float* other_weight) {
+  const V larger = vmax(max, other);
+  // Minus infinity, where nothing was visible yet: both weights become 0.
+  const V reference = vmax(larger, vset(-__FLT_MAX__));
+  vstore(weight, vexp_bounded(vsub(max, reference)));
+  vstore(other_weight, vexp_bounded(vsub(other, reference)));
+  return larger;
 }
 
 // Columns of the tile.
@@ -240,10 +237,19 @@ static inline float exponentiate(float* s, int begin, int end, float maximum) {
   return vreduce_add(total);
 }
 
-static inline void scale_columns(float* s, int begin, int end, const float* const* scales) {
+// The scales of a scaled granule: behind its integers.
+static inline const float* scales_of(const void* granule, int head_dim) {
+  const void* behind = static_cast<const char*>(granule) + kGranule * head_dim;
+  return static_cast<const float*>(behind);
+}
+
+static inline void scale_columns(float* s, int begin, int end, const void* const* granules,
+                                 int head_dim) {
   for (int n = begin; n < end; n += kLanes) {
-    const float* scale = scales[n / kGranule];
-    if (scale != nullptr) vstore(s + n, vmul(vload(s + n), vload(scale + n % kGranule)));
+    const void* granule = granules[n / kGranule];
+    if (granule == nullptr) continue;
+    const V scale = vload(scales_of(granule, head_dim) + n % kGranule);
+    vstore(s + n, vmul(vload(s + n), scale));
   }
 }
 
@@ -295,46 +301,50 @@ static inline Columns visible_columns(const AttentionTile& t, int row) {
   return {clamp(first), clamp(last)};
 }
 
-// A tile's granules as the row tiles read them, which may be a widened copy.
+// A tile's granules as the row tiles read them, which may be a widened copy, and what is fetched
+// while each of them is read. (Pointers into AttentionTile where they can be: what is copied in one
+// go right after it was written piece by piece waits until all before it is done.)
 struct Granules {
-  const void* k[kTileGranules];
-  const void* v[kTileGranules];
-  const void* next_k[kTileGranules];  // to be fetched ahead
-  const void* next_v[kTileGranules];
+  const void* const* k;
+  const void* const* v;
+  const void* const* with_k;
+  const void* const* with_v;
   int v_stride;
-  const float* k_scales[kTileGranules];  // of positions, if the cache is scaled
-  const float* v_scales[kTileGranules];
 };
 
 // Scores of rows [row, row + m) to probabilities relative to each row's maximum in the tile.
 // Returns in *_weight how the rows' states and the tile's results are to be folded.
 template <bool kScaled>
-void attend_softmax(const AttentionTile& t, const Granules& g, int row, int m, int begin, int end,
-                    float* scores, float* old_weight, float* new_weight) {
+void attend_softmax(const AttentionTile& t, int row, int m, int begin, int end, float* scores,
+                    float* old_weight, float* new_weight) {
   float maximum[kFoldRows];
-  float state_maximum[kFoldRows];
-  for (int i = m; i < kFoldRows; ++i) maximum[i] = state_maximum[i] = 0.0f;
+  // Lane by lane: loaded from memory as a whole they would have to wait for the stores to get
+  // there.
+  V maxima = vzero();
+  V state_maxima = vzero();
   for (int i = 0; i < m; ++i) {
     float* s = scores + i * kKvTile;
     const Columns seen = visible_columns(t, row + i);
-    if (kScaled) scale_columns(s, begin, end, g.k_scales);
+    if (kScaled) scale_columns(s, begin, end, t.granules, t.head_dim);
     if (t.soft_cap > 0.0f) cap_scores(s, begin, end, t.soft_cap);
     if (t.slopes != nullptr) {
       add_bias(s, begin, end, t.slopes[row + i],
                static_cast<int>(t.tile_position - t.positions[row + i]));
     }
-    state_maximum[i] = t.row_max[row + i];
     maximum[i] = end - begin == kKvTile ? row_maximum(s, 0, kKvTile, seen)
                                         : row_maximum(s, begin, end, seen);
+    maxima = vset_lane(maxima, i, maximum[i]);
+    state_maxima = vset_lane(state_maxima, i, t.row_max[row + i]);
   }
-  fold_weights(state_maximum, maximum, old_weight, new_weight);
+  float state_maximum[kFoldRows];
+  vstore(state_maximum, fold_weights(state_maxima, maxima, old_weight, new_weight));
   for (int i = 0; i < m; ++i) {
     float* s = scores + i * kKvTile;
     const float sum = end - begin == kKvTile ? exponentiate(s, 0, kKvTile, maximum[i])
                                              : exponentiate(s, begin, end, maximum[i]);
     t.row_max[row + i] = state_maximum[i];
     t.row_sum[row + i] = t.row_sum[row + i] * old_weight[i] + sum * new_weight[i];
-    if (kScaled) scale_columns(s, begin, end, g.v_scales);
+    if (kScaled) scale_columns(s, begin, end, t.granules + kTileGranules, t.head_dim);
   }
 }
 
@@ -365,7 +375,7 @@ void attend_row_tile(const AttentionTile& t, const Granules& g, int row, int m, 
       // below.
       const void* there = g.k[granule] != nullptr ? g.k[granule] : g.k[seen.first / kGranule];
       from[c] = static_cast<const char*>(there) + offset;
-      const void* next = g.next_v[granule] != nullptr ? g.next_v[granule] : there;
+      const void* next = g.with_k[granule] != nullptr ? g.with_k[granule] : there;
       ahead[c] = static_cast<const char*>(next) + offset;
     }
     (columns > 2 ? kernels.score_wide : kernels.score)(q, t.head_dim, from, ahead, scores + n);
@@ -373,13 +383,13 @@ void attend_row_tile(const AttentionTile& t, const Granules& g, int row, int m, 
 
   float old_weight[kFoldRows];
   float new_weight[kFoldRows];
-  attend_softmax<kScaled>(t, g, row, m, begin, end, scores, old_weight, new_weight);
+  attend_softmax<kScaled>(t, row, m, begin, end, scores, old_weight, new_weight);
   if constexpr (Cache::kRoundsProbabilities) {
     for (int i = 0; i < m; ++i) Cache::round_probabilities(scores + i * kKvTile, begin, end);
   }
 
   const int padded = padded_head_dim(t.head_dim);
-  ValueRange range{g.v, g.next_k, seen.first, seen.last, g.v_stride, 0};
+  ValueRange range{g.v, g.with_v, seen.first, seen.last, g.v_stride, 0};
   float* out = t.out + static_cast<int64_t>(row) * padded;
   for (int columns; range.head_dim_column < padded; range.head_dim_column += columns * kLanes) {
     columns = padded - range.head_dim_column >= kernels.columns * kLanes ? kernels.columns : 2;
@@ -434,29 +444,18 @@ static inline void fetch_ahead(const void* memory, size_t bytes) {
   }
 }
 
-// A row tile reads the cache as it is, and fetches what the next half of the work will read.
-template <typename Cache>
-Granules granules_in_place(const AttentionTile& t) {
-  Granules g = {};
-  g.v_stride = t.head_dim;
-  for (int i = 0; i < kTileGranules; ++i) {
-    g.k[i] = t.k[i];
-    g.v[i] = t.v[i];
-    g.next_k[i] = t.next_k[i];
-    g.next_v[i] = t.v[i];
-    if (Cache::kScaled && t.k[i] != nullptr) {
-      const int elements = kGranule * t.head_dim;
-      g.k_scales[i] = static_cast<const float*>(
-          static_cast<const void*>(static_cast<const char*>(t.k[i]) + elements));
-      g.v_scales[i] = static_cast<const float*>(
-          static_cast<const void*>(static_cast<const char*>(t.v[i]) + elements));
-      __builtin_prefetch(g.v_scales[i]);
-      if (t.next_k[i] != nullptr) {
-        __builtin_prefetch(static_cast<const char*>(t.next_k[i]) + elements);
-      }
-    }
+// Of the values, and of the keys that will be read next.
+static inline void fetch_scales(const AttentionTile& t) {
+  for (int i = kTileGranules; i < 3 * kTileGranules; ++i) {
+    if (t.granules[i] != nullptr) __builtin_prefetch(scales_of(t.granules[i], t.head_dim));
   }
-  return g;
+}
+
+// A row tile reads the cache as it is, and has fetched what is `ahead` granules further on.
+static inline Granules granules_in_place(const AttentionTile& t, int ahead) {
+  const void* const* k = t.granules;
+  const void* const* v = t.granules + kTileGranules;
+  return {k, v, k + ahead, v + ahead, t.head_dim};
 }
 
 template <typename Cache>
@@ -465,26 +464,31 @@ void attention_tile(const AttentionTile& t) {
   const int tiles = (t.rows + kRowTile - 1) / kRowTile;
   const int padded = padded_head_dim(t.head_dim);
   float* scores = t.scratch;
-  Granules g = granules_in_place<Cache>(t);
+  if (Cache::kScaled) fetch_scales(t);
   if (tiles == 1 && padded == t.head_dim) {
+    const Granules g = granules_in_place(t, kTileGranules);
     attend_row_tile<Cache, Cache::kScaled>(t, g, 0, t.rows, scores);
     return;
   }
   float* wide_k = scores + kKvTile * kRowTile;
   float* wide_v = wide_k + kKvTile * t.head_dim;
-  g.v_stride = padded;
+  const void* k[kTileGranules] = {};
+  const void* v[kTileGranules] = {};
   for (int i = 0; i < kTileGranules; ++i) {
-    if (t.k[i] == nullptr) continue;
+    const void* from_k = t.granules[i];
+    const void* from_v = t.granules[kTileGranules + i];
+    if (from_k == nullptr) continue;
     const size_t bytes = static_cast<size_t>(kGranule) * t.head_dim * sizeof(Element);
-    fetch_ahead(t.v[i], bytes);
-    widen_keys<Cache>(static_cast<const Element*>(t.k[i]), t.head_dim, wide_k);
-    fetch_ahead(t.next_k[i], bytes);
-    widen_values<Cache>(static_cast<const Element*>(t.v[i]), t.head_dim, padded, wide_v);
-    g.k[i] = g.next_k[i] = wide_k;
-    g.v[i] = g.next_v[i] = wide_v;
+    fetch_ahead(from_v, bytes);
+    widen_keys<Cache>(static_cast<const Element*>(from_k), t.head_dim, wide_k);
+    fetch_ahead(t.granules[2 * kTileGranules + i], bytes);
+    widen_values<Cache>(static_cast<const Element*>(from_v), t.head_dim, padded, wide_v);
+    k[i] = wide_k;
+    v[i] = wide_v;
     wide_k += kGranule * t.head_dim;
     wide_v += kGranule * padded;
   }
+  const Granules g = {k, v, v, k, padded};
   for (int i = 0; i < tiles; ++i) {
     const int row = static_cast<int>(static_cast<int64_t>(t.rows) * i / tiles);
     const int next = static_cast<int>(static_cast<int64_t>(t.rows) * (i + 1) / tiles);
@@ -497,13 +501,11 @@ static inline void attention_merge(int rows, int d, float* out, float* row_max, 
                                    const float* other_sum) {
   for (int first = 0; first < rows; first += kFoldRows) {
     const int m = rows - first < kFoldRows ? rows - first : kFoldRows;
-    float max[kFoldRows] = {};
-    float new_max[kFoldRows] = {};
+    float max[kFoldRows];
     float weight[kFoldRows];
     float new_weight[kFoldRows];
-    for (int i = 0; i < m; ++i) max[i] = row_max[first + i];
-    for (int i = 0; i < m; ++i) new_max[i] = other_max[first + i];
-    fold_weights(max, new_max, weight, new_weight);
+    vstore(max, fold_weights(vload_partial(row_max + first, m), vload_partial(other_max + first, m),
+                             weight, new_weight));
     for (int i = 0; i < m; ++i) {
       const int r = first + i;
       row_max[r] = max[i];

@@ -52,15 +52,15 @@ struct AttentionTile {
   const float* q;
   int rows;
   int head_dim;
-  const int32_t* positions;      // [rows]
-  const float* slopes;           // [rows], ALiBi, or null
-  int64_t tile_position;         // of column 0 of the tile
-  int sliding_window;            // 0 = none
-  float soft_cap;                // 0 = none
-  const void* k[kTileGranules];  // as KvCacheView says; null if nothing there is visible
-  const void* v[kTileGranules];
-  const void* next_k[kTileGranules];  // what will be read next, or null
-  float* scratch;                     // attention_scratch(head_dim) floats, 64-byte aligned
+  const int32_t* positions;  // [rows]
+  const float* slopes;       // [rows], ALiBi, or null
+  int64_t tile_position;     // of column 0 of the tile
+  int sliding_window;        // 0 = none
+  float soft_cap;            // 0 = none
+  // The tile's keys, its values, then the keys that will be read next; as KvCacheView says; null if
+  // nothing there is visible.
+  const void* granules[3 * kTileGranules];
+  float* scratch;  // attention_scratch(head_dim) floats, 64-byte aligned
   // The fold of all tiles so far; updated.
   float* out;      // [rows][padded head_dim]
   float* row_max;  // [rows]

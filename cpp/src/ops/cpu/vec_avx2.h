@@ -16,6 +16,11 @@ static inline V vload_partial(const float* p, int n) {
 static inline void vstore_partial(float* p, V v, int n) {
   _mm256_maskstore_ps(p, first_lanes(n), v);
 }
+static inline V vset_lane(V v, int lane, float x) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i is_it = _mm256_cmpeq_epi32(_mm256_set1_epi32(lane), lanes);
+  return _mm256_blendv_ps(v, _mm256_set1_ps(x), _mm256_castsi256_ps(is_it));
+}
 static inline V vadd(V a, V b) { return _mm256_add_ps(a, b); }
 static inline V vsub(V a, V b) { return _mm256_sub_ps(a, b); }
 static inline V vmul(V a, V b) { return _mm256_mul_ps(a, b); }

@@ -16,6 +16,9 @@ static inline V vload_partial(const float* p, int n) {
 static inline void vstore_partial(float* p, V v, int n) {
   _mm512_mask_storeu_ps(p, first_lanes(n), v);
 }
+static inline V vset_lane(V v, int lane, float x) {
+  return _mm512_mask_broadcastss_ps(v, (__mmask16)(1u << lane), _mm_set_ss(x));
+}
 static inline V vadd(V a, V b) { return _mm512_add_ps(a, b); }
 static inline V vsub(V a, V b) { return _mm512_sub_ps(a, b); }
 static inline V vmul(V a, V b) { return _mm512_mul_ps(a, b); }

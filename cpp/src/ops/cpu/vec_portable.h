@@ -25,6 +25,10 @@ static inline void vstore_partial(float* p, V v, int n) {
     if (i < n) p[i] = v[i];
   }
 }
+static inline V vset_lane(V v, int lane, float x) {
+  v[lane] = x;
+  return v;
+}
 static inline V vadd(V a, V b) { return a + b; }
 static inline V vsub(V a, V b) { return a - b; }
 static inline V vmul(V a, V b) { return a * b; }
