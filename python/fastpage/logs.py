@@ -52,14 +52,14 @@ def configured() -> dict[str, str] | None:
     return None if _configured is None else asdict(_configured)
 
 
-def announce(text: str) -> None:
-    """On stdout: what people and programs that start a server wait for. In the JSON format it is a
-    JSON line, too."""
+def announce(text: str, level: int = logging.INFO) -> None:
+    """What people and programs that start a server wait for: on stdout, or stderr if it is an
+    error. As it is, or, in the JSON format, as a JSON line, too."""
     config = _configured or LogConfig()
     if config.format == "json":
-        record = logging.LogRecord("fastpage", logging.INFO, "", 0, text, None, None)
+        record = logging.LogRecord("fastpage", level, "", 0, text, None, None)
         text = _formatter(config).format(record)
-    print(text, flush=True)
+    print(text, file=sys.stderr if level >= logging.ERROR else sys.stdout, flush=True)
 
 
 def _formatter(config: LogConfig) -> logging.Formatter:

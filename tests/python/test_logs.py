@@ -202,6 +202,16 @@ def test_the_servers_options(smollm2_gguf: Path) -> None:
     )
 
 
+def test_why_a_server_does_not_start_is_json_as_well() -> None:
+    command = [sys.executable, "-m", "fastpage.serving.grpc.cli", "--model", "/nowhere/at/all"]
+    command += ["--port", "0", "--log-format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    (line,) = map(json.loads, done.stderr.splitlines())
+    assert line["level"] == "error"
+    assert line["message"].startswith("fastpage-grpc: error: ")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,6 +31,7 @@ from fastpage.engine.observer import EngineObserver, StepReport
 from fastpage.errors import FastpageError
 from fastpage.serving.grpc.server import GrpcServer, GrpcServerConfig
 from fastpage.serving.grpc.service import FastpageService
+from fastpage.serving.openai.server import HttpOptions, HttpServer
 from fastpage.serving.tracing import (
     TraceContextInterceptor,
     TraceContextMiddleware,
@@ -241,6 +244,33 @@ def test_from_grpc_metadata_to_a_collector(collector: Collector) -> None:
         if attribute.key == "gen_ai.request.id"
     }
     assert ids == {"one", "two"}
+
+
+def test_from_an_http_header() -> None:
+    exporter = InMemorySpanExporter()
+
+    def post(url: str) -> None:
+        body = json.dumps({"prompt": "abc", "max_tokens": 2, "stream": True}).encode()
+        headers = {"Content-Type": "application/json", "traceparent": TRACEPARENT}
+        request = urllib.request.Request(f"{url}/v1/completions", body, headers)
+        with urllib.request.urlopen(request, timeout=20) as response:
+            assert response.read().endswith(b"data: [DONE]\n\n")
+
+    async def main() -> None:
+        server = HttpServer(HttpOptions(trace_context=True))
+        url = await server.start()
+        tracing = Tracing(exporter)
+        engine = AsyncEngine(load_alphabet(), tracing)
+        await server.set_engine(engine)
+        await asyncio.to_thread(post, url)
+        await engine.shutdown()
+        await server.stop(1)
+        tracing.close()
+
+    asyncio.run(main())
+    (span,) = exporter.get_finished_spans()
+    assert span.parent is not None
+    assert (span.parent.trace_id, span.parent.span_id) == (TRACE_ID, SPAN_ID)
 
 
 def test_the_middleware_makes_the_header_the_context() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -266,7 +267,7 @@ def _print(text: str) -> None:
 
 def _exit_with_error(program: str, error: BaseException) -> NoReturn:
     message = " ".join(str(error).split()) or type(error).__name__
-    print(f"{program}: error: {message}", file=sys.stderr)
+    logs.announce(f"{program}: error: {message}", logging.ERROR)
     # A thread that loads may still be busy.
     _exit(1)
 
