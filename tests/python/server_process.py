@@ -54,14 +54,16 @@ def write_tiny_model(path: Path) -> Path:
 class ServerProcess:
     """`python -m module --model ... --port 0`, until stop() or the end of the with block."""
 
-    def __init__(self, module: str, model: Path, *options: str) -> None:
+    def __init__(self, module: str, model: Path, *options: str, own_group: bool = False) -> None:
         self.module = module
         command = [sys.executable, "-m", module, "--model", str(model), "--port", "0"]
         # Files: nobody reads them while the server runs, and a pipe would fill up.
         self._folder = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._folder.name, name) for name in ("out", "err"))
         with self._out.open("w") as out, self._err.open("w") as err:
-            self.process = subprocess.Popen([*command, *options], stdout=out, stderr=err)
+            self.process = subprocess.Popen(
+                [*command, *options], stdout=out, stderr=err, start_new_session=own_group
+            )
         eventually("the server listens", self._listens)
         listening = re.search(_LISTENING, self.out)
         assert listening is not None, self.out + self.err

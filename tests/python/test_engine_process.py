@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -130,9 +131,14 @@ def test_the_queue_is_bounded_in_tokens_too(smollm2_gguf: Path) -> None:
 
 def test_a_model_that_cannot_be_loaded_is_an_error_here(tmp_path: Path) -> None:
     async def main() -> None:
+        unheard: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, error: unheard.append(error))
         missing = EngineArgs(model=str(tmp_path / "missing"))
         with pytest.raises((CheckpointError, ModelError), match="missing"):
             await AsyncEngine.start_process(missing)
+        await asyncio.sleep(0)  # the loop still holds what is done
+        gc.collect()
+        assert not unheard
 
     asyncio.run(main())
 

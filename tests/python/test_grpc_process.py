@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import grpc
 import pytest
 from grpc_harness import NOT_SERVING, SERVING, text_request
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from server_process import GRPC, ServerProcess
+from server_process import GRPC, PATIENCE, ServerProcess, eventually
 
 from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
@@ -98,6 +99,17 @@ def test_a_signal_lets_requests_finish_and_a_second_one_does_not(smollm2_gguf: P
 def test_a_signal_while_loading_ends_the_process(smollm2_gguf: Path) -> None:
     with ServerProcess(GRPC, smollm2_gguf) as server:
         assert (server.stop(), server.err) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_for_all_its_processes_while_loading(
+    smollm2_gguf: Path, number: signal.Signals
+) -> None:
+    """As a terminal's Ctrl-C and a service manager send it."""
+    with ServerProcess(GRPC, smollm2_gguf, own_group=True) as server:
+        eventually("there is an engine process", lambda: len(server.pids()) > 1)
+        os.killpg(server.process.pid, number)
+        assert (server.process.wait(PATIENCE), server.err) == (0, "")
 
 
 def test_a_unix_socket_a_token_and_health(smollm2_gguf: Path, tmp_path: Path) -> None:

@@ -29,9 +29,6 @@ def main() -> None:
     process, by time.monotonic()."""
     fileno, front_end, started = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     start_up = time.monotonic() - started
-    # Signals are for the front end, which drains and then closes the socket.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     _end_with(front_end)
     with socket.socket(fileno=fileno) as channel:
         loaded = _load(channel, {"start": start_up})

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastpage import logs
@@ -69,13 +69,14 @@ class _Process:
         with its_socket:
             command = _COMMAND.format(path=sys.path)
             arguments = (its_socket.fileno(), os.getpid(), time.monotonic())
-            # Not start_new_session: whoever ends the whole group means the engine too.
-            self._popen = subprocess.Popen(
-                [sys.executable, "-c", command, *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,
-                pass_fds=[its_socket.fileno()],
-            )
+            # Not start_new_session: whoever kills the whole group means the engine too.
+            with _signals_blocked():
+                self._popen = subprocess.Popen(
+                    [sys.executable, "-c", command, *map(str, arguments)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,
+                    pass_fds=[its_socket.fileno()],
+                )
         self._socket.setblocking(False)
         self._args = args
 
@@ -156,6 +157,7 @@ class ProcessCore(ChannelCore):
             await tokenizer
         except BaseException:
             hello.cancel()
+            tokenizer.add_done_callback(_hear_its_error)
             process.kill()
             await process.end()
             raise
@@ -235,6 +237,24 @@ def _load_tokenizer(args: EngineArgs, phase: PhaseTimer) -> Tokenizer:
 
 def _in_thread(call: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
     return asyncio.ensure_future(asyncio.to_thread(call, *arguments))
+
+
+def _hear_its_error(future: asyncio.Future[Any]) -> None:
+    """Nobody else will: asyncio would log it."""
+    if not future.cancelled():
+        future.exception()
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A process that is started meanwhile never gets them: a terminal's Ctrl-C and service managers
+    signal all processes of a server, and it is the front end that drains and then closes the
+    socket."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _how_it_ended(returncode: int) -> str:
