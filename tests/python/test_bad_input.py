@@ -96,7 +96,7 @@ def test_demo_without_a_model_that_can_be_served(tmp_path: Path) -> None:
     model.write_bytes(b"junk")
     demo = Path(__file__).parents[2] / "examples" / "demo.py"
     done = subprocess.run(
-        [sys.executable, str(demo), str(model)], capture_output=True, text=True, timeout=30
+        [sys.executable, str(demo), str(model)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 2
