@@ -243,6 +243,25 @@ TEST_P(Channel, AFrontEndThatDiesLeavesNothing) {
   }
 }
 
+// Not to the end first: nobody waits for it.
+TEST(EngineChannel, ADeadFrontEndsRequestsAreAborted) {
+  ServerFixture f(small_config(), 2);
+  f.model->close();
+  f.start();
+  f.front_end(0).add(request({1}, 60));
+  f.model->wait_until_inside();
+  f.front_ends[0].reset();
+  // When the second of two is accepted, one after the other, the first socket was looked at.
+  std::vector<RequestId> ids;
+  for (int i = 0; i < 2; ++i) {
+    ids.push_back(f.front_end(1).add(request({2}, 20)));
+    f.front_end(1).receive_until([&] { return f.front_end(1).accepted.count(ids.back()) == 1; });
+  }
+  f.model->open();
+  f.front_end(1).receive_all();
+  EXPECT_LE(f.engine.stats().num_generated_tokens, 41);
+}
+
 TEST(EngineChannel, RefusesWhatTheEngineRefuses) {
   EngineConfig config = small_config();
   config.scheduler.max_num_waiting = 3;
