@@ -172,9 +172,10 @@ bench-peers: $(TOOLS_DONE)  ## beside llama.cpp, OpenVINO, vLLM, CTranslate2, tr
 	@$(PY) benchmarks/install_peers.py --peers-dir $(PEERS_DIR) --jobs $(JOBS) $(subst $(comma), ,$(PEERS)) || true
 	@$(PY) benchmarks/offline.py --peers-dir $(PEERS_DIR) $(if $(PEERS),--peers $(PEERS)) $(BENCH)
 
-bench-server: $(DEV_DONE)  ## what gRPC and HTTP cost beside the engine in process: throughput, latency, 256 streams
+bench-server: $(DEV_DONE)  ## what gRPC and HTTP cost beside the engine in process: throughput, latency, 256 streams; start-up
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
 	@$(PY) benchmarks/server.py
+	@$(PY) benchmarks/startup.py
 
 check-model: $(DEV_DONE)  ## the real model against transformers in fp32: 50 prompts of 128 greedy tokens, perplexity
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
