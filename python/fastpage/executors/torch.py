@@ -214,8 +214,7 @@ class TorchExecutor:
         groups = x.unflatten(1, (-1, int(op.attrs.get("group", x.shape[1]))))
         if op.attrs["kind"] == "layer":
             groups = groups - groups.mean(-1, keepdim=True)
-        eps = float(op.attrs["eps"])
-        y = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
+        y = _to_unit_rms(groups, float(op.attrs["eps"]))
         weight = self._weight(op, 1)
         if len(weight) == x.shape[1]:  # a weight for each column
             y = y.flatten(1)
@@ -223,11 +222,6 @@ class TorchExecutor:
         if len(op.inputs) == 3:
             y = y + self._weight(op, 2)
         return y.reshape(x.shape).to(self._dtype)
-
-    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (wide * scale * weight).to(self._dtype)
 
     def _linear(self, op: Op, frame: _Frame) -> torch.Tensor:
         """What a pass fused into it included: see OpKind::kLinear."""
@@ -238,7 +232,8 @@ class TorchExecutor:
             bias = self._weight(op, 2).to(self._dtype)
         if has_norm:
             norm_weight = self._weight(op, 2 if bias is None else 3)
-            x = self._rms_norm(x, norm_weight, float(op.attrs["norm_eps"]))
+            x = _to_unit_rms(x.float(), float(op.attrs["norm_eps"])) * norm_weight
+            x = x.to(self._dtype)
         y = functional.linear(x, self._weight(op, 1), bias)
         if "activation" in op.attrs:
             y = _activate(y, str(op.attrs["activation"]))
@@ -387,6 +382,10 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
 }
+
+
+def _to_unit_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def _activate(x: torch.Tensor, kind: str) -> torch.Tensor:
