@@ -1,4 +1,5 @@
-"""Fixtures that several test files share: the real model, and transformers as the oracle for it."""
+"""Fixtures that several test files share: thread pools, the real model, and transformers as the
+oracle for it."""
 
 from __future__ import annotations
 
@@ -9,12 +10,25 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from fastpage import _C
+
 
 class TransformersModel(NamedTuple):
     """What transformers makes of a checkpoint: `model` in fp32 and eval mode, and its tokenizer."""
 
     model: Any
     tokenizer: Any
+
+
+@pytest.fixture(scope="module")
+def pools() -> list[_C.ThreadPool]:
+    """Of one, two and three threads."""
+    return [_C.ThreadPool(n) for n in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def pool(pools: list[_C.ThreadPool]) -> _C.ThreadPool:
+    return pools[1]
 
 
 @pytest.fixture(scope="session")

@@ -95,8 +95,9 @@ def checkpoint_fixture(cases: Mapping[str, Case]) -> Any:
     return checkpoint
 
 
-def make_executor(model: Model, executor_type: str) -> Any:
-    """executor_type: "cpu" or "torch". In fp32 throughout."""
+def make_executor(model: Model, executor_type: str, **options: str) -> Any:
+    """executor_type: "cpu" or "torch". In fp32 throughout, unless `options` of a CpuExecutor say
+    otherwise."""
     if executor_type == "torch":
         from fastpage.executors.torch import TorchExecutor
 
@@ -105,17 +106,16 @@ def make_executor(model: Model, executor_type: str) -> Any:
         model.program,
         num_kv_blocks=NUM_BLOCKS,
         block_size=BLOCK_SIZE,
-        weight_dtype="float32",
-        kv_cache_dtype="float32",
         max_num_tokens=NUM_TOKENS,
         max_num_logits=32,
+        **{"weight_dtype": "float32", "kv_cache_dtype": "float32", **options},
     )
 
 
-def load(path: Path, executor_type: str) -> Any:
+def load(path: Path, executor_type: str, **options: str) -> Any:
     checkpoint = open_checkpoint(path)
     model = build_model(checkpoint.config, checkpoint=checkpoint)
-    executor = make_executor(model, executor_type)
+    executor = make_executor(model, executor_type, **options)
     model.load_weights(checkpoint, executor)
     return executor
 
@@ -141,6 +141,17 @@ def check_logits(path: Path, oracle: Any) -> None:
             logits = run_in_chunks(executor, tokens, chunks, NUM_BLOCKS, BLOCK_SIZE)
             error = relative_error(logits, expected)
             assert error < TOLERANCE, f"{executor_type}, chunks {chunks}: {error:.2e}"
+
+
+def check_less_precise(path: Path, options: Mapping[str, str], limit: float) -> None:
+    """Logits with less precise weights, or a less precise cache, are near fp32's and not the
+    same."""
+    tokens = random_tokens(vocab_size(path), NUM_TOKENS)
+    exact, near = (
+        run_in_chunks(load(path, "cpu", **changes), tokens, CHUNKS, NUM_BLOCKS, BLOCK_SIZE)
+        for changes in ({}, options)
+    )
+    assert 1e-5 < relative_error(near, exact) < limit, options
 
 
 def check_greedy(path: Path, oracle: Any, max_tokens: int = 64) -> None:

@@ -15,24 +15,18 @@ from typing import Any
 
 import pytest
 from oracle import (
-    BLOCK_SIZE,
-    CHUNKS,
-    NUM_BLOCKS,
     NUM_TOKENS,
     SMALL,
     Case,
     MakeCheckpoint,
     check_greedy,
+    check_less_precise,
     check_logits,
     check_rubbish,
     checkpoint_fixture,
-    load,
-    random_tokens,
 )
-from paging import relative_error, run_in_chunks
 from test_passes import assert_same_bits
 
-from fastpage import _C
 from fastpage.checkpoints import open_checkpoint
 from fastpage.errors import CheckpointError, UnsupportedArchitecture
 from fastpage.models import build_model
@@ -153,20 +147,9 @@ def test_passes_keep_the_bits(case: str, checkpoint: MakeCheckpoint) -> None:
 @pytest.mark.parametrize("case", ["bloom", "falcon-7b", "falcon-40b", "mpt-clip"])
 def test_less_precise_weights(case: str, checkpoint: MakeCheckpoint) -> None:
     path, _ = checkpoint(case)
-    opened = open_checkpoint(path)
-    tokens = random_tokens(opened.config["vocab_size"], NUM_TOKENS)
-    expected = run_in_chunks(load(path, "cpu"), tokens, CHUNKS, NUM_BLOCKS, BLOCK_SIZE)
-    for options, tolerance in (
-        ({"weight_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}, 0.03),
-        ({"quantization": "int8", "kv_cache_dtype": "int8"}, 0.06),
-    ):
-        model = build_model(opened.config)
-        executor = _C.CpuExecutor(
-            model.program, num_kv_blocks=NUM_BLOCKS, max_num_tokens=NUM_TOKENS, **options
-        )
-        model.load_weights(opened, executor)
-        logits = run_in_chunks(executor, tokens, CHUNKS, NUM_BLOCKS, BLOCK_SIZE)
-        assert 1e-5 < relative_error(logits, expected) < tolerance, options
+    bf16 = {"weight_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
+    check_less_precise(path, bf16, 0.03)
+    check_less_precise(path, {"quantization": "int8", "kv_cache_dtype": "int8"}, 0.06)
 
 
 def test_the_clip_of_the_case_matters(checkpoint: MakeCheckpoint) -> None:

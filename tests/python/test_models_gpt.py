@@ -9,18 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from oracle import (
-    NUM_BLOCKS,
-    NUM_TOKENS,
     Case,
     MakeCheckpoint,
     check_greedy,
+    check_less_precise,
     check_logits,
     check_rubbish,
     checkpoint_fixture,
-    load,
     random_tokens,
 )
-from paging import relative_error, run_in_chunks
+from paging import run_in_chunks
 from safetensors.numpy import load_file, save_file
 from test_passes import assert_same_bits
 
@@ -124,27 +122,10 @@ def test_passes_change_no_bit(case: str, checkpoint: MakeCheckpoint) -> None:
     ],
     ids=str,
 )
-def test_smaller_weights_stay_near(
-    case: str, options: dict[str, Any], limit: float, checkpoint: MakeCheckpoint
+def test_less_precise_weights(
+    case: str, options: dict[str, str], limit: float, checkpoint: MakeCheckpoint
 ) -> None:
-    path, _ = checkpoint(case)
-    opened = open_checkpoint(path)
-    model = build_model(opened.config)
-    executor = _C.CpuExecutor(
-        model.program,
-        num_kv_blocks=NUM_BLOCKS,
-        kv_cache_dtype="float32",
-        max_num_tokens=NUM_TOKENS,
-        max_num_logits=32,
-        **options,
-    )
-    model.load_weights(opened, executor)
-    tokens = random_tokens(131, NUM_TOKENS)
-    exact, near = (
-        run_in_chunks(one, tokens, (NUM_TOKENS,), NUM_BLOCKS, 16)
-        for one in (load(path, "cpu"), executor)
-    )
-    assert 1e-5 < relative_error(near, exact) < limit
+    check_less_precise(checkpoint(case)[0], options, limit)
 
 
 # ---- checkpoints as they are on the Hub

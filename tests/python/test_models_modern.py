@@ -20,6 +20,7 @@ from oracle import (
     Case,
     MakeCheckpoint,
     check_greedy,
+    check_less_precise,
     check_logits,
     check_rubbish,
     checkpoint_fixture,
@@ -30,7 +31,6 @@ from paging import relative_error, run_in_chunks
 from safetensors.numpy import load_file, save_file
 from test_passes import assert_same_bits
 
-from fastpage import _C
 from fastpage.checkpoints import open_checkpoint
 from fastpage.errors import CheckpointError, UnsupportedArchitecture
 from fastpage.models import DecoderSpec, build_model
@@ -429,20 +429,11 @@ def test_text_part_of_gemma3(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["gemma2", "cohere-qk-norm-biases", "starcoder2"])
-@pytest.mark.parametrize("options", [{"weight_dtype": "bfloat16"}, {"quantization": "int8"}])
-def test_other_precisions_are_close(
-    case: str, options: dict[str, str], checkpoint: MakeCheckpoint
+@pytest.mark.parametrize("weights", [{"weight_dtype": "bfloat16"}, {"quantization": "int8"}])
+def test_less_precise_weights(
+    case: str, weights: dict[str, str], checkpoint: MakeCheckpoint
 ) -> None:
-    path, _ = checkpoint(case)
-    tokens = random_tokens(131, NUM_TOKENS)
-    opened = open_checkpoint(path)
-    model = build_model(opened.config)
-    executor = _C.CpuExecutor(
-        model.program, num_kv_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, **options
-    )
-    model.load_weights(opened, executor)
-    logits = run_in_chunks(executor, tokens, (NUM_TOKENS,), NUM_BLOCKS, BLOCK_SIZE)
-    assert relative_error(logits, logits_of(path, tokens)) < 0.1
+    check_less_precise(checkpoint(case)[0], {**weights, "kv_cache_dtype": "bfloat16"}, 0.1)
 
 
 @pytest.mark.parametrize("case", ["gemma3", "granite", "olmo2", "cohere-qk-norm-biases", "glm4"])

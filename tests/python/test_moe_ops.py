@@ -19,16 +19,6 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def pools():
-    return [_C.ThreadPool(n) for n in (1, 2, 3)]
-
-
-@pytest.fixture(scope="module")
-def pool(pools):
-    return pools[1]
-
-
 class Experts:
     """Random experts: packed, and the values that are stored."""
 

@@ -22,16 +22,6 @@ BF16_ISAS = ["avx512_bf16", "amx"]  # where bf16 activations meet bf16 weights a
 KV_DTYPES = [*DTYPES, "int8"]
 
 
-@pytest.fixture(scope="module")
-def pools():
-    return [_C.ThreadPool(n) for n in (1, 2, 3)]
-
-
-@pytest.fixture(scope="module")
-def pool(pools):
-    return pools[1]
-
-
 def bf16_bits(x):
     u = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
     return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)

@@ -6,7 +6,6 @@ import pytest
 from gguf import quants
 from gguf.constants import GGMLQuantizationType
 
-from fastpage import _C
 from fastpage._C import ops
 
 FORMATS = ["int8", "q8_0", "q4_0", "q4_1"]
@@ -16,16 +15,6 @@ SHAPES = [
     (6, 576, 32), (13, 576, 100), (25, 32, 65), (64, 160, 96), (70, 64, 50), (193, 64, 24),
     (4, 2528, 40), (30, 1120, 70), (1, 3008, 16),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pools():
-    return [_C.ThreadPool(n) for n in (1, 2, 3)]
-
-
-@pytest.fixture(scope="module")
-def pool(pools):
-    return pools[1]
 
 
 def random_blocks(rng, rows, groups, fmt):
