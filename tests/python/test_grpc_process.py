@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,11 @@ def end_of(call: grpc.Call) -> tuple[grpc.StatusCode, int]:
     except grpc.RpcError as error:
         return error.code(), tokens
     return grpc.StatusCode.OK, tokens
+
+
+def until_end(call: grpc.Call) -> Iterator[Any]:
+    with contextlib.suppress(grpc.RpcError):
+        yield from call
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -116,10 +123,13 @@ def test_a_unix_socket_a_token_and_health(smollm2_gguf: Path, tmp_path: Path) ->
     token = tmp_path / "token"
     token.write_text("secret")
     options = ["--address", f"unix:{tmp_path}/socket", "--auth-token-file", str(token)]
+    options += ["--drain-timeout", "600"]
     with ServerProcess(GRPC, smollm2_gguf, "--max-model-len", "512", *options) as server:
         assert server.address == f"unix:{tmp_path}/socket"
-        with grpc.insecure_channel(server.address) as channel:
-            wait_until_serving(channel)
+        channel = grpc.insecure_channel(server.address)
+        wait_until_serving(channel)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
         chat = [sys.executable, "-m", "fastpage.serving.chat", "--address", server.address]
         chat += ["--auth-token-file", str(token), "--max-tokens", "8", "--temperature", "0"]
         answer = subprocess.run(
@@ -127,7 +137,10 @@ def test_a_unix_socket_a_token_and_health(smollm2_gguf: Path, tmp_path: Path) ->
         )
         assert (answer.returncode, answer.stderr) == (0, b"")
         assert b"Paris" in answer.stdout
+        # Who only watches does not keep the server.
         assert server.stop() == 0
+        assert [response.status for response in until_end(watch)] == [NOT_SERVING]
+        channel.close()
     assert not (tmp_path / "socket").exists()
 
 
