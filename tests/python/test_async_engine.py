@@ -17,8 +17,10 @@ from fakes import EOS_ID, Gate, letter_tokenizer, load_alphabet, serve_on_a_thre
 from fastpage import AsyncEngine, RequestOutput, SamplingParams
 from fastpage.engine.async_engine import DuplicateRequestId, EngineStopped
 from fastpage.engine.channel_core import ChannelCore
+from fastpage.engine.core import EngineDied
 from fastpage.engine.engine_thread import PreemptionLog
 from fastpage.engine.loading import LoadedModel
+from fastpage.engine.observer import EngineObserver
 from fastpage.engine.output_processor import EngineStepError, RequestState
 from fastpage.engine.prompts import Prompt
 from fastpage.errors import InvalidArgument, ResourceExhausted
@@ -417,19 +419,22 @@ def test_a_full_queue_refuses() -> None:
     run(test, before_step=gate, max_num_seqs=2, max_num_waiting=4)
 
 
+class _Stats:
+    num_free_blocks = 3
+    num_blocks = 64
+    num_host_blocks = 0
+
+    def __init__(self, num_preemptions: int = 0) -> None:
+        self.num_preemptions = num_preemptions
+        self.num_preemptions_swap = 0
+
+
 def test_preemptions_are_logged_a_line_for_all_of_several_seconds(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    class Stats:
-        num_preemptions = 0
-        num_preemptions_swap = 0
-        num_free_blocks = 3
-        num_blocks = 64
-        num_host_blocks = 0
-
     now = 100.0
     log = PreemptionLog(lambda: now)
-    stats = Stats()
+    stats = _Stats()
     with caplog.at_level(logging.WARNING, "fastpage.engine"):
         log.look_at(stats)
         assert caplog.messages == []
@@ -451,6 +456,65 @@ def test_preemptions_are_logged_a_line_for_all_of_several_seconds(
     assert "max_num_seqs" in first
     assert "7 preempted (0 by swapping" in second
     assert "host_cache_memory" not in second
+
+
+def test_preemptions_of_an_engine_that_was_started_again_begin_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    now = 100.0
+    log = PreemptionLog(lambda: now)
+    with caplog.at_level(logging.WARNING, "fastpage.engine"):
+        log.look_at(_Stats(5))
+        now += 60
+        log.look_at(_Stats())
+        log.look_at(_Stats(2))
+    first, second = caplog.messages
+    assert "5 preempted" in first
+    assert "2 preempted" in second
+
+
+def test_an_observer_that_fails_costs_nobody_anything(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a clumsy observer")
+
+    class Clumsy(EngineObserver):
+        request_added = request_refused = request_finished = fail
+        stepped = engine_started = engine_died = fail
+
+    class Careful(EngineObserver):
+        def __init__(self) -> None:
+            self.heard: list[str] = []
+
+        def request_added(self, request: RequestState) -> None:
+            self.heard.append("added")
+
+        def request_refused(self, request_id: str, error: Exception) -> None:
+            self.heard.append("refused")
+
+        def request_finished(self, request: RequestState) -> None:
+            self.heard.append("finished")
+
+        def engine_died(self, why: str) -> None:
+            self.heard.append("died")
+
+        def engine_started(self, engine: AsyncEngine) -> None:
+            self.heard.append("started")
+
+    async def test(engine: AsyncEngine) -> None:
+        careful = Careful()
+        engine.listen_to_kv_events(fail)
+        engine.add_observer(Clumsy())
+        engine.add_observer(careful)
+        outputs = [o async for o in engine.generate("abcdef", SamplingParams(**GREEDY))]
+        assert outputs[-1].outputs[0].text == "ghijklmnopqrstuv"
+        with pytest.raises(InvalidArgument):
+            await engine.add_request("", SamplingParams(**GREEDY))
+        engine.on_died(EngineDied("as a test"))
+        engine.on_started()
+        assert careful.heard == ["started", "added", "finished", "refused", "died", "started"]
+
+    run(test, enable_kv_events=True)
+    assert "Clumsy" in caplog.text and "a clumsy observer" in caplog.text
 
 
 def test_shutdown_ends_what_is_in_progress() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import itertools
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
@@ -22,6 +23,9 @@ from fastpage.sampling_params import SamplingParams
 from fastpage.tokenizer import Tokenizer
 
 KvEventListener = Callable[[list[_C.KvEvent]], None]
+_News = Callable[[EngineObserver], None]
+
+_logger = logging.getLogger("fastpage.engine")
 
 # More bad_words than this are tokenized off the event loop.
 _MANY_WORDS = 100
@@ -151,8 +155,8 @@ class AsyncEngine:
         except Exception as error:
             if isinstance(error, ResourceExhausted):
                 error.retry_after_seconds = self._pace.seconds_per_request()  # type: ignore[attr-defined]
-            for observer in self._observers:
-                observer.request_refused(request_id, error)
+            refusal = error
+            self._tell(lambda observer: observer.request_refused(request_id, refusal))
             raise
         self._announce(stream)
         return stream
@@ -263,7 +267,7 @@ class AsyncEngine:
     def add_observer(self, observer: EngineObserver) -> None:
         self._observers.append(observer)
         if self.ready:
-            observer.engine_started(self)
+            self._tell_one(observer, lambda observer: observer.engine_started(self))
 
     def listen_to_kv_events(self, listener: KvEventListener) -> None:
         """`listener` is called on the event loop with what steps stored and removed, if the engine
@@ -307,7 +311,10 @@ class AsyncEngine:
     def on_step(self, step: _C.StepOutput, stats: _C.EngineStats) -> None:
         if self._kv_event_listeners and (events := step.kv_events):
             for listener in self._kv_event_listeners:
-                listener(events)
+                try:
+                    listener(events)
+                except Exception:
+                    _logger.exception("a listener to KV events failed")
         processed = self._processor.process(step.outputs)
         for abort in processed.aborts:
             abort.tell(self._core)
@@ -322,8 +329,7 @@ class AsyncEngine:
                 processed.first_tokens,
                 processed.token_gaps,
             )
-            for observer in self._observers:
-                observer.stepped(report)
+            self._tell(lambda observer: observer.stepped(report))
         for stream in streams:
             if stream._state.finished:
                 self._pace.request_finished(processed.time)
@@ -335,12 +341,22 @@ class AsyncEngine:
 
     def on_died(self, error: EngineDied) -> None:
         self._lose_all(error)
-        for observer in self._observers:
-            observer.engine_died(str(error))
+        self._tell(lambda observer: observer.engine_died(str(error)))
 
     def on_started(self) -> None:
+        self._tell(lambda observer: observer.engine_started(self))
+
+    # ---- observers: what one of them does wrong costs no request anything
+
+    def _tell(self, news: _News) -> None:
         for observer in self._observers:
-            observer.engine_started(self)
+            self._tell_one(observer, news)
+
+    def _tell_one(self, observer: EngineObserver, news: _News) -> None:
+        try:
+            news(observer)
+        except Exception:
+            _logger.exception("%s, an observer of the engine, failed", type(observer).__name__)
 
     # ---- one request's end
 
@@ -367,16 +383,15 @@ class AsyncEngine:
         """Its first output may come before add_request() gets to go on."""
         if not stream._announced:
             stream._announced = True
-            for observer in self._observers:
-                stream._caller.run(observer.request_added, stream._state)
+            state = stream._state
+            self._tell(lambda observer: stream._caller.run(observer.request_added, state))
 
     def _remove(self, stream: RequestStream) -> None:
         state = stream._state
         del self._streams[state.core_id]
         del self._core_ids[state.request_id]
         if stream._announced:
-            for observer in self._observers:
-                observer.request_finished(state)
+            self._tell(lambda observer: observer.request_finished(state))
 
 
 class _Pace:

@@ -24,6 +24,8 @@ class PreemptionLog:
         self._num_swapped = 0
 
     def look_at(self, stats: _C.SchedulerStats) -> None:
+        if stats.num_preemptions < self._num_preemptions:  # an engine that was started again
+            self._num_preemptions = self._num_swapped = 0
         num_new = stats.num_preemptions - self._num_preemptions
         if num_new == 0 or self._clock() < self._next_time:
             return

@@ -24,7 +24,7 @@ class StepReport(NamedTuple):
 
 class EngineObserver:
     """Does nothing: override what is of interest. All methods are called on the event loop, and
-    must be quick and not raise. Times are time.monotonic()."""
+    must be quick. What one raises is logged. Times are time.monotonic()."""
 
     def request_added(self, request: RequestState) -> None:
         """It is in the engine's queue. Called in the context (contextvars) of who added it."""
