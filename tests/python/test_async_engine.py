@@ -23,7 +23,7 @@ from fastpage.engine.loading import LoadedModel
 from fastpage.engine.observer import EngineObserver
 from fastpage.engine.output_processor import EngineStepError, RequestState
 from fastpage.engine.prompts import Prompt
-from fastpage.errors import InvalidArgument, ResourceExhausted
+from fastpage.errors import FastpageError, InvalidArgument, ResourceExhausted
 from fastpage.outputs import RequestOutputKind
 from fastpage.tokenizer import stop_strings
 
@@ -515,6 +515,41 @@ def test_an_observer_that_fails_costs_nobody_anything(caplog: pytest.LogCaptureF
 
     run(test, enable_kv_events=True)
     assert "Clumsy" in caplog.text and "a clumsy observer" in caplog.text
+
+
+@pytest.mark.parametrize("error", [MemoryError(), FastpageError("no message")])
+def test_an_engine_that_cannot_be_understood_counts_as_dead(error: Exception) -> None:
+    class Deaf:
+        closed = True
+
+        def __init__(self, client: Any) -> None:
+            self.abort = client.abort
+            self.has_unsent = False
+
+        def receive(self) -> list[Any]:
+            raise error
+
+    gate = Gate()
+
+    async def main() -> None:
+        loaded = load_alphabet(gate)
+        with serve_on_a_thread(loaded) as fileno:
+            core = ChannelCore()
+            core.open(fileno)
+            async with AsyncEngine(loaded, core=core) as engine:
+                stream = await engine.add_request("a", SamplingParams(max_tokens=100, **GREEDY))
+                gate.open()
+                await anext(stream)
+                assert engine.stats().scheduler.num_running == 1
+                core._client = Deaf(core._client)  # type: ignore[assignment]
+                gate.open(100)
+                with pytest.raises(EngineDied):
+                    async for _ in stream:
+                        pass
+                assert not engine.ready
+                assert engine.stats().scheduler.num_running == 0
+
+    asyncio.run(asyncio.wait_for(main(), timeout=30))
 
 
 def test_shutdown_ends_what_is_in_progress() -> None:

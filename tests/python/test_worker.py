@@ -24,6 +24,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
 from fastpage import AsyncEngine
+from fastpage.engine.core import EngineDied
 from fastpage.engine.loading import LoadedModel
 from fastpage.serving.worker import convert, create_worker_service, kv_events, service
 from fastpage.serving.worker.kv_events import CursorOutOfRange, KvEventLog
@@ -834,6 +835,33 @@ def test_flush_waits_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> N
             request = common.FlushCacheRequest(timeout_s=seconds)
             error = await refused(client.stub.FlushCache(request))
             assert error.code() == STATUS.INVALID_ARGUMENT
+
+    run(test)
+
+
+def test_an_engine_that_dies_meanwhile_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def dies() -> bool:
+        raise EngineDied("its process has ended")
+
+    async def test(client: Client) -> None:
+        monkeypatch.setattr(client.engine, "reset_prefix_cache", dies)
+        error = await refused(client.stub.FlushCache(common.FlushCacheRequest()))
+        assert (error.code(), error.details()) == (STATUS.UNAVAILABLE, "its process has ended")
+
+    run(test)
+
+
+def test_a_tokenizer_archive_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(tokenizer: Tokenizer) -> bytes:
+        raise MemoryError
+
+    async def test(client: Client) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(service, "build_archive", fails)
+            error = await refused(client.stub.GetTokenizer(common.GetTokenizerRequest()))
+            assert (error.code(), error.details()) == (STATUS.INTERNAL, "MemoryError")
+        chunks = [c async for c in client.stub.GetTokenizer(common.GetTokenizerRequest())]
+        assert chunks[-1].sha256
 
     run(test)
 

@@ -42,6 +42,7 @@ class ChannelCore:
         self._loop.remove_reader(self._fileno)
         self._loop.remove_writer(self._fileno)
         self._client = None  # closes the socket
+        self._stats = _C.EngineStats()  # nothing runs any more
         lost: list[asyncio.Future[Any]] = [*self._waiting.values(), *self._resets]
         for future in lost:
             if not future.done():
@@ -132,8 +133,8 @@ class ChannelCore:
         try:
             for news in client.receive():
                 self._take_in(news, self._listener)
-        except FastpageError as error:  # what came is no message
-            why = str(error)
+        except (FastpageError, MemoryError) as error:  # some news are lost: it cannot go on
+            why = str(error) or "there was no memory for what the engine said"
         if client.closed and client is self._client:
             died = EngineDied(f"{why}: try again in a few seconds")
             self.close(died)

@@ -216,13 +216,14 @@ class ProcessCore(ChannelCore):
             try:
                 self._process = _Process(self._args)
                 await self._process.hello()
+                self.open(self._process.take_socket())
             except asyncio.CancelledError:
                 self._process.kill()
                 raise
             except Exception as error:
+                self._process.kill()
                 _logger.error("the engine could not be started again: %s", error)
                 continue
-            self.open(self._process.take_socket())
             _logger.warning(
                 "the engine is back (pid %d) after %.1f s", self.pid, time.monotonic() - start
             )

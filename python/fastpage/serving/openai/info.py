@@ -83,7 +83,7 @@ def load(body: bytes, engine: AsyncEngine, model: Model) -> dict[str, Any]:
         "server_load": scheduler.num_running + scheduler.num_waiting,
         "num_running": scheduler.num_running,
         "num_waiting": scheduler.num_waiting,
-        "kv_cache_usage": used / scheduler.num_blocks,
+        "kv_cache_usage": used / max(scheduler.num_blocks, 1),
     }
 
 

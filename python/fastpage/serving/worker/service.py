@@ -15,6 +15,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
 from fastpage.engine.async_engine import AsyncEngine, DuplicateRequestId, RequestStream
+from fastpage.engine.core import EngineStopped
 from fastpage.engine.prompts import truncate
 from fastpage.errors import InvalidArgument
 from fastpage.outputs import RequestOutput, RequestOutputKind
@@ -179,8 +180,13 @@ class VllmEngineService(pb_grpc.VllmEngineServicer):
         if self._archive is None:
             making = asyncio.to_thread(build_archive, engine.tokenizer)
             self._archive = asyncio.ensure_future(making)
-        # One for all calls: it goes on if this call ends.
-        for chunk in split(await asyncio.shield(self._archive)):
+        try:
+            # One for all calls: it goes on if this call ends.
+            archive = await asyncio.shield(self._archive)
+        except Exception as error:
+            self._archive = None  # the next call tries again
+            await abort(context, error)
+        for chunk in split(archive):
             await context.write(chunk)
 
     # ---- the cache
@@ -206,12 +212,15 @@ class VllmEngineService(pb_grpc.VllmEngineServicer):
             error = f"timeout_s={request.timeout_s} is not a number of seconds"
             await abort(context, InvalidArgument(error))
         deadline = time.monotonic() + request.timeout_s
-        while not await engine.reset_prefix_cache():
-            if time.monotonic() >= deadline:
-                return common.FlushCacheResponse(
-                    success=False, message="requests are in progress: nothing was flushed"
-                )
-            await asyncio.sleep(_SECONDS_BETWEEN_FLUSHES)
+        try:
+            while not await engine.reset_prefix_cache():
+                if time.monotonic() >= deadline:
+                    return common.FlushCacheResponse(
+                        success=False, message="requests are in progress: nothing was flushed"
+                    )
+                await asyncio.sleep(_SECONDS_BETWEEN_FLUSHES)
+        except EngineStopped as error:
+            await abort(context, error)
         return common.FlushCacheResponse(success=True, message="the prefix cache is empty")
 
     async def StartProfile(
