@@ -79,7 +79,7 @@ def convert(checkpoint: Checkpoint, folder: Path, dtype: str = "float32") -> Non
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "generation_config.json").write_text(json.dumps(checkpoint.generation_config))
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    tokenizer.save(folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     # Last, and under its name only when whole: cached() goes by it.
     write_safetensors(tensors, folder / "partial")
     (folder / "partial").rename(folder / "model.safetensors")
