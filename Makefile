@@ -121,7 +121,7 @@ googletest:
 sanitize: $(DEV_DONE) googletest  ## C++ tests under ASan + UBSan, the threaded ones under TSan
 	@mkdir -p build
 	$(call build_and_ctest,build/asan,$(GXX),-DFASTPAGE_SANITIZE=address$(comma)undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo)
-	$(call build_and_ctest,build/tsan,$(GXX),-DFASTPAGE_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo,-L '^(thread_pool|executor|runner|engine)')
+	$(call build_and_ctest,build/tsan,$(GXX),-DFASTPAGE_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo,-L '^(thread_pool|executor|runner|engine|channel_test|channel_peers)')
 comma := ,
 
 # What it finds to be of interest stays in build/fuzz/corpus for the next run; an input that breaks
