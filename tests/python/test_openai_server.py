@@ -882,6 +882,14 @@ def test_half_sent_requests_end() -> None:
                 await writer.drain()
             await reader.read()
         writer.close()
+        # A body that nobody waits for, not even after a part of it has come.
+        reader, writer = await client.connect()
+        writer.write(b"GET /health HTTP/1.1\r\nContent-Length: 100\r\n\r\n")
+        await reader.readuntil(b'"ready"}')
+        writer.write(b"x")
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.close()
         # A connection that is used goes on, for as long as one likes.
         reader, writer = await client.connect()
         for _ in range(3):
@@ -892,6 +900,32 @@ def test_half_sent_requests_end() -> None:
         writer.close()
 
     run(test, http=HttpOptions(limits=Limits(request_timeout_seconds=0.25)))
+
+
+@pytest.mark.parametrize("part", [b"A: b\r\n", b"A: b"], ids=["many", "one without end"])
+def test_trailers_have_an_end(part: bytes) -> None:
+    """Headers behind a body, which are no headers of the request."""
+
+    async def test(client: Client) -> None:
+        chunked = b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        body = json.dumps({"prompt": "abc", "max_tokens": 2}).encode()
+        reader, writer = await client.connect()
+        writer.write(b"POST /generate HTTP/1.1\r\n" + chunked)
+        writer.write(b"%x\r\n%b\r\n0\r\nX-Request-Id: mine\r\n\r\n" % (len(body), body))
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b" 200 " in head and b"mine" not in head
+        writer.close()
+        reader, writer = await client.connect()
+        writer.write(b"GET /health HTTP/1.1\r\n" + chunked + b"0\r\n")
+        await reader.readuntil(b'"ready"}')
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                writer.write(part * 10_000)
+                await writer.drain()
+            assert await reader.read() == b""
+        writer.close()
+
+    run(test)
 
 
 def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
