@@ -449,7 +449,7 @@ def test_sigterm_under_load(tiny_model: Path, expected: list[int], patience: flo
         async with GrpcClient(server.address) as client:
             await client.wait_until_serving()
             calls = [client.stub.Generate(request(400)) for _ in range(24)]
-            while (await client.stats()).num_running < 16:
+            while (stats := await client.stats()).num_running + stats.num_waiting < len(calls):
                 await asyncio.sleep(0.001)
             ends = asyncio.gather(*map(end, calls))
             watch = client.health.Watch(health_pb2.HealthCheckRequest())
