@@ -307,10 +307,12 @@ TEST(ChannelPeers, AFrontEndThatOnlyAsks) {
   refused.params.temperature = -1;
   EngineClient& client = f.front_end().client;
   for (int i = 0; i < 40000; ++i) f.front_end().add(refused);
-  // Time enough to read all of it.
-  for (int i = 0; i < 50; ++i) {
-    client.flush();
+  // Until nothing more is read of it.
+  for (int num_idle = 0; client.has_unsent() && num_idle < 50; ++num_idle) {
+    const size_t before = client.num_unsent_bytes();
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    client.flush();
+    if (client.num_unsent_bytes() < before) num_idle = 0;
   }
   EXPECT_GT(client.num_unsent_bytes(), 1u << 20);
   f.front_end().receive_all();
