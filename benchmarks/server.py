@@ -249,14 +249,22 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any]:
             for side in compared[:: 1 if turn % 2 else -1]:
                 runs[side.name].append(side.run(part))
     expected = runs[compared[0].name][0]["digests"]
-    table = {name: row(found, expected) for name, found in runs.items()}
+    base = runs[compared[0].name]
+    table = {name: row(found, base, expected) for name, found in runs.items()}
     show(part, table)
     return table
 
 
-def row(runs: list[dict[str, Any]], expected: list[str]) -> dict[str, Any]:
+def row(
+    runs: list[dict[str, Any]], base: list[dict[str, Any]], expected: list[str]
+) -> dict[str, Any]:
     def median(name: str, scale: float = 1.0, digits: int = 3) -> float:
         return round(scale * statistics.median(run[name] for run in runs), digits)
+
+    def added(name: str) -> float:
+        """To the first side's of the same turn, in ms: what drifts is in both."""
+        pairs = zip(runs, base, strict=True)
+        return round(1e3 * statistics.median(run[name] - its[name] for run, its in pairs), 3)
 
     tokens = runs[0]["tokens"]
     per_second = [round(tokens / run["seconds"], 1) for run in runs]
@@ -266,6 +274,8 @@ def row(runs: list[dict[str, Any]], expected: list[str]) -> dict[str, Any]:
         "each": per_second,
         "first_token_ms": median("first_token", 1e3),
         "between_tokens_ms": median("between_tokens", 1e3),
+        "added_first_ms": added("first_token"),
+        "added_between_ms": added("between_tokens"),
         "tokens": tokens,
         "messages": median("messages", digits=0),
         "client_cpu_s": median("cpu"),
@@ -277,17 +287,17 @@ def row(runs: list[dict[str, Any]], expected: list[str]) -> dict[str, Any]:
 def show(part: str, table: dict[str, dict[str, Any]]) -> None:
     print(f"\n{part}")
     print(
-        f"{'':<12}{'tok/s':>9}{'share':>8}{'first ms':>10}{'between ms':>12}{'messages':>10}",
-        end="",
+        f"{'':<12}{'tok/s':>9}{'share':>8}{'first ms':>10}{'added':>7}{'between ms':>12}"
+        f"{'added':>7}{'messages':>10}{'CPU s: client':>15}{'server':>16}  outputs"
     )
-    print(f"{'CPU s: client':>15}{'server':>16}  outputs")
     base = next(iter(table.values()))
     for name, found in table.items():
         share = found["tokens_per_second"] / base["tokens_per_second"]
         servers = " + ".join(f"{cpu:.2f}" for cpu in found["server_cpu_s"]) or "-"
         print(
             f"{name:<12}{found['tokens_per_second']:>9.1f}{share:>8.1%}"
-            f"{found['first_token_ms']:>10.2f}{found['between_tokens_ms']:>12.3f}"
+            f"{found['first_token_ms']:>10.2f}{found['added_first_ms']:>+7.2f}"
+            f"{found['between_tokens_ms']:>12.3f}{found['added_between_ms']:>+7.2f}"
             f"{found['messages']:>10.0f}{found['client_cpu_s']:>15.2f}{servers:>16}"
             f"  {'right' if found['right'] else 'WRONG'}",
             flush=True,
