@@ -751,6 +751,43 @@ def test_huge_bodies_are_read_one_after_the_other(monkeypatch: pytest.MonkeyPatc
     run(test)
 
 
+def test_many_short_prompts_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are tokenized off the event loop, and added some at a time."""
+    understand = Completions.understand
+    add_request = AsyncEngine.add_request
+    threads: set[threading.Thread] = set()
+    added: list[int] = []
+    most_in_a_turn = 0
+
+    def watched(self: Completions, *arguments: Any) -> Any:
+        threads.add(threading.current_thread())
+        return understand(self, *arguments)
+
+    async def counted(self: AsyncEngine, *arguments: Any, **options: Any) -> Any:
+        added.append(1)
+        return await add_request(self, *arguments, **options)
+
+    async def take_turns() -> None:
+        nonlocal most_in_a_turn
+        while True:
+            before = len(added)
+            await asyncio.sleep(0)
+            most_in_a_turn = max(most_in_a_turn, len(added) - before)
+
+    monkeypatch.setattr(Completions, "understand", watched)
+    monkeypatch.setattr(AsyncEngine, "add_request", counted)
+
+    async def test(client: Client) -> None:
+        turns = asyncio.create_task(take_turns())
+        answer = await client.complete(["a", "b"] * 500, max_tokens=1)
+        turns.cancel()
+        assert texts_of(answer) == ["b", "c"] * 500
+        assert threading.main_thread() not in threads
+        assert len(added) == 1000 and most_in_a_turn <= 32
+
+    run(test)
+
+
 def test_a_full_queue_and_a_request_id_in_use() -> None:
     gate = Gate()
 

@@ -17,6 +17,8 @@ from fastpage.serving.openai.reply import Model
 # Bodies of more bytes than this are read, and their prompts tokenized, off the event loop: that
 # takes a millisecond or more, and a hop to another thread a tenth of one.
 _LONG_BODY = 1 << 12
+# And those with more quotation marks: so many texts take as long, however short they are.
+_MANY_QUOTES = 100
 # And those that are longer than this one after the other: tokenizing takes some 150 bytes of memory
 # for each byte of text.
 _HUGE_BODY = 1 << 18
@@ -60,8 +62,8 @@ class ServerState:
         return self._model
 
     async def aside(self, body: bytes, call: Callable[..., Any], *arguments: Any) -> Any:
-        """call(body, *arguments), on another thread if the body is long."""
-        if len(body) <= _LONG_BODY:
+        """call(body, *arguments), on another thread if that may take long."""
+        if len(body) <= _LONG_BODY and body.count(b'"') <= _MANY_QUOTES:
             return call(body, *arguments)
         if len(body) <= _HUGE_BODY:
             return await asyncio.to_thread(call, body, *arguments)
