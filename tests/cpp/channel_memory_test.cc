@@ -94,5 +94,34 @@ TEST(ChannelMemory, RunningOutOfItInTheIoThreadCostsARequestAtMost) {
   EXPECT_EQ(num_cut_off, 0);
 }
 
+// The same where several messages lie in the socket: none is taken for the rest of another.
+TEST(ChannelMemory, RunningOutOfItLeavesTheMessagesBehindWhole) {
+  is_exempt = true;
+  int64_t i = 0;
+  for (bool failed = true; failed; ++i) {
+    SCOPED_TRACE("allocation " + std::to_string(i));
+    ServerFixture f;
+    FrontEndOfTest& front_end = f.front_end();
+    const RequestId first = front_end.add(request({1, 2, 3}, 8));
+    front_end.client.abort(first);
+    const RequestId second = front_end.add(request({1, 2}));
+    front_end.client.abort(second + 1000);
+    const RequestId third = front_end.add(request({2, 1}));
+    num_until_failure_of_others = i;
+    f.thread = std::thread([&] {
+      is_exempt = true;
+      f.server->run();
+    });
+    while (!front_end.left.empty() && !front_end.client.closed()) front_end.receive();
+    failed = num_until_failure_of_others < 0;
+    num_until_failure_of_others = -1;
+    if (front_end.client.closed()) continue;
+    for (const RequestId id : {second, third}) {
+      if (front_end.refused.count(id) > 0) continue;
+      EXPECT_EQ(front_end.end_of(id), FinishReason::kLength);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fastpage

@@ -98,7 +98,7 @@ struct EngineServer::State {
 
   // ---- of the I/O thread
   void do_io();
-  bool poll_all(std::vector<pollfd>* polled);
+  bool poll_all();
   void read(FrontEnd* front_end);
   void take(FrontEnd* front_end, Span<const char> frame);
   void take_no_memory(FrontEnd* front_end);
@@ -112,6 +112,7 @@ struct EngineServer::State {
   const EngineServerConfig config;
   WakePipe pipe;
   std::vector<std::unique_ptr<FrontEnd>> front_ends;  // those that have gone, too
+  std::vector<pollfd> polled;                         // of the I/O thread
   std::atomic<bool> stopping{false};
   std::atomic<bool> io_ended{false};
 
@@ -128,6 +129,7 @@ EngineServer::State::State(Engine* e, const std::vector<int>& sockets, EngineSer
   for (const int fd : sockets) check_stream_socket(fd);
   std::vector<std::unique_ptr<FrontEnd>> made;
   for (size_t i = 0; i < sockets.size(); ++i) made.push_back(std::make_unique<FrontEnd>());
+  polled.resize(1 + sockets.size());
   for (size_t i = 0; i < sockets.size(); ++i) made[i]->socket = Descriptor(sockets[i]);
   front_ends = std::move(made);
 }
@@ -286,8 +288,7 @@ void EngineServer::State::end() {
 // ---------------------------------------------------------------- I/O
 
 void EngineServer::State::do_io() {
-  std::vector<pollfd> polled(1 + front_ends.size());
-  while (!stopping && poll_all(&polled)) {
+  while (!stopping && poll_all()) {
     if (polled[0].revents != 0) pipe.drain();
     for (size_t i = 0; i < front_ends.size(); ++i) {
       const short events = polled[1 + i].revents;
@@ -308,10 +309,10 @@ void EngineServer::State::do_io() {
 }
 
 // Waits for something to do. False if all front ends have gone, and left nothing behind.
-bool EngineServer::State::poll_all(std::vector<pollfd>* polled) {
+bool EngineServer::State::poll_all() {
   bool all_gone = true;
   int timeout = -1;
-  polled->front() = {pipe.fd(), POLLIN, 0};
+  polled.front() = {pipe.fd(), POLLIN, 0};
   for (size_t i = 0; i < front_ends.size(); ++i) {
     FrontEnd* const front_end = front_ends[i].get();
     const int fd = front_end->socket.get();  // -1, which poll() passes over, if it has gone
@@ -319,7 +320,7 @@ bool EngineServer::State::poll_all(std::vector<pollfd>* polled) {
     short events = 0;
     if (num_unsent > 0) events |= POLLOUT;
     if (num_unsent <= config.max_unsent_bytes) events |= POLLIN;
-    (*polled)[1 + i] = {fd, events, 0};
+    polled[1 + i] = {fd, events, 0};
     if (fd >= 0) {
       all_gone = false;
     } else if (!abort_requests_of(front_end)) {
@@ -328,26 +329,23 @@ bool EngineServer::State::poll_all(std::vector<pollfd>* polled) {
     }
   }
   if (all_gone) return false;
-  if (poll(polled->data(), polled->size(), timeout) < 0) {  // EINTR
-    for (pollfd& each : *polled) each.revents = 0;
+  if (poll(polled.data(), polled.size(), timeout) < 0) {  // EINTR
+    for (pollfd& each : polled) each.revents = 0;
   }
   return true;
 }
 
 void EngineServer::State::read(FrontEnd* front_end) {
+  ReceiveBuffer::Result result;
   try {
-    switch (front_end->in.receive(front_end->socket.get())) {
-      case ReceiveBuffer::Result::kReceived:
-        while (const auto frame = front_end->in.next_frame()) take(front_end, *frame);
-        break;
-      case ReceiveBuffer::Result::kNothingYet:
-        break;
-      case ReceiveBuffer::Result::kEnd:
-        front_end->close();
-    }
+    result = front_end->in.receive(front_end->socket.get());
   } catch (const std::bad_alloc&) {
-    take_no_memory(front_end);
-  } catch (const std::exception&) {  // garbage
+    return take_no_memory(front_end);
+  }
+  if (result == ReceiveBuffer::Result::kEnd) return front_end->close();
+  try {
+    while (const auto frame = front_end->in.next_frame()) take(front_end, *frame);
+  } catch (const std::exception&) {  // garbage, or no memory to answer
     front_end->close();
   }
 }
