@@ -287,8 +287,8 @@ def row(
 def show(part: str, table: dict[str, dict[str, Any]]) -> None:
     print(f"\n{part}")
     print(
-        f"{'':<12}{'tok/s':>9}{'share':>8}{'first ms':>10}{'added':>7}{'between ms':>12}"
-        f"{'added':>7}{'messages':>10}{'CPU s: client':>15}{'server':>16}  outputs"
+        f"{'':<12}{'tok/s':>9}{'share':>8}{'first ms':>10}{'added':>9}{'between ms':>12}"
+        f"{'added':>9}{'messages':>10}{'CPU s: client':>15}{'server':>16}  outputs"
     )
     base = next(iter(table.values()))
     for name, found in table.items():
@@ -296,8 +296,8 @@ def show(part: str, table: dict[str, dict[str, Any]]) -> None:
         servers = " + ".join(f"{cpu:.2f}" for cpu in found["server_cpu_s"]) or "-"
         print(
             f"{name:<12}{found['tokens_per_second']:>9.1f}{share:>8.1%}"
-            f"{found['first_token_ms']:>10.2f}{found['added_first_ms']:>+7.2f}"
-            f"{found['between_tokens_ms']:>12.3f}{found['added_between_ms']:>+7.2f}"
+            f"{found['first_token_ms']:>10.2f}{found['added_first_ms']:>+9.2f}"
+            f"{found['between_tokens_ms']:>12.3f}{found['added_between_ms']:>+9.2f}"
             f"{found['messages']:>10.0f}{found['client_cpu_s']:>15.2f}{servers:>16}"
             f"  {'right' if found['right'] else 'WRONG'}",
             flush=True,
