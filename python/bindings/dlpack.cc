@@ -9,12 +9,7 @@ namespace fastpage {
 
 namespace py = pybind11;
 
-namespace {
-
 // The C structures of DLPack 1.x, as its specification lays them out.
-constexpr int32_t kCpuDevice = 1;
-enum DlCode : uint8_t { kDlInt = 0, kDlUInt = 1, kDlFloat = 2, kDlBfloat = 4 };
-
 struct DlDevice {
   int32_t type;
   int32_t id;
@@ -33,6 +28,11 @@ struct DlTensor {
   int64_t* strides;  // in elements; null: row-major
   uint64_t byte_offset;
 };
+
+namespace {
+
+enum DlCode : uint8_t { kDlInt = 0, kDlUInt = 1, kDlFloat = 2, kDlBfloat = 4 };
+
 struct DlManagedTensor {
   DlTensor tensor;
   void* context;
@@ -56,7 +56,7 @@ struct DlExchangeApi {
   void* managed_tensor_from_py_object;
   void* managed_tensor_to_py_object;
   int (*tensor_from_py_object)(void* object, DlTensor* out);  // borrowed; may be null
-  void* current_work_stream;
+  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out);  // may be null
 };
 
 [[noreturn]] void fail(const char* name, const std::string& what) {
@@ -91,10 +91,6 @@ DType element_dtype(const char* name, DlDataType type,
 
 TensorView view_of(const char* name, const DlTensor& tensor,
                    const std::optional<std::string>& source_dtype) {
-  if (tensor.device.type != kCpuDevice) {
-    fail(name, "is not in CPU memory (DLPack device type " + std::to_string(tensor.device.type) +
-                   "): move it to the CPU first");
-  }
   TensorView view;
   if (tensor.ndim > static_cast<int32_t>(view.shape.size())) {
     fail(name, "has " + std::to_string(tensor.ndim) + " dimensions: at most 4 are supported");
@@ -134,11 +130,36 @@ const DlExchangeApi* exchange_api(PyTypeObject* type) {
   return api;
 }
 
+void check_device(const char* name, int32_t type, ImportedTensor::Device wanted) {
+  if (type == static_cast<int32_t>(wanted)) return;
+  const char* const device = wanted == ImportedTensor::Device::kCpu ? "CPU" : "CUDA";
+  fail(name, std::string("is not in ") + device + " memory (DLPack device type " +
+                 std::to_string(type) + "): move it there first");
+}
+
 }  // namespace
 
+TensorView ImportedTensor::checked(const DlTensor& tensor,
+                                   const std::optional<std::string>& source_dtype) {
+  check_device(name_, tensor.device.type, device_);
+  device_index_ = tensor.device.id;
+  return view_of(name_, tensor, source_dtype);
+}
+
+void* ImportedTensor::current_stream() const {
+  const DlExchangeApi* api = exchange_api(Py_TYPE(source_.ptr()));
+  if (api == nullptr || api->current_work_stream == nullptr) return nullptr;
+  void* stream = nullptr;
+  if (api->current_work_stream(static_cast<int32_t>(device_), device_index_, &stream) != 0) {
+    py::error_already_set error;
+    fail(name_, std::string("has no current stream: ") + error.what());
+  }
+  return stream;
+}
+
 ImportedTensor::ImportedTensor(py::handle source, const char* name,
-                               const std::optional<std::string>& source_dtype)
-    : name_(name), source_(py::reinterpret_borrow<py::object>(source)) {
+                               const std::optional<std::string>& source_dtype, Device device)
+    : name_(name), device_(device), source_(py::reinterpret_borrow<py::object>(source)) {
   if (py::isinstance<py::array>(source)) {
     import_numpy(source_dtype);
   } else if (!import_exchange_api(source_dtype)) {
@@ -173,9 +194,14 @@ void ImportedTensor::import_numpy(const std::optional<std::string>& source_dtype
       fail(name_, "has strides that are no multiple of its element size: copy it");
     }
   }
-  const DlTensor tensor{
-      const_cast<void*>(array.data()), {kCpuDevice, 0}, ndim, element, shape, strides, 0};
-  view_ = view_of(name_, tensor, source_dtype);
+  const DlTensor tensor{const_cast<void*>(array.data()),
+                        {static_cast<int32_t>(Device::kCpu), 0},
+                        ndim,
+                        element,
+                        shape,
+                        strides,
+                        0};
+  view_ = checked(tensor, source_dtype);
 }
 
 bool ImportedTensor::import_exchange_api(const std::optional<std::string>& source_dtype) {
@@ -186,7 +212,7 @@ bool ImportedTensor::import_exchange_api(const std::optional<std::string>& sourc
     py::error_already_set error;
     fail(name_, std::string("cannot be read: ") + error.what());
   }
-  view_ = view_of(name_, tensor, source_dtype);
+  view_ = checked(tensor, source_dtype);
   return true;
 }
 
@@ -196,9 +222,7 @@ void ImportedTensor::import_capsule(const std::optional<std::string>& source_dty
                     ": a numpy array, a torch tensor or another DLPack tensor is needed");
   }
   const auto device = source_.attr("__dlpack_device__")().cast<py::tuple>();
-  if (device[0].cast<int32_t>() != kCpuDevice) {
-    fail(name_, "is not in CPU memory: move it to the CPU first");
-  }
+  check_device(name_, device[0].cast<int32_t>(), device_);
   py::object capsule;
   try {
     capsule = source_.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
@@ -212,7 +236,7 @@ void ImportedTensor::import_capsule(const std::optional<std::string>& source_dty
     auto* managed = static_cast<DlManagedTensorVersioned*>(
         PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
     if (managed->version.major != 1) fail(name_, "speaks a DLPack version other than 1");
-    view_ = view_of(name_, managed->tensor, source_dtype);  // before the tensor is ours: may throw
+    view_ = checked(managed->tensor, source_dtype);  // before the tensor is ours: may throw
     PyCapsule_SetName(capsule.ptr(), "used_dltensor_versioned");
     managed_ = managed;
     release_ = [](void* p) {
@@ -221,7 +245,7 @@ void ImportedTensor::import_capsule(const std::optional<std::string>& source_dty
     };
   } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
     auto* managed = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-    view_ = view_of(name_, managed->tensor, source_dtype);
+    view_ = checked(managed->tensor, source_dtype);
     PyCapsule_SetName(capsule.ptr(), "used_dltensor");
     managed_ = managed;
     release_ = [](void* p) {

@@ -12,20 +12,29 @@
 
 namespace fastpage {
 
+struct DlTensor;
+
 // Keeps the source alive; must be destroyed with the GIL held.
 class ImportedTensor {
  public:
-  // Throws InvalidArgument, naming the argument `name`, for anything but a CPU tensor of at most
-  // four dimensions and an element type that fastpage knows. source_dtype="bfloat16" reads a uint16
-  // array as bfloat16 bits (numpy has no such type).
+  // DLPack's numbers.
+  enum class Device : int32_t { kCpu = 1, kCuda = 2 };
+
+  // Throws InvalidArgument, naming the argument `name`, for anything but a tensor on `device` of at
+  // most four dimensions and an element type that fastpage knows. source_dtype="bfloat16" reads a
+  // uint16 array as bfloat16 bits (numpy has no such type).
   ImportedTensor(pybind11::handle source, const char* name,
-                 const std::optional<std::string>& source_dtype = std::nullopt);
+                 const std::optional<std::string>& source_dtype = std::nullopt,
+                 Device device = Device::kCpu);
   ~ImportedTensor();
   ImportedTensor(const ImportedTensor&) = delete;
   ImportedTensor& operator=(const ImportedTensor&) = delete;
 
   const TensorView& view() const { return view_; }
   const char* name() const { return name_; }
+  int32_t device_index() const { return device_index_; }
+  // The stream on which its library would use it now; null: the default one.
+  void* current_stream() const;
 
   // The same, checked: float32, two (one) dimensions, unit stride within a row.
   Matrix<const float> matrix() const;
@@ -36,7 +45,11 @@ class ImportedTensor {
   bool import_exchange_api(const std::optional<std::string>& source_dtype);
   void import_capsule(const std::optional<std::string>& source_dtype);
 
+  TensorView checked(const DlTensor& tensor, const std::optional<std::string>& source_dtype);
+
   const char* name_;
+  Device device_;
+  int32_t device_index_ = 0;
   TensorView view_;
   pybind11::object source_;
   void* managed_ = nullptr;  // DLManagedTensor[Versioned]

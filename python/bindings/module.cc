@@ -15,5 +15,6 @@ PYBIND11_MODULE(_C, m) {
   fastpage::bind_channel(m);
   fastpage::bind_sampler(m);
   fastpage::bind_ops(m);
+  fastpage::bind_cuda(m);
   fastpage::bind_program(m);
 }

@@ -1,0 +1,108 @@
+// PagedAttention on the GPU: a plan that the host makes once a step, and the op that every layer
+// runs over it. The plan lies in fixed buffers, so that a captured CUDA graph replays with new
+// lengths: fill the same host buffer, copy it to the same device buffer, replay.
+#pragma once
+
+#include <vector>
+
+#include "cuda/ops.h"
+
+namespace fastpage::cuda {
+
+struct AttentionPlanConfig {
+  int32_t num_heads = 0;
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;
+  int32_t max_num_seqs = 0;
+  int32_t max_num_tokens = 0;  // new ones, of a step
+  int32_t max_seq_len = 0;     // of one sequence
+  int32_t num_multiprocessors = 132;
+  // KV is split at absolute positions, and merged in order: a row is the same to the bit whatever
+  // the batch, as long as its sequence brings as many new tokens.
+  bool batch_invariant = false;
+  // The grids are as large as any plan within the maxima needs, rather than as this step's plan
+  // does.
+  bool fixed_grid = false;
+};
+
+// One thread block's work. Sequences with one new token are decoded: their KV is split over several
+// blocks, which leave partial results, and the last to finish merges them. The others' new tokens,
+// times the heads that share a KV head, are cut into tiles of rows.
+struct DecodeItem {
+  int32_t seq;
+  int32_t begin;    // first token of the KV; a multiple of 16
+  int32_t end;      // behind its last
+  int32_t partial;  // where its partial result goes; -1: it is the only one
+};
+struct PrefillItem {
+  int32_t seq;
+  int32_t tile;
+};
+
+class AttentionPlan {
+ public:
+  // Throws InvalidArgument.
+  explicit AttentionPlan(const AttentionPlanConfig& config);
+
+  // Sizes of the buffers: of the plan (int32), of partial results (fp32), and of counters (uint32,
+  // which have to be zero before the first run and are again after each).
+  int64_t plan_size() const { return layout_.size; }
+  int64_t workspace_size() const;
+  int64_t num_counters() const;
+
+  // Lays out a step into `buffer`, [plan_size()], in host memory. query_start_loc: [num_seqs + 1],
+  // seq_lens: [num_seqs], the new tokens included. Throws InvalidArgument if a maximum is exceeded.
+  void plan(Span<const int32_t> query_start_loc, Span<const int32_t> seq_lens,
+            Span<int32_t> buffer);
+
+  const AttentionPlanConfig& config() const { return config_; }
+  int32_t num_decode_items() const { return num_decode_items_; }
+  int32_t num_prefill_items() const { return num_prefill_items_; }
+
+  // Offsets in int32s.
+  struct Layout {
+    int64_t counts = 0;           // num_seqs, decode items, prefill items, 0
+    int64_t query_start_loc = 0;  // [max_num_seqs + 1]
+    int64_t seq_lens = 0;         // [max_num_seqs]
+    int64_t first_partial = 0;    // [max_num_seqs]
+    int64_t num_partials = 0;     // [max_num_seqs]
+    int64_t decode = 0;           // [max_decode_items][4]
+    int64_t prefill = 0;          // [max_prefill_items][2]
+    int64_t size = 0;
+  };
+  const Layout& layout() const { return layout_; }
+  int32_t max_decode_items() const { return max_decode_items_; }
+  int32_t max_prefill_items() const { return max_prefill_items_; }
+  // Rows of a prefill tile, (token, head) pairs.
+  int32_t tile_rows() const;
+
+ private:
+  int32_t split_size(const std::vector<int32_t>& lens) const;
+
+  AttentionPlanConfig config_;
+  Layout layout_;
+  int32_t max_decode_items_ = 0;
+  int32_t max_prefill_items_ = 0;
+  int32_t num_decode_items_ = 0;
+  int32_t num_prefill_items_ = 0;
+  std::vector<DecodeItem> decode_;
+  std::vector<std::pair<int64_t, PrefillItem>> prefill_;  // by the length of the KV
+};
+
+struct AttentionParams {
+  float scale = 1.0f;
+  int32_t sliding_window = 0;           // 0 = none; else the last positions, oneself included
+  float soft_cap = 0.0f;                // 0 = none; else cap * tanh(score / cap)
+  const float* alibi_slopes = nullptr;  // [num_heads], or null
+};
+
+// Causal attention; see fastpage/ops.h for what it computes. q, out: [num_tokens][num_heads *
+// head_dim], of one type; block_tables: [*][block_table_stride], row i is sequence i's. head_dim: a
+// multiple of 16 up to 128, or 256. plan_buffer, workspace, counters: on the device, see
+// AttentionPlan. Rows without a token before or at their own come out as zeros.
+void paged_attention(const Rows& q, const KvCache& cache, const int32_t* block_tables,
+                     int64_t block_table_stride, const AttentionPlan& plan,
+                     const int32_t* plan_buffer, float* workspace, uint32_t* counters,
+                     const AttentionParams& params, const Rows& out, Stream stream);
+
+}  // namespace fastpage::cuda

@@ -1,0 +1,354 @@
+// Decode attention: one new token a sequence, and as fast as its KV can be read.
+//
+// A block of four warps takes a part of one sequence's KV, for the (up to 16) heads that share a KV
+// head: they are the 16 rows of the MMAs. Every warp is on its own: it takes every fourth tile of
+// 16 tokens, keeps kStages of them (keys and values) in shared memory, of which all but the one it
+// works on are still on their way, and has a softmax of its own; there is no barrier until the end,
+// when the four are merged, in order. Which warp gets a tile depends on its position alone.
+//
+// Bytes in flight, which is what decides: an H100 moves 3 TB/s with some 700 ns to an answer,
+// so 2.1 MB must be on their way, 16 KB per multiprocessor, and more like 40 under load. bf16,
+// head_dim 128: a stage of a warp is 8 KB; of 3 stages 2 are in flight; 4 warps and 2 blocks (109
+// KB each) give 128 KB. head_dim 64: 55 KB a block, 4 blocks, 128 KB. head_dim 256: 16 KB a stage,
+// 2 stages, 1 block: 64 KB. float8 halves stages, and doubles blocks, except for head_dim 64.
+//
+// Arithmetic is far from the limit: a tile (8 KB) takes some 250 warp instructions, and at 3 TB/s a
+// multiprocessor gets one every 630 cycles, in which it issues 2,520.
+#include "cuda/attention_tile.cuh"
+
+namespace fastpage::cuda {
+
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kDecodeThreads = kWarps * 32;
+constexpr int kTile = 16;  // tokens
+
+template <typename C, int kDim>
+struct DecodeShape {
+  using Tile = TileShape<C, kDim>;
+  static constexpr int kStages = kDim * static_cast<int>(sizeof(C)) > 256 ? 2 : 3;
+  static constexpr int kTileBytes = kTile * Tile::kStride;  // of keys, and of values
+  static constexpr int kWarpBytes = kStages * 2 * kTileBytes;
+  static constexpr int kQueryStride = TileShape<Half, kDim>::kStride;
+  static constexpr int kQueryBytes = kTile * kQueryStride;
+  // The warps' results, at the end, where the tiles were.
+  static constexpr int kResultBytes = kWarps * kTile * (kDim + 2) * 4;
+  static constexpr int kTilesBytes =
+      kWarps * kWarpBytes > kResultBytes ? kWarps * kWarpBytes : kResultBytes;
+  static constexpr int kBytes = kQueryBytes + kTilesBytes;
+};
+
+struct Work {
+  int32_t seq;
+  int32_t begin, end;  // tokens of the KV
+  int32_t partial;
+  int32_t position;  // of the new token
+  int64_t row;       // of q
+  int32_t kv_head;
+  int32_t first_head;  // of the group
+  int32_t num_heads;
+};
+
+__device__ __forceinline__ bool find_work(const AttentionArgs& args, Work* work) {
+  const int32_t* const plan = args.plan;
+  const int32_t index = static_cast<int32_t>(blockIdx.x);
+  if (index >= load_global(plan + args.layout.counts + 1)) return false;
+  const int4 item = load_global(reinterpret_cast<const int4*>(plan + args.layout.decode) + index);
+  work->seq = item.x;
+  work->partial = item.w;
+  work->position = load_global(plan + args.layout.seq_lens + item.x) - 1;
+  work->row = load_global(plan + args.layout.query_start_loc + item.x);
+  work->begin = item.y;
+  work->end = item.z;
+  if (args.params.sliding_window > 0) {
+    work->begin = max(work->begin, work->position + 1 - args.params.sliding_window);
+  }
+  const int parts = (args.group + kTile - 1) / kTile;
+  work->kv_head = static_cast<int32_t>(blockIdx.y) / parts;
+  const int part = static_cast<int32_t>(blockIdx.y) % parts;
+  work->first_head = work->kv_head * args.group + part * kTile;
+  work->num_heads = min(kTile, args.group - part * kTile);
+  return true;
+}
+
+// The heads of the new token, as rows in shared memory; zeros where there are none.
+template <typename T, typename C, int kDim>
+__device__ __forceinline__ void load_queries(const AttentionArgs& args, const Work& work,
+                                             char* to) {
+  using Shape = DecodeShape<C, kDim>;
+  const T* const from = static_cast<const T*>(args.q) + work.row * args.q_stride +
+                        int64_t{work.first_head} * args.cache.head_dim;
+  for (int i = threadIdx.x; i < kTile * kDim / 8; i += kDecodeThreads) {
+    const int head = i / (kDim / 8), at = i % (kDim / 8) * 8;
+    Vector<T> x;
+    x.words = uint4{0, 0, 0, 0};
+    if (head < work.num_heads && at < args.cache.head_dim) {
+      x = load_vector(from + head * args.cache.head_dim + at);
+    }
+    T* const row = reinterpret_cast<T*>(to + head * Shape::kQueryStride);
+    if constexpr (kIsFloat8<C>) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) row[query_position<C>(at + e)] = x.elements[e];
+    } else {
+      *reinterpret_cast<uint4*>(row + at) = x.words;
+    }
+  }
+}
+
+// One warp's tiles: t, t + kWarps, ...
+template <typename C, int kDim>
+struct TileReader {
+  using Shape = DecodeShape<C, kDim>;
+
+  const AttentionArgs& args;
+  const int32_t* block_table;
+  int64_t head_offset;
+  int32_t end;
+  int32_t first_tile;
+  int32_t num_tiles;
+  char* memory;
+  int32_t blocks = 0;  // lane i: the block of the i-th tile from `known` on
+
+  // Tile i of this warp to its stage.
+  __device__ void fetch(int i) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int32_t per_block = args.cache.block_size / kTile;
+    if (i % 32 == 0) {
+      const int32_t tile = first_tile + (i + lane) * kWarps;
+      const bool there = i + lane < num_tiles;
+      blocks = there ? load_global(block_table + tile / per_block) : 0;
+    }
+    if (i < num_tiles) {
+      const int32_t tile = first_tile + i * kWarps;
+      // A block id out of range is never followed.
+      const int32_t block =
+          min(max(__shfl_sync(kFullWarp, blocks, i % 32), 0), args.cache.num_blocks - 1);
+      const int64_t offset = block * args.cache.block_stride +
+                             tile % per_block * kTile * args.cache.token_stride + head_offset;
+      const int valid = end - tile * kTile;
+      const int vectors = args.cache.head_dim * static_cast<int>(sizeof(C)) / 16;
+      char* const to = memory + i % Shape::kStages * 2 * Shape::kTileBytes;
+      fetch_rows<C, kDim, 32, kTile>(to, static_cast<const C*>(args.cache.k) + offset,
+                                     args.cache.token_stride, valid, vectors, lane);
+      fetch_rows<C, kDim, 32, kTile>(to + Shape::kTileBytes,
+                                     static_cast<const C*>(args.cache.v) + offset,
+                                     args.cache.token_stride, valid, vectors, lane);
+    }
+    cp_async_commit();  // empty groups, too: waits count them
+  }
+};
+
+// sums[row][column] over a tile.
+template <typename T, typename C, int kDim>
+__device__ __forceinline__ void attend_tile(const char* queries, const char* keys, int32_t first,
+                                            const Work& work, const ScoreRule& rule,
+                                            const float (&slopes)[2], bool has_slopes,
+                                            SoftmaxState* state, float (&sums)[kDim / 8][4]) {
+  using Shape = DecodeShape<C, kDim>;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  float scores[2][4] = {};
+#pragma unroll
+  for (int step = 0; step < kDim / 32; ++step) {
+    uint32_t b[2][2][2];
+    load_keys<T, C, kDim>(keys, step, b);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      uint32_t a[4];
+      ldmatrix(a, queries + lane % 16 * Shape::kQueryStride + step * 64 + k * 32 + lane / 16 * 16);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) mma_16x8x16<T>(scores[n], a, b[k][n][0], b[k][n][1]);
+    }
+  }
+  const int32_t positions[2] = {work.position, work.position};
+  const bool needs_mask = first < work.begin || first + kTile > work.end;
+  finish_scores(scores, rule, slopes, positions, first, work.end, has_slopes, needs_mask);
+  float correction[2];
+  update_softmax(scores, state, correction);
+  if (__any_sync(kFullWarp, correction[0] != 1.0f || correction[1] != 1.0f)) {
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[n][i] *= correction[i / 2];
+    }
+  }
+  const uint32_t a[4] = {pack<T>(scores[0][0], scores[0][1]), pack<T>(scores[0][2], scores[0][3]),
+                         pack<T>(scores[1][0], scores[1][1]), pack<T>(scores[1][2], scores[1][3])};
+  const char* const values = keys + Shape::kTileBytes;
+#pragma unroll
+  for (int step = 0; step < kDim / 32; ++step) {
+    uint32_t b[4][2];
+    load_values<T, C, kDim>(values, step, b);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) mma_16x8x16<T>(sums[step * 4 + n], a, b[n][0], b[n][1]);
+  }
+}
+
+// Results of `count` parts, merged in order. stats(part): greatest and sum; sums(part): of a
+// column.
+template <typename Stats, typename Sums>
+__device__ __forceinline__ float merge(int count, Stats stats, Sums sums, float2* total) {
+  float greatest = -INFINITY;
+  for (int i = 0; i < count; ++i) greatest = fmaxf(greatest, stats(i).x);
+  const float base = greatest == -INFINITY ? 0.0f : greatest;
+  float sum = 0.0f, weights = 0.0f;
+  for (int i = 0; i < count; ++i) {
+    const float2 part = stats(i);
+    const float factor = exp2_fast(part.x - base);
+    sum += sums(i) * factor;
+    weights += part.y * factor;
+  }
+  *total = float2{greatest, weights};
+  return sum;
+}
+
+template <typename T, typename C, int kDim>
+__device__ __forceinline__ void write_out(const AttentionArgs& args, const Work& work, int head,
+                                          int column, float sum, float weights) {
+  const float scale =
+      kIsFloat8<C> ? kv_scale(args.cache.v_scale, work.kv_head) * Widen<T>::kFactor : 1.0f;
+  T* const to = static_cast<T*>(args.out) + work.row * args.out_stride +
+                int64_t{work.first_head + head} * args.cache.head_dim + column;
+  store_global(to, from_float<T>(weights > 0.0f ? sum / weights * scale : 0.0f));
+}
+
+// The last of a sequence's blocks to get here merges what all of them have left.
+template <typename T, typename C, int kDim>
+__device__ __forceinline__ void merge_partials(const AttentionArgs& args, const Work& work) {
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();
+  const int32_t count = load_global(args.plan + args.layout.num_partials + work.seq);
+  if (threadIdx.x == 0) {
+    uint32_t* const counter = args.counters + int64_t{work.seq} * gridDim.y + blockIdx.y;
+    is_last = atomicAdd(counter, 1u) == static_cast<uint32_t>(count) - 1;
+    if (is_last) *counter = 0;  // for the next run
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  const int64_t first = load_global(args.plan + args.layout.first_partial + work.seq);
+  for (int i = threadIdx.x; i < work.num_heads * args.cache.head_dim; i += kDecodeThreads) {
+    const int head = i / args.cache.head_dim, column = i % args.cache.head_dim;
+    const auto at = [&](int part) {
+      return (first + part) * args.num_heads + work.first_head + head;
+    };
+    float2 total;
+    const float sum = merge(
+        count,
+        [&](int part) {
+          return load_global(reinterpret_cast<const float2*>(args.partial_stats) + at(part));
+        },
+        [&](int part) {
+          return load_global(args.partial_sums + at(part) * args.cache.head_dim + column);
+        },
+        &total);
+    write_out<T, C, kDim>(args, work, head, column, sum, total.y);
+  }
+}
+
+template <typename T, typename C, int kDim>
+__global__ void __launch_bounds__(kDecodeThreads) decode_kernel(AttentionArgs args) {
+  using Shape = DecodeShape<C, kDim>;
+  Work work;
+  if (!find_work(args, &work)) return;
+  char* const queries = dynamic_shared();
+  char* const tiles = queries + Shape::kQueryBytes;
+  load_queries<T, C, kDim>(args, work, queries);
+  __syncthreads();
+
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int group = static_cast<int>(threadIdx.x % 32) / 4;
+  // The first tile from `begin` on whose number is `warp` modulo four.
+  const int32_t begin_tile = work.begin / kTile;
+  const int32_t first_tile = begin_tile + ((warp - begin_tile) & (kWarps - 1));
+  const int32_t end_tile = (work.end + kTile - 1) / kTile;
+  const int32_t num_tiles = max(0, (end_tile - first_tile + kWarps - 1) / kWarps);
+  TileReader<C, kDim> reader{args,
+                             args.block_tables + work.seq * args.block_table_stride,
+                             work.kv_head * args.cache.head_stride,
+                             work.end,
+                             first_tile,
+                             num_tiles,
+                             tiles + warp * Shape::kWarpBytes};
+
+  const float k_scale =
+      kIsFloat8<C> ? kv_scale(args.cache.k_scale, work.kv_head) * Widen<T>::kFactor : 1.0f;
+  const ScoreRule rule{args.params.scale * k_scale, args.params.soft_cap,
+                       args.params.sliding_window};
+  const bool has_slopes = args.params.alibi_slopes != nullptr;
+  float slopes[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int head = group + 8 * i;
+    if (has_slopes && head < work.num_heads) {
+      slopes[i] = load_global(args.params.alibi_slopes + work.first_head + head);
+    }
+  }
+
+  SoftmaxState state;
+  float sums[kDim / 8][4] = {};
+#pragma unroll
+  for (int i = 0; i < Shape::kStages - 1; ++i) reader.fetch(i);
+  for (int i = 0; i < num_tiles; ++i) {
+    reader.fetch(i + Shape::kStages - 1);
+    cp_async_wait<Shape::kStages - 1>();
+    __syncwarp();
+    attend_tile<T, C, kDim>(queries, reader.memory + i % Shape::kStages * 2 * Shape::kTileBytes,
+                            (first_tile + i * kWarps) * kTile, work, rule, slopes, has_slopes,
+                            &state, sums);
+    __syncwarp();  // the stage is filled again by the next fetch
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  // results[warp][row][column], stats[warp][row].
+  float* const results = reinterpret_cast<float*>(tiles);
+  float2* const stats = reinterpret_cast<float2*>(results + kWarps * kTile * kDim);
+  const int pair = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int at = warp * kTile + group + 8 * row;
+    const float sum = sum_of_quad(state.sum[row]);
+    if (pair == 0) stats[at] = float2{state.greatest[row], sum};
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        results[at * kDim + value_column<C>(n, pair, i)] = sums[n][2 * row + i];
+      }
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < work.num_heads * args.cache.head_dim; i += kDecodeThreads) {
+    const int head = i / args.cache.head_dim, column = i % args.cache.head_dim;
+    float2 total;
+    const float sum = merge(
+        kWarps, [&](int w) { return stats[w * kTile + head]; },
+        [&](int w) { return results[(w * kTile + head) * kDim + column]; }, &total);
+    if (work.partial < 0) {
+      write_out<T, C, kDim>(args, work, head, column, sum, total.y);
+      continue;
+    }
+    const int64_t at = int64_t{work.partial} * args.num_heads + work.first_head + head;
+    store_global(args.partial_sums + at * args.cache.head_dim + column, sum);
+    if (column == 0) store_global(reinterpret_cast<float2*>(args.partial_stats) + at, total);
+  }
+  if (work.partial >= 0) merge_partials<T, C, kDim>(args, work);
+}
+
+}  // namespace
+
+void launch_decode(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream) {
+  with_attention_types(dtype, args.cache, [&](auto t, auto c, auto dim) {
+    using C = typename decltype(c)::type;
+    constexpr int kDim = decltype(dim)::value;
+    const int parts = (args.group + kTile - 1) / kTile;
+    launch("paged_attention (decode)", decode_kernel<typename decltype(t)::type, C, kDim>,
+           dim3(static_cast<unsigned>(num_items),
+                static_cast<unsigned>(args.cache.num_kv_heads * parts)),
+           kDecodeThreads, DecodeShape<C, kDim>::kBytes, stream, args);
+  });
+}
+
+}  // namespace fastpage::cuda

@@ -1,0 +1,132 @@
+// Launching kernels and choosing instantiations.
+#pragma once
+
+#include <string>
+
+#include "cuda/instructions.cuh"
+#include "cuda/ops.h"
+
+namespace fastpage::cuda {
+
+inline void check(bool ok, const char* name, const std::string& what) {
+  if (!ok) throw InvalidArgument(std::string(name) + " " + what);
+}
+
+#ifdef FASTPAGE_CUDA_EMULATION
+
+template <typename... Params, typename... Args>
+void launch(const char*, void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
+            Stream, const Args&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  emulation::launch(kernel, grid, dim3(threads), shared_bytes, args...);
+}
+
+#else
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw Error(std::string(what) + ": " + cudaGetErrorString(error) + " (" +
+              cudaGetErrorName(error) + ")");
+}
+
+template <typename... Params, typename... Args>
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
+            size_t shared_bytes, Stream stream, const Args&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared_bytes > (48 << 10)) {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               name);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, Params(args)...), name);
+}
+
+#endif
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// fn(Type<T>{}) for the T that `dtype` is.
+template <typename Fn>
+void with_half_type(DType dtype, const char* name, Fn fn) {
+  if (dtype == DType::kBFloat16) return fn(Type<BFloat16>{});
+  if (dtype == DType::kFloat16) return fn(Type<Half>{});
+  check(false, name, std::string("is ") + dtype_name(dtype) + ": bfloat16 or float16 is needed");
+}
+
+template <typename Fn>
+void with_float_type(DType dtype, const char* name, Fn fn) {
+  if (dtype == DType::kBFloat16) return fn(Type<BFloat16>{});
+  if (dtype == DType::kFloat16) return fn(Type<Half>{});
+  if (dtype == DType::kFloat32) return fn(Type<float>{});
+  check(false, name,
+        std::string("is ") + dtype_name(dtype) + ": float32, bfloat16 or float16 is needed");
+}
+
+inline void check_rows(const Rows& x, int64_t rows, int64_t cols) {
+  check(x.rows == rows && x.cols == cols, x.name,
+        "is " + std::to_string(x.rows) + " x " + std::to_string(x.cols) + ", not " +
+            std::to_string(rows) + " x " + std::to_string(cols));
+}
+
+// Every row on 16 bytes, and whole vectors of them.
+inline bool is_vectorized(const Rows& x) {
+  const int64_t size = static_cast<int64_t>(dtype_size(x.dtype));
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride * size % 16 == 0 &&
+         x.cols * size % 16 == 0;
+}
+
+inline void check_vectorized(const Rows& x) {
+  check(is_vectorized(x), x.name, "must have rows that begin and end on 16 bytes");
+}
+
+inline void check_cache(const KvCache& cache) {
+  check(
+      cache.block_size > 0 && cache.block_size % 16 == 0, "cache",
+      "has blocks of " + std::to_string(cache.block_size) + " tokens: a multiple of 16 is needed");
+  const bool is_float8 = cache.dtype == DType::kUInt8;
+  check(is_float8 || cache.dtype == DType::kBFloat16 || cache.dtype == DType::kFloat16, "cache",
+        std::string("is ") + dtype_name(cache.dtype) +
+            ": bfloat16, float16 or uint8 (float8 bits) is needed");
+  check(is_float8 || (cache.k_scale == nullptr && cache.v_scale == nullptr), "k_scale",
+        "is for float8 caches only");
+  const auto size = static_cast<int64_t>(dtype_size(cache.dtype));
+  for (const int64_t stride : {cache.block_stride, cache.token_stride, cache.head_stride,
+                               static_cast<int64_t>(cache.head_dim)}) {
+    check(stride * size % 16 == 0, "cache", "must have heads that begin and end on 16 bytes");
+  }
+  check(reinterpret_cast<uintptr_t>(cache.k) % 16 == 0 &&
+            reinterpret_cast<uintptr_t>(cache.v) % 16 == 0,
+        "cache", "must have heads that begin and end on 16 bytes");
+}
+
+// 16 bytes as elements of T.
+template <typename T>
+struct Vector {
+  static constexpr int kSize = 16 / static_cast<int>(sizeof(T));
+  union {
+    uint4 words;
+    T elements[kSize];
+  };
+};
+
+template <typename T>
+__device__ __forceinline__ Vector<T> load_vector(const T* p) {
+  Vector<T> v;
+  v.words = load_global(reinterpret_cast<const uint4*>(p));
+  return v;
+}
+template <typename T>
+__device__ __forceinline__ void store_vector(T* p, const Vector<T>& v) {
+  store_global(reinterpret_cast<uint4*>(p), v.words);
+}
+
+}  // namespace fastpage::cuda

@@ -1,0 +1,118 @@
+"""What the tests of the CUDA kernels run on: a GPU if there is one, else their emulation.
+
+The emulation (cuda/emulation) runs the same sources on the CPU. It comes with a build that has the
+C++ tests on: in the folder that FASTPAGE_BUILD_DIR names, or in build/. FASTPAGE_TEST_GPU=1 asks
+for a GPU: the emulation does not stand in for it then.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fastpage import _C
+
+# How emulated threads take turns: what a kernel computes must not depend on it.
+SCHEDULES = [("ascending", True, 0), ("descending", False, 0), ("random", True, 1)]
+
+
+def load_emulation() -> ModuleType | None:
+    folder = os.environ.get("FASTPAGE_BUILD_DIR") or Path(__file__).parents[2] / "build"
+    for path in sorted(Path(folder).glob("python/fastpage_cuda_emulation.*.so")):
+        spec = importlib.util.spec_from_file_location("fastpage_cuda_emulation", path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    return None
+
+
+class Kernels:
+    """`ops` are the functions of fastpage._C.cuda, for tensors on `device`."""
+
+    def __init__(self) -> None:
+        self.is_gpu = bool(_C.cuda.is_available()) and torch.cuda.is_available()
+        self.device = "cuda" if self.is_gpu else "cpu"
+        self.ops: Any = _C.cuda
+        if not self.is_gpu:
+            if os.environ.get("FASTPAGE_TEST_GPU"):
+                pytest.fail(f"FASTPAGE_TEST_GPU is set, but {_C.cuda.unavailable_reason()}")
+            self.ops = load_emulation()
+        if self.ops is None:
+            pytest.skip(
+                f"{_C.cuda.unavailable_reason()}, and there is no emulation in FASTPAGE_BUILD_DIR"
+            )
+
+    def run(self, launch: Callable[[], Any], *outputs: torch.Tensor) -> None:
+        """Calls `launch`; on the emulation once for each schedule, which must not change a bit."""
+        if self.is_gpu:
+            launch()
+            return
+        before = [out.clone() for out in outputs]
+        results: list[list[torch.Tensor]] = []
+        for schedule in SCHEDULES:
+            for out, old in zip(outputs, before, strict=True):
+                out.copy_(old)
+            self.ops.set_schedule(*schedule)
+            launch()
+            results.append([out.clone() for out in outputs])
+        for schedule, result in zip(SCHEDULES[1:], results[1:], strict=True):
+            for a, b in zip(results[0], result, strict=True):
+                same = torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+                assert same, f"{schedule} and {SCHEDULES[0]} differ"
+
+    def random(self, *shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(self.device)
+
+    def poisoned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Not a number anywhere."""
+        size = torch.empty((), dtype=dtype).element_size()
+        bytes_ = torch.full((*shape[:-1], shape[-1] * size), 0xFF, dtype=torch.uint8)
+        return bytes_.view(dtype).to(self.device)
+
+    def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.double().cpu(), want.double().cpu()
+    if want.numel() == 0:
+        return 0.0
+    error = float((got - want).norm() / want.norm().clamp_min(1e-30))
+    return error if error == error else float("inf")
+
+
+# ---- float8 e4m3, of which torch's own type knows little
+
+
+def to_float8(x: torch.Tensor) -> torch.Tensor:
+    """Its bits, saturated."""
+    return x.float().clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def from_float8(bits: torch.Tensor) -> torch.Tensor:
+    return bits.view(torch.float8_e4m3fn).double()
+
+
+def rotated(
+    x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor, head_dim: int, style: str
+) -> torch.Tensor:
+    """Rotary embedding in float64."""
+    cos, sin = table.double().cpu()[positions.cpu().long()].unsqueeze(1).chunk(2, dim=-1)
+    heads = x.double().cpu().unflatten(1, (-1, head_dim))
+    turned, kept = heads.tensor_split([2 * cos.shape[-1]], dim=-1)
+    if style == "neox":
+        a, b = turned.chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    else:
+        a, b = turned[..., ::2], turned[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    return torch.cat((turned, kept), dim=-1).flatten(1)
