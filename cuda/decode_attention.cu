@@ -237,10 +237,10 @@ __device__ __forceinline__ void merge_partials(const AttentionArgs& args, const 
     const float sum = merge(
         count,
         [&](int part) {
-          return load_global(reinterpret_cast<const float2*>(args.partial_stats) + at(part));
+          return load_from_l2(reinterpret_cast<const float2*>(args.partial_stats) + at(part));
         },
         [&](int part) {
-          return load_global(args.partial_sums + at(part) * args.cache.head_dim + column);
+          return load_from_l2(args.partial_sums + at(part) * args.cache.head_dim + column);
         },
         &total);
     write_out<T, C, kDim>(args, work, head, column, sum, total.y);

@@ -127,6 +127,11 @@ template <typename T>
 __device__ __forceinline__ T load_global(const T* p) {
   return *p;
 }
+// Not from L1, which knows nothing of what other multiprocessors have written.
+template <typename T>
+__device__ __forceinline__ T load_from_l2(const T* p) {
+  return __ldcg(p);
+}
 template <typename T>
 __device__ __forceinline__ void store_global(T* p, T value) {
   *p = value;

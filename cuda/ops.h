@@ -56,6 +56,61 @@ struct KvCache {
   const float* v_scale = nullptr;
 };
 
+// ---- around attention; see fastpage/ops.h for what they compute
+
+// y = norm(x); with `residual` (or null), x + residual is normed, and left in residual, rounded to
+// its type. y may be x.
+void norm(const Rows& x, const Rows* residual, const ops::NormParams& params, const Rows& y,
+          Stream stream);
+void activate(const Rows& x, ops::Activation activation, const Rows& y, Stream stream);
+// ids: [y.rows]; table and y of one type.
+void embed(const int32_t* ids, const Rows& table, const Rows& y, Stream stream);
+
+// ---- sampling. logits: float32 [rows][vocab_size <= 262144]; the arrays below are on the device.
+
+// What is asked for, a row each.
+struct SamplingRows {
+  const float* temperature = nullptr;  // 0: the most likely, the lowest id on ties
+  const int32_t* top_k = nullptr;      // <= 0, or the vocabulary's size and more: all
+  const float* top_p = nullptr;
+  const float* min_p = nullptr;
+  const int64_t* seeds = nullptr;      // as uint64
+  const int64_t* positions = nullptr;  // number of tokens before the one to be drawn
+};
+
+// float32s and as many int32s.
+int64_t sampling_workspace_size(int64_t rows, int64_t vocab_size);
+
+// tokens: [rows]; -1 where no token is possible. The same draw as the CPU's sampler for the same
+// logits: see sampling.cu.
+void sample(const Rows& logits, const SamplingRows& rows, float* workspace, int32_t* tokens,
+            Stream stream);
+
+// What changes logits, in place, before a token is chosen: each may be null. In the order of the
+// CPU's logits processors.
+struct LogitsRows {
+  const uint32_t* allowed = nullptr;  // [rows][(vocab_size + 31) / 32], a bit for each token
+  // Added: those of row i are [bias_start[i], bias_start[i + 1]), no token twice.
+  const int32_t* bias_start = nullptr;
+  const int32_t* bias_ids = nullptr;
+  const float* bias = nullptr;
+  // Penalties: prompt and output tokens of row i are [token_start[i], token_start[i + 1]).
+  const int32_t* token_start = nullptr;
+  const int32_t* tokens = nullptr;
+  const int32_t* num_prompt_tokens = nullptr;
+  const float* repetition_penalty = nullptr;
+  const float* frequency_penalty = nullptr;
+  const float* presence_penalty = nullptr;
+  int32_t* counts = nullptr;  // [rows][vocab_size], zeros, which it is left as
+};
+void process_logits(const Rows& logits, const LogitsRows& rows, Stream stream);
+
+// Of tokens[row] first, then of the k most likely, the lower id first on ties; -1 and -inf where
+// fewer are possible. out_ids, out_logprobs: [rows][1 + k]; out_ranks: [rows]. workspace as
+// sample's.
+void logprobs(const Rows& logits, const int32_t* tokens, int32_t k, float* workspace,
+              int32_t* out_ids, float* out_logprobs, int32_t* out_ranks, Stream stream);
+
 // ---- the cache
 
 // Writes keys and values of new tokens. k, v: [rows][num_kv_heads * head_dim], bfloat16 or float16

@@ -81,37 +81,25 @@ __device__ __forceinline__ void load_queries(const AttentionArgs& args, const Wo
   }
 }
 
-// Keys or values of the tile of tokens from `first` on.
+// Keys or values of the tile of tokens from `first` on, 16 at a time: those lie in one block.
 template <typename C, int kDim>
 __device__ __forceinline__ void fetch_tile(const AttentionArgs& args, const Work& work,
                                            const void* cache, int32_t first, int32_t end,
                                            char* to) {
-  using Shape = PrefillShape<C, kDim>;
-  using Tile = TileShape<C, kDim>;
-  constexpr int kParts = Shape::kTokens / 16;  // each in one block
   constexpr int kPerVector = 16 / static_cast<int>(sizeof(C));
   const int32_t* const table = args.block_tables + work.seq * args.block_table_stride;
-  const C* from[kParts];
 #pragma unroll
-  for (int p = 0; p < kParts; ++p) {
-    const int32_t token = first + 16 * p;
-    int32_t block = token < end ? load_global(table + token / args.cache.block_size) : 0;
+  for (int part = 0; part < PrefillShape<C, kDim>::kTokens / 16; ++part) {
+    const int32_t token = first + 16 * part;
+    const int32_t index = token / args.cache.block_size;
+    int32_t block = token < end ? load_global(table + index) : 0;
     block = min(max(block, 0), args.cache.num_blocks - 1);
-    from[p] = static_cast<const C*>(cache) + block * args.cache.block_stride +
-              token % args.cache.block_size * args.cache.token_stride +
-              work.kv_head * args.cache.head_stride;
-  }
-  const int vectors = args.cache.head_dim / kPerVector;
-#pragma unroll
-  for (int i = threadIdx.x; i < Shape::kTokens * Tile::kVectors; i += kPrefillThreads) {
-    const int token = i / Tile::kVectors, vector = i % Tile::kVectors;
-    const C* part = from[0];
-#pragma unroll
-    for (int p = 1; p < kParts; ++p) part = token / 16 == p ? from[p] : part;
-    const bool there = first + token < end && vector < vectors;
-    cp_async_16(to + token * Tile::kStride + vector * 16,
-                there ? part + token % 16 * args.cache.token_stride + vector * kPerVector : cache,
-                there);
+    const C* const from = static_cast<const C*>(cache) + block * args.cache.block_stride +
+                          (token - index * args.cache.block_size) * args.cache.token_stride +
+                          work.kv_head * args.cache.head_stride;
+    fetch_rows<C, kDim, kPrefillThreads, 16>(
+        to + part * 16 * TileShape<C, kDim>::kStride, from, args.cache.token_stride, end - token,
+        args.cache.head_dim / kPerVector, static_cast<int>(threadIdx.x));
   }
 }
 

@@ -160,6 +160,10 @@ T load_global(const T* p) {
   return *p;
 }
 template <typename T>
+T load_from_l2(const T* p) {
+  return load_global(p);
+}
+template <typename T>
 void store_global(T* p, T value) {
   emulation::check_global(p, sizeof(T), sizeof(T));
   *p = value;

@@ -125,7 +125,7 @@ class Block {
     if (shared_bytes > kMaxShared) fail("too much shared memory");
     fibers_.resize(size.x);
     warps_.resize(size.x / 32);
-    for (Fiber& f : fibers_) f.stack = std::make_unique<char[]>(kStackBytes);
+    for (Fiber& f : fibers_) f.stack.reset(new char[kStackBytes]);  // untouched memory is free
     memory_ = std::make_unique<char[]>(shared_bytes + kGuard + 1024);
     shared_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory_.get()) + 1023) & ~1023);
   }
@@ -365,6 +365,10 @@ template <typename T, typename U>
 T atomicMin(T* p, U x) {
   return std::exchange(*p, std::min(*p, static_cast<T>(x)));
 }
+template <typename T, typename U>
+T atomicMax(T* p, U x) {
+  return std::exchange(*p, std::max(*p, static_cast<T>(x)));
+}
 inline void __threadfence() {}
 
 inline unsigned __float_as_uint(float x) {
@@ -382,8 +386,8 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __expf(float x) { return std::exp(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
-inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 using std::max;
 using std::min;

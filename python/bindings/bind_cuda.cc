@@ -282,9 +282,167 @@ void bind_attention(py::module_& m) {
         arg("alibi_slopes") = py::none(), arg("k_scale") = py::none(), arg("v_scale") = py::none());
 }
 
+// ---- around attention
+
+void norm(py::object x, py::object out, const std::string& kind, double eps,
+          const OptionalArg& weight, const OptionalArg& bias, const OptionalArg& residual,
+          std::optional<int64_t> group) {
+  Arguments args;
+  const cuda::Rows in = args.rows(x, "x");
+  const cuda::Rows y = args.rows(out, "out");
+  ops::NormParams params;
+  if (kind != "rms" && kind != "layer") {
+    throw InvalidArgument("kind must be rms or layer, not " + kind);
+  }
+  params.kind = kind == "rms" ? ops::NormKind::kRms : ops::NormKind::kLayer;
+  params.eps = static_cast<float>(eps);
+  params.group = group.value_or(in.cols);
+  if (weight) {
+    const TensorView& view = args.tensor(*weight, "weight", 1);
+    params.is_per_column = view.shape[0] == in.cols;
+    const int64_t size = params.is_per_column ? in.cols : params.group;
+    params.weight = args.optional_floats(weight, "weight", size);
+    params.bias = args.optional_floats(bias, "bias", size);
+  } else if (bias) {
+    throw InvalidArgument("bias needs a weight");
+  }
+  cuda::Rows sum;
+  if (residual) sum = args.rows(*residual, "residual");
+  cuda::norm(in, residual ? &sum : nullptr, params, y, args.stream());
+}
+
+void activate(py::object x, const std::string& kind, py::object out) {
+  Arguments args;
+  const cuda::Rows in = args.rows(x, "x");
+  const cuda::Rows y = args.rows(out, "out");
+  cuda::activate(in, ops::activation_from_name(kind), y, args.stream());
+}
+
+void embed(py::object ids, py::object table, py::object out) {
+  Arguments args;
+  const cuda::Rows y = args.rows(out, "out");
+  const cuda::Rows rows = args.rows(table, "table");
+  const int32_t* indices = args.indices(ids, "ids", y.rows);
+  cuda::embed(indices, rows, y, args.stream());
+}
+
+// ---- sampling
+
+void sample(py::object logits, py::object temperature, py::object top_k, py::object top_p,
+            py::object min_p, py::object seeds, py::object positions, py::object workspace,
+            py::object out) {
+  Arguments args;
+  const cuda::Rows in = args.rows(logits, "logits");
+  const int64_t n = in.rows;
+  cuda::SamplingRows rows;
+  rows.temperature = args.vector<const float>(temperature, "temperature", DType::kFloat32, n);
+  rows.top_k = args.indices(top_k, "top_k", n);
+  rows.top_p = args.vector<const float>(top_p, "top_p", DType::kFloat32, n);
+  rows.min_p = args.vector<const float>(min_p, "min_p", DType::kFloat32, n);
+  rows.seeds = args.vector<const int64_t>(seeds, "seeds", DType::kInt64, n);
+  rows.positions = args.vector<const int64_t>(positions, "positions", DType::kInt64, n);
+  auto* const space = args.vector<float>(workspace, "workspace", DType::kFloat32,
+                                         cuda::sampling_workspace_size(n, in.cols));
+  auto* const tokens = args.vector<int32_t>(out, "out", DType::kInt32, n);
+  cuda::sample(in, rows, space, tokens, args.stream());
+}
+
+void process_logits(py::object logits, const OptionalArg& allowed, const OptionalArg& bias_start,
+                    const OptionalArg& bias_ids, const OptionalArg& bias,
+                    const OptionalArg& token_start, const OptionalArg& tokens,
+                    const OptionalArg& num_prompt_tokens, const OptionalArg& repetition_penalty,
+                    const OptionalArg& frequency_penalty, const OptionalArg& presence_penalty,
+                    const OptionalArg& counts) {
+  Arguments args;
+  const cuda::Rows in = args.rows(logits, "logits");
+  cuda::LogitsRows rows;
+  const auto need = [](const OptionalArg& x, const char* name, const char* for_what) -> py::object {
+    if (!x) throw InvalidArgument(std::string(name) + " is needed for " + for_what);
+    return *x;
+  };
+  const auto matrix = [&](py::handle x, const char* name, int64_t cols) {
+    const cuda::Rows m = args.rows(x, name);
+    if (m.dtype != DType::kInt32 || m.rows != in.rows || m.cols != cols || m.stride != cols) {
+      throw InvalidArgument(std::string(name) + " must be int32 of " + std::to_string(in.rows) +
+                            " x " + std::to_string(cols) + ", contiguous");
+    }
+    return m.as<int32_t>();
+  };
+  const auto ragged = [&](py::handle x, const char* name) {
+    const TensorView& view = args.tensor(x, name, 1);
+    if (view.dtype != DType::kInt32) throw InvalidArgument(std::string(name) + " must be int32");
+    return std::make_pair(view.as<const int32_t>(), view.shape[0]);
+  };
+  if (allowed) {
+    rows.allowed =
+        reinterpret_cast<const uint32_t*>(matrix(*allowed, "allowed", (in.cols + 31) / 32));
+  }
+  if (bias_start) {
+    rows.bias_start = args.indices(*bias_start, "bias_start", in.rows + 1);
+    const auto [ids, size] = ragged(need(bias_ids, "bias_ids", "bias_start"), "bias_ids");
+    rows.bias_ids = ids;
+    rows.bias =
+        args.vector<const float>(need(bias, "bias", "bias_start"), "bias", DType::kFloat32, size);
+  }
+  if (token_start) {
+    const auto floats = [&](const OptionalArg& x, const char* name) {
+      return args.optional_floats(need(x, name, "token_start"), name, in.rows);
+    };
+    rows.token_start = args.indices(*token_start, "token_start", in.rows + 1);
+    rows.tokens = ragged(need(tokens, "tokens", "token_start"), "tokens").first;
+    rows.num_prompt_tokens = args.indices(
+        need(num_prompt_tokens, "num_prompt_tokens", "token_start"), "num_prompt_tokens", in.rows);
+    rows.repetition_penalty = floats(repetition_penalty, "repetition_penalty");
+    rows.frequency_penalty = floats(frequency_penalty, "frequency_penalty");
+    rows.presence_penalty = floats(presence_penalty, "presence_penalty");
+    rows.counts = matrix(need(counts, "counts", "token_start"), "counts", in.cols);
+  }
+  cuda::process_logits(in, rows, args.stream());
+}
+
+void logprobs(py::object logits, py::object tokens, py::object workspace, py::object out_ids,
+              py::object out_logprobs, py::object out_ranks) {
+  Arguments args;
+  const cuda::Rows in = args.rows(logits, "logits");
+  const int32_t* chosen = args.indices(tokens, "tokens", in.rows);
+  auto* const space = args.vector<float>(workspace, "workspace", DType::kFloat32,
+                                         cuda::sampling_workspace_size(in.rows, in.cols));
+  const cuda::Rows ids = args.rows(out_ids, "out_ids");
+  const cuda::Rows values = args.rows(out_logprobs, "out_logprobs");
+  if (ids.dtype != DType::kInt32 || ids.rows != in.rows || ids.cols < 1 || ids.stride != ids.cols) {
+    throw InvalidArgument("out_ids must be int32, [rows][1 + k], contiguous");
+  }
+  if (values.dtype != DType::kFloat32 || values.rows != in.rows || values.cols != ids.cols ||
+      values.stride != values.cols) {
+    throw InvalidArgument("out_logprobs must be float32, [rows][1 + k], contiguous");
+  }
+  auto* const ranks = args.vector<int32_t>(out_ranks, "out_ranks", DType::kInt32, in.rows);
+  cuda::logprobs(in, chosen, static_cast<int32_t>(ids.cols - 1), space, ids.as<int32_t>(),
+                 values.as<float>(), ranks, args.stream());
+}
+
+void bind_sampling(py::module_& m) {
+  using py::arg;
+  m.def("sample", &sample, arg("logits"), arg("temperature"), arg("top_k"), arg("top_p"),
+        arg("min_p"), arg("seeds"), arg("positions"), arg("workspace"), arg("out"));
+  m.def("process_logits", &process_logits, arg("logits"), py::kw_only(),
+        arg("allowed") = py::none(), arg("bias_start") = py::none(), arg("bias_ids") = py::none(),
+        arg("bias") = py::none(), arg("token_start") = py::none(), arg("tokens") = py::none(),
+        arg("num_prompt_tokens") = py::none(), arg("repetition_penalty") = py::none(),
+        arg("frequency_penalty") = py::none(), arg("presence_penalty") = py::none(),
+        arg("counts") = py::none());
+  m.def("logprobs", &logprobs, arg("logits"), arg("tokens"), arg("workspace"), arg("out_ids"),
+        arg("out_logprobs"), arg("out_ranks"));
+}
+
 void bind_cuda_ops(py::module_& m) {
   using py::arg;
   bind_attention(m);
+  bind_sampling(m);
+  m.def("norm", &norm, arg("x"), arg("out"), arg("kind"), arg("eps"), arg("weight") = py::none(),
+        arg("bias") = py::none(), arg("residual") = py::none(), arg("group") = py::none());
+  m.def("activate", &activate, arg("x"), arg("kind"), arg("out"));
+  m.def("embed", &embed, arg("ids"), arg("table"), arg("out"));
   m.def("reshape_and_cache", &reshape_and_cache, arg("k"), arg("v"), arg("slot_mapping"),
         arg("k_cache"), arg("v_cache"), arg("k_scale") = py::none(), arg("v_scale") = py::none());
   m.def("rotary", &rotary, arg("x"), arg("positions"), arg("cos_sin"), arg("head_dim"),
