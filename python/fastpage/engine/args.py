@@ -14,7 +14,7 @@ from fastpage.errors import InvalidArgument
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = (*DTYPES, "int8")
 POLICIES = ("fcfs", "priority")
-EXECUTORS = ("cpu", "torch")
+EXECUTORS = ("cpu", "torch", "cuda")
 QUANTIZATIONS = ("none", "int8", "int4", "gguf")
 
 _GROUPS = {
@@ -221,7 +221,8 @@ class EngineArgs:
     executor: str = _arg(
         "cpu",
         "Execution",
-        "cpu: libfastpage's own kernels; torch: the reference, needs torch",
+        "cpu: libfastpage's own kernels; torch: the reference, needs torch; cuda: on a GPU, needs "
+        "torch and a build with FASTPAGE_CUDA",
         choices=EXECUTORS,
     )
     async_scheduling: bool = _arg(
@@ -317,10 +318,10 @@ class EngineArgs:
                 f"prompt_lookup_min={self.prompt_lookup_min} is more than "
                 f"prompt_lookup_max={self.prompt_lookup_max}"
             )
-        if self.executor == "torch" and self.quantization != "none":
+        if self.executor != "cpu" and self.quantization != "none":
             raise InvalidArgument(
-                f"quantization={self.quantization!r} needs executor='cpu': torch is the reference "
-                "for weights that are not quantized"
+                f"quantization={self.quantization!r} needs executor='cpu': the others take weights "
+                "that are not quantized"
             )
         if not self.model or not isinstance(self.model, str):
             raise InvalidArgument(f"model={self.model!r} is not a path or the name of a model")

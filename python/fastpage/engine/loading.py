@@ -307,10 +307,14 @@ def _load_runner(
         "num_host_kv_blocks": info.num_host_kv_blocks,
     }
     max_steps_in_flight = 2 if info.async_scheduling else 1
-    if args.executor == "torch":
+    if args.executor != "cpu":
+        from fastpage.executors.cuda import CudaExecutor
         from fastpage.executors.torch import TorchExecutor, TorchRunner
 
-        reference = TorchExecutor(model.program, **options)
+        kind = CudaExecutor if args.executor == "cuda" else TorchExecutor
+        if args.executor == "cuda":
+            options |= {"dtype": info.dtype}
+        reference = kind(model.program, **options)
         model.load_weights(checkpoint, reference, progress=progress)
         return TorchRunner(reference, info.num_threads, max_steps_in_flight), info.weight_bytes
     executor = _C.CpuExecutor(

@@ -59,16 +59,15 @@ class TorchExecutor:
         self._device = torch.device(device)
         self._dtype = _torch_dtype(dtype)
         self._weight_dtype = _torch_dtype(weight_dtype or dtype)
-        # int8 is a rounding only: the reference keeps the rounded values as fp32.
         self._has_int8_cache = kv_cache_dtype == "int8"
-        cache_dtype = (
-            torch.float32 if self._has_int8_cache else _torch_dtype(kv_cache_dtype or dtype)
-        )
+        cache_dtype = self._cache_dtype(kv_cache_dtype or dtype)
         layers, kv_heads, head_dim = program.kv_cache_spec
 
         def allocate(num_blocks: int, device: torch.device) -> torch.Tensor:
             shape = (layers, num_blocks, block_size, kv_heads, head_dim)
-            return torch.zeros(shape, dtype=cache_dtype, device=device)
+            # The host's part is read and written by the device, where there is another one.
+            pinned = device.type == "cpu" and self._device.type == "cuda" and num_blocks > 0
+            return torch.zeros(shape, dtype=cache_dtype, device=device, pin_memory=pinned)
 
         self._keys = allocate(num_kv_blocks, self._device)
         self._values = allocate(num_kv_blocks, self._device)
@@ -101,6 +100,10 @@ class TorchExecutor:
             "moe": self._moe,
             "gather_rows": self._gather_rows,
         }
+
+    def _cache_dtype(self, name: str) -> torch.dtype:
+        # int8 is a rounding only: the reference keeps the rounded values as fp32.
+        return torch.float32 if name == "int8" else _torch_dtype(name)
 
     # ---- loading
 

@@ -1,0 +1,205 @@
+"""Models on CudaExecutor, on a GPU or over the emulated kernels, beside TorchExecutor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cuda_kernels import Kernels
+from paging import PagedSequences, relative_error, run_in_chunks
+
+from fastpage import _C
+from fastpage.engine.args import EngineArgs
+from fastpage.errors import InvalidArgument
+from fastpage.executors.cuda import CudaExecutor
+from fastpage.executors.torch import TorchExecutor, TorchRunner
+from fastpage.models import DecoderSpec, RotarySpec, decoder
+from fastpage.models.rotary import cos_sin_table
+
+NUM_BLOCKS, VOCAB, MAX_LEN = 12, 67, 120
+SPEC = DecoderSpec(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    norm_eps=1e-5,
+    max_position_embeddings=MAX_LEN,
+    rotary=RotarySpec(dim=16),
+)
+TOKENS = np.random.default_rng(1).integers(0, VOCAB, 100).tolist()
+
+
+@pytest.fixture(scope="module")
+def cuda() -> Kernels:
+    kernels = Kernels()
+    if not kernels.is_gpu:
+        kernels.ops.set_schedule("descending", True, 0)
+    return kernels
+
+
+def load(executor: Any, spec: DecoderSpec = SPEC) -> Any:
+    random = np.random.default_rng(0)
+    for buffer in executor.program.buffers:
+        if buffer.kind != "weight":
+            continue
+        values = random.standard_normal(buffer.shape, np.float32) * 0.3
+        if buffer.name == "rotary.cos_sin":
+            assert spec.rotary
+            values = cos_sin_table(spec.rotary, MAX_LEN)
+        executor.load_weight(buffer.name, values)
+    executor.finish_loading()
+    return executor
+
+
+def new_executor(cuda: Kernels, spec: DecoderSpec = SPEC, **options: Any) -> Any:
+    options = {"num_kv_blocks": NUM_BLOCKS, "dtype": "float16"} | options
+    kernels = None if cuda.is_gpu else cuda.ops
+    return load(CudaExecutor(decoder(spec), device=cuda.device, kernels=kernels, **options), spec)
+
+
+SPECS = {
+    "llama": SPEC,
+    "windows-caps-qk-norm": replace(
+        SPEC, sliding_windows=(20, 0), attention_soft_cap=5.0, qk_norm="head"
+    ),
+    "alibi-layer-norm": replace(
+        SPEC,
+        rotary=None,
+        alibi_slopes=(0.5, 0.25, 0.1, 0.05),
+        norm_kind="layer",
+        norm_bias=True,
+        gated_mlp=False,
+        activation="gelu",
+        qkv_bias=True,
+    ),
+    "interleaved": replace(SPEC, rotary=RotarySpec(dim=8, style="interleaved")),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_logits_are_those_of_torch(cuda: Kernels, name: str, dtype: str) -> None:
+    """In chunks, through scattered blocks, against the reference in fp32."""
+    spec = SPECS[name]
+    reference = load(TorchExecutor(decoder(spec), num_kv_blocks=NUM_BLOCKS), spec)
+    chunks = (1, 40, 1, 1, 57)
+    want = run_in_chunks(reference, TOKENS, chunks, NUM_BLOCKS, 16)
+    got = run_in_chunks(new_executor(cuda, spec, dtype=dtype), TOKENS, chunks, NUM_BLOCKS, 16)
+    assert relative_error(got, want) < (1e-2 if dtype == "float16" else 6e-2)
+
+
+def test_several_sequences_in_a_step(cuda: Kernels) -> None:
+    reference = load(TorchExecutor(decoder(SPEC), num_kv_blocks=NUM_BLOCKS))
+    executor = new_executor(cuda)
+    sequences = [PagedSequences([TOKENS[:50], TOKENS[50:70]], NUM_BLOCKS, 16) for _ in range(2)]
+    for new in ({0: 30, 1: 1}, {0: 1, 1: 15}, {0: 1, 1: 1}):
+        want, got = (
+            x.forward_arrays(**s.step(new))
+            for x, s in zip((reference, executor), sequences, strict=True)
+        )
+        assert relative_error(got, want) < 1e-2
+
+
+def test_float8_cache(cuda: Kernels) -> None:
+    reference = load(TorchExecutor(decoder(SPEC), num_kv_blocks=NUM_BLOCKS))
+    executor = new_executor(cuda, kv_cache_dtype="float8_e4m3")
+    chunks = (60, 1, 39)
+    want = run_in_chunks(reference, TOKENS, chunks, NUM_BLOCKS, 16)
+    got = run_in_chunks(executor, TOKENS, chunks, NUM_BLOCKS, 16)
+    assert 1e-4 < relative_error(got, want) < 0.2
+
+
+def test_transfers(cuda: Kernels) -> None:
+    reference = load(TorchExecutor(decoder(SPEC), num_kv_blocks=6, num_host_kv_blocks=4))
+    executor = new_executor(cuda, num_kv_blocks=6, num_host_kv_blocks=4)
+    for cache in ("_keys", "_values"):
+        values = torch.randn(getattr(reference, cache).shape).half()
+        getattr(reference, cache).copy_(values)
+        getattr(executor, cache).copy_(values)
+    none = np.zeros((0, 2), np.int32)
+    for transfers in (
+        (np.array([[1, 3], [5, 0]]), np.array([[2, 1], [1, 5]]), np.array([[0, 3], [4, 0]])),
+        (none, none, np.array([[3, 3]])),
+        (none, none, none),
+    ):
+        for each in (reference, executor):
+            each.apply_transfers(*transfers)
+    for cache in ("_keys", "_values", "_host_keys", "_host_values"):
+        got = getattr(executor, cache).float().cpu()
+        assert torch.equal(got, getattr(reference, cache))
+
+
+def engine_tokens(cuda: Kernels, num_blocks: int, num_host_blocks: int = 0) -> list[list[int]]:
+    """Four greedy requests of two samples each."""
+    executor = new_executor(cuda, num_kv_blocks=num_blocks, num_host_kv_blocks=num_host_blocks)
+    config = _C.EngineConfig(
+        scheduler=_C.SchedulerConfig(
+            num_blocks=num_blocks,
+            num_host_blocks=num_host_blocks,
+            block_size=16,
+            max_num_seqs=8,
+            max_num_batched_tokens=40,
+            max_model_len=MAX_LEN,
+        ),
+        vocab_size=VOCAB,
+    )
+    engine = _C.Engine(config, TorchRunner(executor))
+    ids = []
+    for i in range(4):
+        params = _C.SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, n=2)
+        ids.append(engine.add_request(TOKENS[i : i + 20 + 9 * i], params))
+    tokens: list[list[int]] = [[] for _ in range(8)]
+    while engine.has_unfinished():
+        for output in engine.step().outputs:
+            tokens[2 * ids.index(output.request_id) + output.index] += output.new_token_ids
+    assert engine.stats().scheduler.num_blocks_copied > 0
+    if num_host_blocks:
+        assert engine.stats().scheduler.num_blocks_swapped_in > 0
+    return tokens
+
+
+def test_an_engine_generates(cuda: Kernels) -> None:
+    """Blocks are copied for samples, and swapped where there are few: the tokens stay the same."""
+    roomy, tight = engine_tokens(cuda, 40), engine_tokens(cuda, 9, num_host_blocks=12)
+    assert [len(tokens) for tokens in roomy] == [20] * 8
+    assert roomy[::2] == roomy[1::2]  # greedy: both samples alike
+    assert roomy == tight
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda c: new_executor(c, dtype="float32"), "dtype float32: CUDA kernels need"),
+        (
+            lambda c: new_executor(c, kv_cache_dtype="int8"),
+            "kv_cache_dtype int8: CUDA kernels need",
+        ),
+    ],
+)
+def test_what_kernels_cannot_do(
+    cuda: Kernels, make: Callable[[Kernels], Any], message: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        make(cuda)
+
+
+@pytest.mark.skipif(_C.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_reason_is_given() -> None:
+    reason = _C.cuda.unavailable_reason()
+    assert reason
+    with pytest.raises(InvalidArgument) as error:
+        CudaExecutor(decoder(SPEC), num_kv_blocks=4)
+    assert reason in str(error.value)
+
+
+def test_engine_args_know_it() -> None:
+    EngineArgs(model="x", executor="cuda")
+    with pytest.raises(InvalidArgument, match="needs executor='cpu'"):
+        EngineArgs(model="x", executor="cuda", quantization="int8")
