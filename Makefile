@@ -15,14 +15,14 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 
 checksum = $(shell cat $(1) | cksum | cut -d' ' -f1)
-SOURCES := $(sort $(shell find CMakeLists.txt pyproject.toml README.md LICENSE cpp python proto third_party \
+SOURCES := $(sort $(shell find CMakeLists.txt pyproject.toml README.md LICENSE cpp cuda python proto third_party \
   -type f -not -path '*/__pycache__/*' -not -name '*.so' 2>/dev/null))
 TOOLS_DONE := $(STAMPS)/tools-$(call checksum,requirements-build.txt)
 PACKAGE_DONE := $(STAMPS)/package-$(call checksum,requirements-build.txt $(SOURCES))
 MODEL_DONE := $(STAMPS)/model
 DEV_DONE := $(STAMPS)/dev-$(call checksum,requirements-build.txt requirements-dev.txt)
 
-CXX_FORMATTED = $(shell find benchmarks cpp python tests \( -name '*.cc' -o -name '*.h' \) -not -path '*/build/*')
+CXX_FORMATTED = $(shell find benchmarks cpp cuda python tests \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -not -path '*/build/*')
 GXX ?= g++
 CLANGXX ?= $(firstword $(foreach c,clang++ clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,\
   $(shell command -v $(c) 2>/dev/null)))
@@ -94,11 +94,14 @@ endef
 # Steps of the scheduler that the property tests make, in all, with each compiler.
 cpp-gcc cpp-clang: export FASTPAGE_PROPERTY_STEPS ?= 2000000
 
+# Where nvcc is, the CUDA kernels are compiled, too. (Nothing runs on a GPU here: that is `make cuda-test`.)
+NVCC := $(shell command -v nvcc 2>/dev/null)
 WITH_PYTHON := -DFASTPAGE_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/$(PY)
 
 cpp-gcc: $(DEV_DONE) googletest
 	@mkdir -p build
-	$(call build_and_ctest,build/gcc,$(GXX),$(WITH_PYTHON))
+	@echo "-- nvcc: $(if $(NVCC),$(NVCC),none found: the CUDA kernels are not compiled)"
+	$(call build_and_ctest,build/gcc,$(GXX),$(WITH_PYTHON) -DFASTPAGE_CUDA=$(if $(NVCC),ON,OFF))
 
 cpp-clang: $(DEV_DONE) googletest
 	@mkdir -p build
@@ -192,6 +195,39 @@ bench-scheduler: $(PACKAGE_DONE)  ## the scheduler alone, in C++ and from Python
 	  -DFASTPAGE_BENCHMARKS=ON > build/bench.log || { cat build/bench.log; exit 1; }
 	@$(VENV)/bin/cmake --build build/bench -j $(JOBS) --target scheduler_bench -- --quiet
 	@$(PY) benchmarks/scheduler.py --cpp build/bench/scheduler_bench $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
+
+# On a machine with a GPU, nvcc, and a Python that has torch, pybind11, numpy and pytest: nothing is installed.
+CUDA_PY ?= python3
+CUDA_TESTS := $(sort $(wildcard tests/python/test_cuda_*.py))
+define need_gpu
+	@command -v nvcc > /dev/null || { echo "error: no nvcc found: nothing was built or run" >&2; exit 1; }
+	@nvidia-smi -L > /dev/null 2>&1 || { echo "error: no GPU found (nvidia-smi -L fails): nothing was built or run" >&2; exit 1; }
+endef
+
+cuda-build:
+	@mkdir -p build
+	@cmake -S . -B build/cuda -DFASTPAGE_CUDA=ON -DFASTPAGE_PYTHON=ON -DFASTPAGE_INPLACE=ON -DCMAKE_CUDA_ARCHITECTURES=native \
+	  -DPython_EXECUTABLE=$$(command -v $(CUDA_PY)) > build/cuda.log || { cat build/cuda.log; exit 1; }
+	@cmake --build build/cuda --target _C -j $(JOBS) > build/cuda.log || { tail -n 60 build/cuda.log; exit 1; }
+
+cuda-test:  ## build for the GPU here and test the CUDA kernels on it; fails without one
+	$(need_gpu)
+	@$(MAKE) --no-print-directory cuda-build
+	@nvidia-smi -L
+	@failed=0; export FASTPAGE_TEST_GPU=1 PYTHONPATH=$(CURDIR)/python; \
+	  timeout 300 $(CUDA_PY) -m pytest -q -p no:cacheprovider --junitxml=build/cuda.xml $(CUDA_TESTS) || failed=1; \
+	  $(CUDA_PY) tests/cuda_table.py build/cuda.xml; \
+	  for tool in memcheck racecheck; do \
+	    echo "-- compute-sanitizer $$tool, on a part"; \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool $$tool --error-exitcode 9 $(CUDA_PY) -m pytest -q \
+	      -p no:cacheprovider tests/python/test_cuda_attention.py tests/python/test_cuda_cache.py tests/python/test_cuda_sampling.py \
+	      -k "plain or in_order or many_seeds or reshape_and_cache_float8" || failed=1; \
+	  done; exit $$failed
+
+cuda-bench:  ## time the CUDA kernels on the GPU here, against its copy bandwidth; fails without one
+	$(need_gpu)
+	@$(MAKE) --no-print-directory cuda-build
+	@PYTHONPATH=$(CURDIR)/python $(CUDA_PY) benchmarks/cuda.py --json build/cuda-bench.json
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Protocol, overload, type_check_only
 import numpy as np
 import numpy.typing as npt
 
+from . import cuda as cuda
 from . import ops as ops
 
 __version__: str

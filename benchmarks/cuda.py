@@ -1,0 +1,233 @@
+"""The CUDA kernels against what the GPU can do: its own copy bandwidth, measured in the same run.
+
+Times are medians of CUDA events over rounds of different inputs, together larger than L2. A decode
+kernel's share is the KV bytes it reads, over its time, over the copy's bytes read and written a
+second. FlashInfer, where it is installed, runs beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastpage import _C
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16
+
+
+def median_seconds(launches: list[Callable[[], Any]], runs: int = 30) -> float:
+    for launch in launches:
+        launch()
+    torch.cuda.synchronize()
+    events = []
+    for i in range(runs):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        launches[i % len(launches)]()
+        end.record()
+        events.append((begin, end))
+    torch.cuda.synchronize()
+    times = sorted(begin.elapsed_time(end) for begin, end in events)
+    return times[len(times) // 2] / 1e3
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.properties = torch.cuda.get_device_properties(0)
+        self.rows: list[dict[str, Any]] = []
+        self.copy = self.copy_bandwidth()
+
+    def copy_bandwidth(self) -> float:
+        a, b = (torch.randn(1 << 28, device="cuda") for _ in range(2))
+        return 2 * a.nbytes / median_seconds([lambda: b.copy_(a), lambda: a.copy_(b)])
+
+    def rounds(self, bytes_each: int) -> int:
+        """How many sets of inputs are three times L2 together."""
+        return int(max(1, min(64, 3 * self.properties.L2_cache_size // bytes_each + 1)))
+
+    def add(self, name: str, seconds: float, bound: str, share: float, goal: str = "") -> None:
+        row = {"kernel": name, "us": seconds * 1e6, "of": bound, "share": share, "goal": goal}
+        self.rows.append(row)
+        print(f"{name:58}{seconds * 1e6:10.1f} us {share:8.1%} of {bound:14}{goal}", flush=True)
+
+    # ---- attention
+
+    def attention(self, lens: list[int], new: int, q: torch.Tensor) -> Callable[[], Any]:
+        blocks_each = -(-max(lens) // BLOCK)
+        total = blocks_each * len(lens)
+        tables = torch.randperm(total, device="cuda").int().view(len(lens), -1)
+        shape = (total, BLOCK, KV_HEADS, HEAD_DIM)
+        k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        plan = _C.cuda.AttentionPlan(
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            max_num_seqs=len(lens),
+            max_num_tokens=len(q),
+            max_seq_len=max(lens),
+            num_multiprocessors=self.properties.multi_processor_count,
+        )
+        host = torch.zeros(plan.plan_size, dtype=torch.int32)
+        plan.plan(torch.arange(len(lens) + 1) * new, torch.tensor(lens), host)
+        buffer, out = host.cuda(), torch.empty_like(q)
+        workspace = torch.empty(plan.workspace_size, device="cuda")
+        counters = torch.zeros(plan.num_counters, dtype=torch.int32, device="cuda")
+        arguments = (q, k, v, tables, plan, buffer, workspace, counters, out)
+        return lambda: _C.cuda.paged_attention(*arguments, scale=HEAD_DIM**-0.5)
+
+    def decode(self, batch: int, length: int, goal: str) -> None:
+        kv = 2 * batch * length * KV_HEADS * HEAD_DIM * 2
+        q = torch.randn(batch, HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        launches = [self.attention([length] * batch, 1, q) for _ in range(self.rounds(kv))]
+        seconds = median_seconds([graphed(launch) for launch in launches])
+        name = f"decode, {batch} x {length} tokens, {kv / 1e6:.0f} MB of KV"
+        self.add(name, seconds, "copy", kv / seconds / self.copy, goal)
+        self.flashinfer_decode(batch, length, kv, q)
+
+    def flashinfer_decode(self, batch: int, length: int, kv: int, q: torch.Tensor) -> None:
+        try:
+            import flashinfer
+        except ImportError:
+            return
+        pages = -(-length // BLOCK)
+        shape = (batch * pages, 2, BLOCK, KV_HEADS, HEAD_DIM)
+        launches = []
+        for _ in range(self.rounds(kv)):
+            cache = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+            space = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(space, use_tensor_cores=True)
+            wrapper.plan(
+                torch.arange(batch + 1, dtype=torch.int32, device="cuda") * pages,
+                torch.randperm(batch * pages, device="cuda").int(),
+                torch.full((batch,), (length - 1) % BLOCK + 1, dtype=torch.int32, device="cuda"),
+                HEADS,
+                KV_HEADS,
+                HEAD_DIM,
+                BLOCK,
+                q_data_type=torch.bfloat16,
+            )
+            heads = q.view(batch, HEADS, HEAD_DIM)
+            launches.append(lambda w=wrapper, c=cache, h=heads: w.run(h, c))
+        seconds = median_seconds([graphed(launch) for launch in launches])
+        self.add("    FlashInfer (fa2)", seconds, "copy", kv / seconds / self.copy)
+
+    def prefill(self, tokens: int, goal: str) -> None:
+        q = torch.randn(tokens, HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        seconds = median_seconds([self.attention([tokens], tokens, q)], runs=10)
+        flops = 2 * tokens * tokens * HEADS * HEAD_DIM  # causal: half of 4
+        name = f"prefill, {tokens} tokens, {flops / seconds / 1e12:.0f} TFLOP/s"
+        self.add(name, seconds, "800 TFLOP/s", flops / seconds / 800e12, goal)
+
+    # ---- the cache
+
+    def reshape_and_cache(self, tokens: int) -> None:
+        cols = KV_HEADS * HEAD_DIM
+        bytes_ = 4 * tokens * cols * 2
+        launches = []
+        for _ in range(self.rounds(bytes_)):
+            k, v = (torch.randn(tokens, cols, device="cuda").bfloat16() for _ in range(2))
+            shape = (tokens // BLOCK, BLOCK, KV_HEADS, HEAD_DIM)
+            caches = [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+            slots = torch.randperm(tokens // BLOCK, device="cuda").int().repeat_interleave(BLOCK)
+            slots = slots * BLOCK + torch.arange(tokens, device="cuda").int() % BLOCK
+            arguments = (k, v, slots, *caches)
+            launches.append(lambda a=arguments: _C.cuda.reshape_and_cache(*a))
+        seconds = median_seconds(launches)
+        name = f"reshape_and_cache, {bytes_ / 2e6:.0f} MB"
+        self.add(name, seconds, "copy", bytes_ / seconds / self.copy, ">= 85 %")
+
+    def blocks(self) -> None:
+        elements = BLOCK * KV_HEADS * HEAD_DIM
+        cache = torch.randn(32, 512, elements, device="cuda").bfloat16()
+        pairs = torch.tensor([[i, 256 + i] for i in range(256)])
+        bytes_ = 2 * 32 * 256 * elements * 2
+        seconds = median_seconds([lambda: _C.cuda.copy_blocks(cache, pairs)])
+        share = bytes_ / seconds / self.copy
+        self.add(f"copy_blocks, {bytes_ / 2e6:.0f} MB", seconds, "copy", share, ">= 85 %")
+        host = torch.empty(32, 512, elements, dtype=torch.bfloat16, pin_memory=True)
+        flat = torch.empty(32 * 256 * elements, dtype=torch.bfloat16, device="cuda")
+        pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+        for direction, copy in (
+            ("out", lambda: pinned.copy_(flat, non_blocking=True)),
+            ("in", lambda: flat.copy_(pinned, non_blocking=True)),
+        ):
+            whole = median_seconds([copy], runs=10)
+            swap = median_seconds(
+                [lambda d=direction: _C.cuda.swap_blocks(cache, host, pairs, d)], runs=10
+            )
+            self.add(f"swap_blocks {direction}", swap, "one big copy", whole / swap, ">= 90 %")
+
+    # ---- sampling
+
+    def sample(self, rows: int = 256, vocab: int = 128 * 1024) -> None:
+        logits = torch.randn(rows, vocab, device="cuda") * 3
+        workspace = torch.empty(2 * rows * vocab, device="cuda")
+        out = torch.empty(rows, dtype=torch.int32, device="cuda")
+        ones = torch.ones(rows, device="cuda")
+        longs = torch.arange(rows, device="cuda")
+        once = logits.nbytes / self.copy
+        for name, top_k, top_p in (
+            ("top_k 50, top_p 0.9", 50, 0.9),
+            ("top_p 0.9", 0, 0.9),
+            ("plain", 0, 1.0),
+        ):
+            k = torch.full((rows,), top_k, dtype=torch.int32, device="cuda")
+            arguments = (logits, ones, k, ones * top_p, ones * 0, longs, longs, workspace, out)
+            seconds = median_seconds([lambda a=arguments: _C.cuda.sample(*a)])
+            self.add(
+                f"sample, {rows} x {vocab}, {name}: {seconds / once:.1f} passes",
+                seconds,
+                "one pass",
+                once / seconds,
+                "<= 3 passes" if top_k else "",
+            )
+
+
+def graphed(launch: Callable[[], Any]) -> Callable[[], Any]:
+    """Without the time to launch it."""
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    return graph.replay
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", help="write the rows to this file")
+    arguments = parser.parse_args()
+    if not _C.cuda.is_available():
+        sys.exit(f"error: nothing was measured: {_C.cuda.unavailable_reason()}")
+    bench = Bench()
+    print(f"{bench.properties.name}: copy {bench.copy / 1e12:.2f} TB/s (read and written)\n")
+    for batch, length, goal in (
+        (8, 1024, ">= 55 %"),
+        (16, 1024, ">= 55 %"),
+        (32, 1024, ">= 75 %"),
+        (64, 1024, ">= 85 %"),
+        (8, 16384, ">= 85 %"),
+        (1, 131072, ">= 85 %"),
+        (256, 2048, ">= 85 %"),
+    ):
+        bench.decode(batch, length, goal)
+    for tokens in (2048, 4096, 8192, 32768):
+        bench.prefill(tokens, ">= 300 TFLOP/s" if tokens >= 4096 else "")
+    for tokens in (16384, 65536):
+        bench.reshape_and_cache(tokens)
+    bench.blocks()
+    bench.sample()
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(
+                {"device": bench.properties.name, "copy": bench.copy, "rows": bench.rows}, file
+            )
+
+
+if __name__ == "__main__":
+    main()
