@@ -266,7 +266,8 @@ void paged_attention(py::object q, py::object k_cache, py::object v_cache, py::o
 void bind_attention(py::module_& m) {
   using py::arg;
   using Plan = cuda::AttentionPlan;
-  py::class_<Plan>(m, "AttentionPlan")
+  // Local: the emulation has one, too.
+  py::class_<Plan>(m, "AttentionPlan", py::module_local())
       .def(py::init(&new_plan), py::kw_only(), arg("num_heads"), arg("num_kv_heads"),
            arg("head_dim"), arg("max_num_seqs"), arg("max_num_tokens"), arg("max_seq_len"),
            arg("num_multiprocessors"), arg("batch_invariant") = false, arg("fixed_grid") = false)
@@ -469,8 +470,8 @@ void set_schedule(const std::string& order, bool late_copies, uint64_t seed) {
 }
 
 PYBIND11_MODULE(fastpage_cuda_emulation, m) {
+  // Errors are translated by fastpage._C, which must be imported before.
   m.doc() = "The functions of fastpage._C.cuda, over CPU tensors (cuda/emulation)";
-  bind_errors(m);
   bind_cuda_ops(m);
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("late_copies"), py::arg("seed"));
 }

@@ -7,6 +7,7 @@ for a GPU: the emulation does not stand in for it then.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from fastpage import _C
 SCHEDULES = [("ascending", True, 0), ("descending", False, 0), ("random", True, 1)]
 
 
+@functools.cache
 def load_emulation() -> ModuleType | None:
     folder = os.environ.get("FASTPAGE_BUILD_DIR") or Path(__file__).parents[2] / "build"
     for path in sorted(Path(folder).glob("python/fastpage_cuda_emulation.*.so")):
