@@ -8,9 +8,10 @@
 //
 // Bytes in flight, which is what decides: an H100 moves 3 TB/s with some 700 ns to an answer,
 // so 2.1 MB must be on their way, 16 KB per multiprocessor, and more like 40 under load. bf16,
-// head_dim 128: a stage of a warp is 8 KB; of 3 stages 2 are in flight; 4 warps and 2 blocks (109
-// KB each) give 128 KB. head_dim 64: 55 KB a block, 4 blocks, 128 KB. head_dim 256: 16 KB a stage,
-// 2 stages, 1 block: 64 KB. float8 halves stages, and doubles blocks, except for head_dim 64.
+// head_dim 128: a stage of a warp is 8 KB; of 3 stages 2 are in flight; 4 warps and 2 blocks (106
+// KB each) give 128 KB. head_dim 64: 56 KB a block, 3 blocks, 96 KB. head_dim 256: 16 KB a stage, 2
+// stages, 1 block of 140 KB: 64 KB. float8 halves a stage, and there is room for more blocks: 80 to
+// 128 KB.
 //
 // Arithmetic is far from the limit: a tile (8 KB) takes some 250 warp instructions, and at 3 TB/s a
 // multiprocessor gets one every 630 cycles, in which it issues 2,520.

@@ -163,11 +163,6 @@ class CudaExecutor(TorchExecutor):
         )
         return out
 
-    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = self._empty(x)
-        self._kernels.norm(x, out, "rms", eps, weight)
-        return out
-
     def _rotary(self, op: Op, frame: _Frame) -> torch.Tensor:
         x = self._input(op, 0, frame)
         out = self._empty(x)
