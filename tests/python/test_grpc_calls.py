@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from fakes import Gate, letter_tokenizer, load_alphabet
 from google.protobuf import struct_pb2
 from grpc_harness import Client, collect, run, serve, text_request
 
+from fastpage.serving.grpc import calls
+from fastpage.serving.grpc.service import FastpageService
 from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
@@ -345,3 +348,34 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         assert (await waiting).outputs[0].text == "cde"
 
     run(test, before_step=gate, max_num_seqs=1, max_num_waiting=1)
+
+
+def test_long_requests_that_wait_to_be_read_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a" * 30_000
+    monkeypatch.setattr(calls, "_MOST_WAITING_BYTES", 2 * len(text))
+    gate = threading.Event()
+    read = FastpageService._read
+
+    def slowly(*args: Any) -> Any:
+        assert gate.wait(60)
+        return read(*args)
+
+    monkeypatch.setattr(FastpageService, "_read", slowly)
+
+    async def test(client: Client) -> None:
+        first = client.stub.GenerateUnary(text_request(text))
+        while not calls._long_requests.num_bytes:
+            await asyncio.sleep(0.001)
+        first.cancel()  # it is still in memory
+        second = client.stub.GenerateUnary(text_request(text))
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await second
+        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(error.value.trailing_metadata())["retry-after-ms"] == "1000"
+        gate.set()
+        while calls._long_requests.num_bytes:
+            await asyncio.sleep(0.001)
+        code, message = await refusal(client.stub.GenerateUnary(text_request(text)))
+        assert code == INVALID and "max_model_len" in message
+
+    run(test)

@@ -16,6 +16,10 @@ from fastpage.errors import InvalidArgument, ResourceExhausted
 
 # Requests of more bytes than this are looked at off the event loop: other calls go on meanwhile.
 _LONG_REQUEST = 1 << 14
+# That is done one after the other, as a rule, and whoever waits for it holds its memory: some five
+# times as much.
+_MOST_WAITING_BYTES = 64 << 20
+_SECONDS_TO_READ = 1.0  # one of a few MiB
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -80,10 +84,38 @@ def _retry_hint(error: Exception) -> tuple[tuple[str, str], ...]:
 
 
 async def aside(request: Message, call: Callable[..., T], *args: Any) -> T:
-    """call(*args), on another thread if the request is long."""
-    if request.ByteSize() > _LONG_REQUEST:
-        return await asyncio.to_thread(call, *args)
-    return call(*args)
+    """call(*args), on another thread if the request is long. Raises ResourceExhausted if many of
+    them wait for that already."""
+    size = request.ByteSize()
+    if size <= _LONG_REQUEST:
+        return call(*args)
+    return await _long_requests.look_at(size, call, *args)
+
+
+class _LongRequests:
+    """Those that are looked at, or wait for it."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+    async def look_at(self, size: int, call: Callable[..., T], *args: Any) -> T:
+        if self.num_bytes > 0 and self.num_bytes + size > _MOST_WAITING_BYTES:
+            error = ResourceExhausted(
+                f"{self.num_bytes} bytes of long requests are being read: try again later"
+            )
+            error.retry_after_seconds = _SECONDS_TO_READ  # type: ignore[attr-defined]
+            raise error
+        self.num_bytes += size
+        work = asyncio.ensure_future(asyncio.to_thread(call, *args))
+        work.add_done_callback(lambda _: self._subtract(size))
+        # A caller that goes away does not take its memory along before a thread has seen to it.
+        return await asyncio.shield(work)
+
+    def _subtract(self, size: int) -> None:
+        self.num_bytes -= size
+
+
+_long_requests = _LongRequests()
 
 
 async def write_outputs(
