@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import io
 import json
-import random
 import sys
 import time
 import zipfile
@@ -19,6 +18,7 @@ from typing import Any
 import grpc
 import pytest
 from fakes import EOS_ID, Gate, load_alphabet
+from kv_index import Index
 from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
@@ -26,8 +26,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 from fastpage import AsyncEngine
 from fastpage.engine.core import EngineDied
 from fastpage.engine.loading import LoadedModel
-from fastpage.serving.worker import convert, create_worker_service, kv_events, service
-from fastpage.serving.worker.kv_events import CursorOutOfRange, KvEventLog
+from fastpage.serving.worker import convert, create_worker_service, service
 from fastpage.serving.worker.loads import LoadMeter
 from fastpage.serving.worker.service import VllmEngineService
 from fastpage.serving.worker.tokenizer_archive import build_archive, split
@@ -645,56 +644,6 @@ def test_the_tokenizer_of_a_gguf_file_as_an_archive(smollm2_gguf: Path, tmp_path
 # ---------------------------------------------------------------- the cache
 
 
-class Index:
-    """What a router makes of the batches."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.blocks: dict[int, tuple[int | None, tuple[int, ...], set[int]]] = {}
-
-    def apply(self, batch: common.KvEventBatch) -> None:
-        if not batch.HasField("snapshot") or batch.snapshot.index:
-            assert self.number is None or batch.sequence_number == self.number + 1
-        self.number = batch.sequence_number
-        for event in batch.events:
-            kind = event.WhichOneof("data")
-            if kind == "cleared":
-                self.blocks.clear()
-            elif kind == "removed":
-                for block_hash in event.removed.block_hashes:
-                    if block_hash in self.blocks:
-                        tiers = self.blocks[block_hash][2]
-                        tiers.discard(event.removed.tier)
-                        if not tiers:
-                            del self.blocks[block_hash]
-            else:
-                self._store(event.stored)
-
-    def _store(self, stored: common.KvBlocksStored) -> None:
-        parent = stored.parent_block_hash if stored.HasField("parent_block_hash") else None
-        for block in stored.blocks:
-            assert len(block.token_ids) == block.block_size
-            entry = self.blocks.setdefault(
-                block.block_hash, (parent, tuple(block.token_ids), set())
-            )
-            assert entry[:2] == (parent, tuple(block.token_ids))
-            entry[2].add(stored.tier)
-            parent = block.block_hash
-
-    def prompts(self) -> set[tuple[int, ...]]:
-        """All that a prompt can begin with and find."""
-        found = set()
-        for block_hash in self.blocks:
-            tokens: tuple[int, ...] = ()
-            at: int | None = block_hash
-            while at is not None and at in self.blocks:
-                tokens = self.blocks[at][1] + tokens
-                at = self.blocks[at][0]
-            if at is None:
-                found.add(tokens)
-        return found
-
-
 async def read_batches(call: Any, number: int) -> list[common.KvEventBatch]:
     """That many with events in them."""
     batches: list[common.KvEventBatch] = []
@@ -864,160 +813,3 @@ def test_a_tokenizer_archive_that_fails_is_made_again(monkeypatch: pytest.Monkey
         assert chunks[-1].sha256
 
     run(test)
-
-
-# ---------------------------------------------------------------- the log of KV events
-
-
-class Cache:
-    """Makes events as the block manager does: blocks come and go, in two tiers, the last ones of a
-    prompt going first."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.tiers: dict[str, set[tuple[int, ...]]] = {"device": set(), "host": set()}
-
-    def prompts(self) -> set[tuple[int, ...]]:
-        return self.tiers["device"] | self.tiers["host"]
-
-    def events(self) -> list[Any]:
-        made = []
-        for _ in range(self.random.randint(0, 4)):
-            action = self.random.random()
-            if action < 0.01:
-                self.tiers = {"device": set(), "host": set()}
-                made.append(event("cleared"))
-            elif action < 0.4:
-                made += self._evict("device" if action < 0.3 else "host")
-            else:
-                made += self._compute()
-        return made
-
-    def _evict(self, tier: str) -> list[Any]:
-        beginnings = {prompt[:-2] for prompt in self.prompts()}
-        last = sorted(self.tiers[tier] - beginnings)
-        if not last:
-            return []
-        made = []
-        prompt = self.random.choice(last)
-        if tier == "device" and prompt not in self.tiers["host"] and self.random.random() < 0.5:
-            self.tiers["host"].add(prompt)
-            made.append(event("stored", number(prompt), tier="host"))
-        self.tiers[tier].remove(prompt)
-        return [*made, event("removed", number(prompt), tier=tier)]
-
-    def _compute(self) -> list[Any]:
-        """A prompt's blocks that are not there."""
-        made = []
-        prompt: tuple[int, ...] = ()
-        for _ in range(self.random.randint(1, 5)):
-            parent = number(prompt) if prompt else None
-            own = (self.random.randint(0, 2), 0)
-            prompt += own
-            if prompt not in self.tiers["device"]:
-                self.tiers["device"].add(prompt)
-                made.append(event("stored", number(prompt), parent, own))
-        return made
-
-
-def number(prompt: tuple[int, ...]) -> int:
-    return int.from_bytes(hashlib.blake2b(bytes(prompt), digest_size=16).digest(), "little")
-
-
-def event(
-    kind: str,
-    block: int | None = None,
-    parent: int | None = None,
-    token_ids: tuple[int, ...] = (),
-    tier: str = "device",
-) -> Any:
-    def as_bytes(value: int | None) -> bytes | None:
-        return None if value is None else value.to_bytes(16, "little")
-
-    return SimpleNamespace(
-        kind=kind,
-        tier=tier,
-        hash=as_bytes(block),
-        parent_hash=as_bytes(parent),
-        token_ids=list(token_ids),
-    )
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_every_subscriber_sees_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that were there from the start, that come late, that lag behind what is kept."""
-    monkeypatch.setattr(kv_events, "_MOST_BATCHES", 8)
-    monkeypatch.setattr(kv_events, "_MOST_TOKENS_PER_CHUNK", 6)
-    log = KvEventLog(block_size=2)
-    cache = Cache(seed)
-    subscribers = [(Index(), log.start(0))]
-    for step in range(300):
-        log.take_in(cache.events())
-        if step % 40 == 0:
-            subscribers.append((Index(), log.start(0)))
-        for i, (index, cursor) in enumerate(subscribers):
-            if cache.random.random() < 0.15:
-                for batch in log.read(cursor):
-                    index.apply(batch)
-                    cursor = batch.sequence_number
-                subscribers[i] = (index, cursor)
-                assert index.prompts() == cache.prompts()
-    for index, cursor in subscribers:
-        for batch in log.read(cursor):
-            index.apply(batch)
-        assert index.prompts() == cache.prompts()
-    assert len(log._batches) <= 8
-    log.engine_died("killed")
-    (batch,) = log.read(log._last - 1)
-    index.apply(batch)
-    assert index.prompts() == set()
-
-
-def test_a_snapshot_has_no_blocks_that_no_prompt_finds() -> None:
-    log = KvEventLog(block_size=2)
-    log.take_in([event("stored", 1, None, (1, 1)), event("stored", 2, 1, (2, 2))])
-    log.take_in([event("removed", 1), event("stored", 3, None, (3, 3))])
-    index = Index()
-    for batch in log.read(None):
-        index.apply(batch)
-    assert index.prompts() == {(3, 3)}
-
-
-def test_a_snapshot_is_of_one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_events, "_MOST_TOKENS_PER_CHUNK", 2)
-    log = KvEventLog(block_size=2)
-    log.take_in([event("stored", 1, None, (1, 1)), event("stored", 2, 1, (2, 2))])
-    index = Index()
-    for i, batch in enumerate(log.read(None)):
-        log.take_in([event("stored", 10 + i, None, (i, i)), event("removed", 2)])
-        index.apply(batch)
-    assert index.prompts() == {(1, 1), (1, 1, 2, 2)}
-    for batch in log.read(index.number):
-        index.apply(batch)
-    assert index.prompts() == {(1, 1), (0, 0)}
-
-
-def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_events, "_MOST_BYTES", 10_000)
-    log = KvEventLog(block_size=64)
-    start = log.start(0)
-    assert start is not None
-    for i in range(1000):
-        log.take_in([event("stored", i + 1, None, (i,) * 64)])
-        log.take_in([event("removed", i + 1)])
-    assert sum(map(len, log._batches)) <= 10_000
-    assert not log._live
-    with pytest.raises(CursorOutOfRange, match="start at 0"):
-        log.start(start)
-    (snapshot,) = log.read(start)
-    assert snapshot.snapshot.blocks == 0
-
-
-def test_a_log_does_not_take_another_ones_cursor() -> None:
-    old = KvEventLog(block_size=2, first_number=KvEventLog(block_size=2)._last - 1_000_000)
-    for i in range(100):
-        old.take_in([event("stored", i + 1, None, (i, i))])
-    new = KvEventLog(block_size=2)
-    new.take_in([event("stored", 1, None, (1, 1))])
-    with pytest.raises(CursorOutOfRange):
-        new.start(old._last)
