@@ -214,11 +214,13 @@ class EngineMetrics(EngineObserver):
             return
         self.e2e_latency.observe(times.last_token_time - times.arrival_time)
         if times.queue_seconds is not None:
-            scheduled = times.arrival_time + times.queue_seconds
+            # It began when the engine took the request, which may be before arrival_time.
+            queued_until = times.arrival_time + times.queue_seconds
+            scheduled = min(queued_until, times.first_token_time)
             self.queue_time.observe(times.queue_seconds)
-            self.inference_time.observe(max(0.0, times.last_token_time - scheduled))
+            self.inference_time.observe(times.last_token_time - scheduled)
             if not request.ranked:
-                self.prefill_time.observe(max(0.0, times.first_token_time - scheduled))
+                self.prefill_time.observe(times.first_token_time - scheduled)
         if request.ranked:  # its tokens came all at once, at the end
             return
         self.decode_time.observe(times.last_token_time - times.first_token_time)
