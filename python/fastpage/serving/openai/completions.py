@@ -33,8 +33,6 @@ class Completions(Dialect):
         request: CompletionRequest = self.decoder.decode(body)
         check_model(request.model, model)
         refuse_unsupported(request)
-        if request.stream and request.prompt_logprobs is not None:
-            raise invalid("prompt_logprobs does not go with stream=true", "prompt_logprobs")
         params = _sampling_params(request, model.defaults)
         return Call(
             id=make_id("cmpl", request.request_id, request_id),

@@ -258,6 +258,8 @@ def refuse_unsupported(request: GenerationRequest) -> None:
             raise unsupported("tools" if request.tool_choice is None else "tool_choice", _TOOLS)
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options goes with stream=true only", "stream_options")
+    if request.stream and request.prompt_logprobs is not None:
+        raise invalid("prompt_logprobs does not go with stream=true", "prompt_logprobs")
 
 
 # ---------------------------------------------------------------- sampling parameters
