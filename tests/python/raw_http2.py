@@ -6,8 +6,8 @@ import socket
 import struct
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, CONTINUATION = 0, 1, 3, 4, 9
-END_STREAM, END_HEADERS = 1, 4
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, CONTINUATION = 0, 1, 3, 4, 6, 7, 9
+END_STREAM, END_HEADERS, ACK = 1, 4, 1
 INITIAL_WINDOW_SIZE = 4
 
 
@@ -45,6 +45,19 @@ def call_message(message: bytes, stream: int, flags: int = END_STREAM) -> bytes:
 def connect(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     return socket.create_connection((host, int(port)))
+
+
+def read_frame(connection: socket.socket) -> tuple[int, int, bytes]:
+    """Its kind, flags and payload. EOFError: there is none any more."""
+    head = _read(connection, 9)
+    return head[3], head[4], _read(connection, int.from_bytes(head[:3], "big"))
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    data = connection.recv(size, socket.MSG_WAITALL)
+    if len(data) < size:
+        raise EOFError
+    return data
 
 
 def reset(connection: socket.socket) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import raw_http2 as h2
 from fakes import EOS_ID, Gate, load_alphabet
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_harness import NOT_SERVING, SERVING, Client, collect, run, serve, text_request
@@ -325,3 +326,24 @@ def test_64_clients_of_which_a_quarter_cancels(smollm2_gguf: Path) -> None:
 
     asyncio.run(asyncio.wait_for(main(), timeout=300))
     llm._core.check_integrity()
+
+
+def test_clients_may_ping_without_a_call() -> None:
+    """By default grpc hangs up after three pings within five minutes."""
+
+    def ping(address: str) -> None:
+        with h2.connect(address) as connection:
+            connection.settimeout(20)
+            connection.sendall(h2.PREFACE + h2.settings())
+            for i in range(10):
+                connection.sendall(h2.frame(h2.PING, 0, 0, i.to_bytes(8, "big")))
+                kind, flags, payload = h2.read_frame(connection)
+                while (kind, flags) != (h2.PING, h2.ACK):
+                    assert kind != h2.GOAWAY, payload
+                    kind, flags, payload = h2.read_frame(connection)
+                assert payload == i.to_bytes(8, "big")
+
+    async def test(client: Client) -> None:
+        await asyncio.to_thread(ping, client.address)
+
+    run(test)
