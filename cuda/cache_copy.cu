@@ -132,11 +132,12 @@ __device__ __forceinline__ void load_few(const T* from, float (&x)[kWidth]) {
   for (int i = 0; i < kWidth; ++i) x[i] = to_float(y.elements[i]);
 }
 
+// Each product rounded: left to the compiler, one kernel might fuse what another does not.
 __device__ __forceinline__ float turned_low(float a, float b, float cos, float sin) {
-  return a * cos - b * sin;
+  return __fadd_rn(__fmul_rn(a, cos), -__fmul_rn(b, sin));
 }
 __device__ __forceinline__ float turned_high(float a, float b, float cos, float sin) {
-  return b * cos + a * sin;
+  return __fadd_rn(__fmul_rn(b, cos), __fmul_rn(a, sin));
 }
 
 // One work item of a head: kWidth elements, or (NeoX) two such groups that are turned together.
@@ -233,8 +234,10 @@ void launch_rotary(const char* name, const RotaryWrite& w, ops::RotaryStyle styl
   constexpr int kWide = 16 / static_cast<int>(sizeof(T));
   const bool neox = style == ops::RotaryStyle::kNeox;
   const int half = w.rotary_dim / 2;
-  const bool wide =
-      neox ? half % kWide == 0 && w.cos_sin_stride % 4 == 0 : w.rotary_dim % kWide == 0;
+  // As many of the table's floats are read at once as there are elements in a vector.
+  const bool table_fits = reinterpret_cast<uintptr_t>(w.cos_sin) % (kWide * sizeof(float)) == 0 &&
+                          w.cos_sin_stride % kWide == 0;
+  const bool wide = neox ? half % kWide == 0 && table_fits : w.rotary_dim % kWide == 0;
   const dim3 grid(static_cast<unsigned>(rows));
   const auto run = [&](auto kernel) { launch(name, kernel, grid, kRotaryThreads, 0, stream, w); };
   // Whole vectors, or else pairs: of single elements (NeoX), of two that lie together.

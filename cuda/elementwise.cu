@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormArgs a) {
     for (int e = 0; e < kWidth; ++e) {
       const float value = to_float(in.elements[e]);
       values[i + e] = value;
-      sum += a.is_layer ? value : value * value;
+      sum = __fadd_rn(sum, a.is_layer ? value : __fmul_rn(value, value));
     }
   }
   sum = sum_of_lanes<kLanes>(sum);

@@ -23,6 +23,9 @@ void paged_attention(const Rows& q, const KvCache& cache, const int32_t* block_t
         "must be of the type of the cache");
   check_vectorized(q);
   check_vectorized(out);
+  check(reinterpret_cast<uintptr_t>(plan_buffer) % 16 == 0, "plan_buffer",
+        "must begin on 16 bytes");
+  check(reinterpret_cast<uintptr_t>(workspace) % 8 == 0, "workspace", "must begin on 8 bytes");
   check(params.sliding_window >= 0, "sliding_window", "must not be negative");
   check(params.soft_cap >= 0.0f, "soft_cap", "must not be negative");
 

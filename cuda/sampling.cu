@@ -17,6 +17,7 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = 1024;  // as in core/sampling/kernels.h
 constexpr int kBins = 2048;
+constexpr int kBatch = 8;  // loads of a thread that are on their way at once
 
 struct SampleArgs {
   const float* logits;
@@ -100,6 +101,7 @@ __device__ uint32_t select_key(Shared* shared, unsigned long long target, ForEac
       before += above - sum;  // all that is above this lane's bins
       const bool reaches = before < target && before + sum >= target;
       if (__ballot_sync(kFullWarp, reaches) == 0 && lane == 0) shared->first = -1;
+      __syncwarp();  // all lanes have read their bins, of which bins[0] is written to
       if (reaches) {
         int bin = top;
         while (before + shared->bins[bin] < target) before += shared->bins[bin--];
@@ -148,6 +150,7 @@ __device__ int32_t find_first(Shared* shared, const float* logits, int32_t n, fl
 // This thread's greatest logit; a NaN is none.
 __device__ __forceinline__ float greatest_of_thread(const float* logits, int32_t n) {
   float best = -INFINITY;
+#pragma unroll kBatch
   for (int i = threadIdx.x; i < n; i += kThreads) {
     const float x = load_global(logits + i);
     best = x > best ? x : best;
@@ -169,15 +172,25 @@ __device__ void list_from(Shared* shared, const float* logits, int32_t n, float 
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x) / 32;
   const int32_t begin = lists.begin(), end = min(n, begin + lists.part);
   int32_t count = 0;
-  for (int32_t i = begin; i < end; i += 32) {
-    const float x = i + lane < end ? load_global(logits + i + lane) : -INFINITY;
-    const unsigned kept = __ballot_sync(kFullWarp, x >= bound);
-    if (x >= bound) {
-      const int32_t at = begin + count + __popc(kept & ((1u << lane) - 1));
-      store_global(lists.values + at, x);
-      store_global(lists.ids + at, i + lane);
+  for (int32_t first = begin; first < end; first += 32 * kBatch) {
+    // Loads cannot be moved before the stores below: what is stored might be what they read.
+    float x[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int32_t i = first + 32 * b + lane;
+      x[b] = i < end ? load_global(logits + i) : -INFINITY;
     }
-    count += __popc(kept);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const bool is_kept = x[b] >= bound;
+      const unsigned kept = __ballot_sync(kFullWarp, is_kept);
+      if (is_kept) {
+        const int32_t at = begin + count + __popc(kept & ((1u << lane) - 1));
+        store_global(lists.values + at, x[b]);
+        store_global(lists.ids + at, first + 32 * b + lane);
+      }
+      count += __popc(kept);
+    }
   }
   if (lane == 0) shared->counts[warp] = count;
   __syncthreads();

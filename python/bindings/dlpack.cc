@@ -131,8 +131,11 @@ const DlExchangeApi* exchange_api(PyTypeObject* type) {
 }
 
 void check_device(const char* name, int32_t type, ImportedTensor::Device wanted) {
+  using Device = ImportedTensor::Device;
   if (type == static_cast<int32_t>(wanted)) return;
-  const char* const device = wanted == ImportedTensor::Device::kCpu ? "CPU" : "CUDA";
+  // Pinned memory is the CPU's: some ways to export a tensor name it so, others do not.
+  if (wanted == Device::kCpu && type == static_cast<int32_t>(Device::kCudaHost)) return;
+  const char* const device = wanted == Device::kCpu ? "CPU" : "CUDA";
   fail(name, std::string("is not in ") + device + " memory (DLPack device type " +
                  std::to_string(type) + "): move it there first");
 }
@@ -148,7 +151,11 @@ TensorView ImportedTensor::checked(const DlTensor& tensor,
 
 void* ImportedTensor::current_stream() const {
   const DlExchangeApi* api = exchange_api(Py_TYPE(source_.ptr()));
-  if (api == nullptr || api->current_work_stream == nullptr) return nullptr;
+  if (api == nullptr || api->current_work_stream == nullptr) {
+    fail(name_, std::string("is a ") + Py_TYPE(source_.ptr())->tp_name +
+                    ", which does not tell its current stream by DLPack's exchange API: a tensor "
+                    "of torch >= 2.11 is needed");
+  }
   void* stream = nullptr;
   if (api->current_work_stream(static_cast<int32_t>(device_), device_index_, &stream) != 0) {
     py::error_already_set error;

@@ -18,7 +18,7 @@ struct DlTensor;
 class ImportedTensor {
  public:
   // DLPack's numbers.
-  enum class Device : int32_t { kCpu = 1, kCuda = 2 };
+  enum class Device : int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3 };
 
   // Throws InvalidArgument, naming the argument `name`, for anything but a tensor on `device` of at
   // most four dimensions and an element type that fastpage knows. source_dtype="bfloat16" reads a
@@ -33,7 +33,8 @@ class ImportedTensor {
   const TensorView& view() const { return view_; }
   const char* name() const { return name_; }
   int32_t device_index() const { return device_index_; }
-  // The stream on which its library would use it now; null: the default one.
+  // The stream on which its library would use it now; null: the default one. Throws InvalidArgument
+  // if the library does not say: to guess would be to race with it.
   void* current_stream() const;
 
   // The same, checked: float32, two (one) dimensions, unit stride within a row.

@@ -305,6 +305,10 @@ def test_errors_name_the_argument(cuda: Kernels) -> None:
     with pytest.raises(ValueError, match="workspace has"):
         attention.run()
     attention = Attention(cuda, DECODE)
+    attention.workspace = torch.cat((attention.workspace, attention.workspace[:1]))[1:]
+    with pytest.raises(ValueError, match="workspace must begin on 8 bytes"):
+        attention.run()
+    attention = Attention(cuda, DECODE)
     attention.q = attention.q.half()
     with pytest.raises(ValueError, match=r"q must be of the type of the cache|out must be"):
         attention.run()

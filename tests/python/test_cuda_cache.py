@@ -110,6 +110,20 @@ def test_rotary(
     assert relative_error(out, want) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
+def test_rotary_tables_may_begin_anywhere(cuda: Kernels) -> None:
+    x = cuda.random(2, 128, dtype=torch.bfloat16, seed=3)
+    positions = cuda.ints([1, 5])
+    table = cuda.random(6, 64, dtype=torch.float32, seed=4)
+    results = []
+    for first, stride in ((0, 64), (4, 64), (1, 64), (0, 68)):
+        memory = torch.zeros(first + 6 * stride, device=cuda.device)
+        moved = memory[first:].view(6, stride)[:, :64].copy_(table)
+        out = cuda.poisoned(2, 128, dtype=x.dtype)
+        cuda.ops.rotary(x, positions, moved, 64, "neox", out)
+        results.append(out)
+    assert all(same(out, results[0]) for out in results)
+
+
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("style", ["neox", "interleaved"])
 @pytest.mark.parametrize("float8", [False, True])

@@ -66,7 +66,9 @@ def test_a_graph_replays_with_new_lengths(cuda: Kernels) -> None:
 def test_work_runs_on_the_current_stream(cuda: Kernels) -> None:
     """Behind a long wait on a stream of its own: nothing is written before that is over."""
     x = cuda.random(64, 4096, dtype=torch.bfloat16, seed=1)
-    out = torch.zeros_like(x)
+    out = torch.empty_like(x)
+    cuda.ops.activate(x, "relu", out)  # to load a kernel may wait for the whole device
+    out.zero_()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

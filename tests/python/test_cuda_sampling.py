@@ -74,7 +74,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("vocab", [1, 31, 1024, 3001])
+@pytest.mark.parametrize("vocab", [1, 31, 1024, 3001, 20011])
 @pytest.mark.parametrize("scale", [0.1, 4.0])
 def test_the_draws_of_the_cpu(cuda: Kernels, vocab: int, scale: float) -> None:
     logits = cuda.random(len(SETTINGS), vocab, dtype=torch.float32, seed=vocab, scale=scale).cpu()
