@@ -215,7 +215,7 @@ cuda-test:  ## build for the GPU here and test the CUDA kernels on it; fails wit
 	@$(MAKE) --no-print-directory cuda-build
 	@nvidia-smi -L
 	@failed=0; export FASTPAGE_TEST_GPU=1 PYTHONPATH=$(CURDIR)/python; \
-	  timeout 300 $(CUDA_PY) -m pytest -q -p no:cacheprovider --junitxml=build/cuda.xml $(CUDA_TESTS) || failed=1; \
+	  timeout 180 $(CUDA_PY) -m pytest -q -p no:cacheprovider --junitxml=build/cuda.xml $(CUDA_TESTS) || failed=1; \
 	  $(CUDA_PY) tests/cuda_table.py build/cuda.xml; \
 	  for tool in memcheck racecheck; do \
 	    echo "-- compute-sanitizer $$tool, on a part"; \

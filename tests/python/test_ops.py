@@ -767,9 +767,14 @@ def test_read_only_and_dlpack_sources(pool):
         def __dlpack_device__(self):
             return (2, 0)
 
+    class Pinned(Exporter):
+        def __dlpack_device__(self):
+            return (3, 0)
+
     want = x + x
     np.testing.assert_array_equal(ops.add(pool, x, x), want)
     np.testing.assert_array_equal(ops.add(pool, Exporter(True), Exporter(False)), want)
+    np.testing.assert_array_equal(ops.add(pool, x, Pinned(True)), want)
     with pytest.raises(_C.InvalidArgument, match=r"^b is not in CPU memory"):
         ops.add(pool, x, OnGpu(True))
 
