@@ -345,7 +345,7 @@ def test_wrong_arguments() -> None:
     logits = np.zeros((2, 10), np.float32)
     with pytest.raises(ValueError, match="one entry for each of the 2 rows"):
         _C.sample_logits(logits, [Params()], [[], []], [0, 0], [1, 2])
-    with pytest.raises(ValueError, match="token id 10 in stop_token_ids is outside"):
+    with pytest.raises(ValueError, match="stop_token_ids: token id 10 is outside"):
         _C.sample_logits(logits, [Params(stop_token_ids=[10])] * 2, [[], []], [0, 0], [1, 2])
     with pytest.raises(ValueError, match="num_prompt_tokens must be between 0"):
         _C.sample_logits(logits, [Params()] * 2, [[], []], [1, 0], [1, 2])
