@@ -114,6 +114,19 @@ def run(
         _exit_with_error(program, error)
 
 
+def add_server_options(parser: argparse.ArgumentParser, port: int) -> argparse._ArgumentGroup:
+    """The group of options that says where a server listens, for more of its own."""
+    server = parser.add_argument_group("Server", "where it listens, and its limits")
+    server.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    server.add_argument(
+        "--port",
+        type=int,
+        default=port,
+        help="0: let the system choose, and print it (default: %(default)s)",
+    )
+    return server
+
+
 class _Server:
     def __init__(
         self,

@@ -20,14 +20,7 @@ def main() -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    server = parser.add_argument_group("Server", "where it listens, and its limits")
-    server.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
-    server.add_argument(
-        "--port",
-        type=int,
-        default=8000,
-        help="0: let the system choose, and print it (default: %(default)s)",
-    )
+    server = lifecycle.add_server_options(parser, port=8000)
     server.add_argument("--uds", metavar="PATH", help="a Unix socket, instead of --host and --port")
     server.add_argument(
         "--max-body-bytes",
