@@ -36,11 +36,11 @@ _LISTENING = r"listening on (?:http://)?([^\s,]+)"
 PATIENCE = 60.0  # seconds: more than anything here takes on a busy machine
 
 
-def write_tiny_model(path: Path) -> Path:
+def write_tiny_model(path: Path, context_length: int = 4096) -> Path:
     """Random weights: a step takes a fraction of a millisecond."""
     vocabulary = byte_level_vocabulary(CORPUS)
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    metadata = model_metadata("llama", context_length=4096)
+    metadata = model_metadata("llama", context_length=context_length)
     size = len(vocabulary["tokenizer.ggml.tokens"])
     write_gguf(
         path,
