@@ -23,6 +23,8 @@ struct AttentionPlanConfig {
   // The grids are as large as any plan within the maxima needs, rather than as this step's plan
   // does.
   bool fixed_grid = false;
+  // No sequence brings more than one new token: nothing is launched for those that would.
+  bool decode_only = false;
 };
 
 // One thread block's work. Sequences with one new token are decoded: their KV is split over several
@@ -58,6 +60,10 @@ class AttentionPlan {
   const AttentionPlanConfig& config() const { return config_; }
   int32_t num_decode_items() const { return num_decode_items_; }
   int32_t num_prefill_items() const { return num_prefill_items_; }
+  // Of the step laid out last: 0 before the first.
+  int32_t num_seqs() const { return num_seqs_; }
+  int32_t num_tokens() const { return num_tokens_; }
+  int32_t longest_seq_len() const { return longest_seq_len_; }
 
   // Offsets in int32s.
   struct Layout {
@@ -85,6 +91,9 @@ class AttentionPlan {
   int32_t max_prefill_items_ = 0;
   int32_t num_decode_items_ = 0;
   int32_t num_prefill_items_ = 0;
+  int32_t num_seqs_ = 0;
+  int32_t num_tokens_ = 0;
+  int32_t longest_seq_len_ = 0;
   std::vector<DecodeItem> decode_;
   std::vector<std::pair<int64_t, PrefillItem>> prefill_;  // by the length of the KV
 };
@@ -97,12 +106,14 @@ struct AttentionParams {
 };
 
 // Causal attention; see fastpage/ops.h for what it computes. q, out: [num_tokens][num_heads *
-// head_dim], of one type; block_tables: [*][block_table_stride], row i is sequence i's. head_dim: a
-// multiple of 16 up to 128, or 256. plan_buffer, workspace, counters: on the device, see
-// AttentionPlan. Rows without a token before or at their own come out as zeros.
-void paged_attention(const Rows& q, const KvCache& cache, const int32_t* block_tables,
-                     int64_t block_table_stride, const AttentionPlan& plan,
-                     const int32_t* plan_buffer, float* workspace, uint32_t* counters,
-                     const AttentionParams& params, const Rows& out, Stream stream);
+// head_dim], of one type; block_tables: int32, row i is sequence i's, with as many rows as the plan
+// has sequences and blocks for the longest of them. With fixed_grid all three have the sizes of the
+// plan's maxima: rows and sequences behind those of the plan in the buffer are padding, neither
+// read nor written. head_dim: a multiple of 16 up to 128, or 256. plan_buffer, workspace, counters:
+// on the device, see AttentionPlan. Rows without a token before or at their own come out as zeros.
+void paged_attention(const Rows& q, const KvCache& cache, const Rows& block_tables,
+                     const AttentionPlan& plan, const int32_t* plan_buffer, float* workspace,
+                     uint32_t* counters, const AttentionParams& params, const Rows& out,
+                     Stream stream);
 
 }  // namespace fastpage::cuda

@@ -53,8 +53,10 @@ AttentionPlan::AttentionPlan(const AttentionPlanConfig& config) : config_(config
   max_decode_items_ = static_cast<int32_t>(c.batch_invariant ? std::min<int64_t>(invariant, 1 << 16)
                                                              : c.max_num_seqs + wanted_splits(c));
   const int64_t group = c.num_heads / c.num_kv_heads;
-  max_prefill_items_ = ceil_div(int64_t{c.max_num_tokens} * group, tile_rows()) +
-                       std::min(c.max_num_seqs, c.max_num_tokens);
+  if (!c.decode_only) {
+    max_prefill_items_ = ceil_div(int64_t{c.max_num_tokens} * group, tile_rows()) +
+                         std::min(c.max_num_seqs, c.max_num_tokens);
+  }
   int64_t at = 0;
   const auto place = [&at](int64_t n) {
     const int64_t begin = at;
@@ -117,14 +119,16 @@ void AttentionPlan::plan(Span<const int32_t> query_start_loc, Span<const int32_t
   for (int32_t i = 0; i < num_seqs; ++i) {
     const int32_t tokens = query_start_loc[i + 1] - query_start_loc[i];
     check(tokens >= 0, "query_start_loc", "must not descend");
+    check(tokens <= 1 || !c.decode_only, "query_start_loc",
+          "has " + std::to_string(tokens) + " new tokens of a sequence: the plan is decode_only");
     check(seq_lens[i] >= tokens && seq_lens[i] <= c.max_seq_len, "seq_lens",
           "holds " + std::to_string(seq_lens[i]) + " for " + std::to_string(tokens) +
               " new tokens; max_seq_len is " + std::to_string(c.max_seq_len));
     if (tokens == 1) decode_lens.push_back(seq_lens[i]);
   }
-  check(
-      query_start_loc[0] >= 0 && query_start_loc[num_seqs] - query_start_loc[0] <= c.max_num_tokens,
-      "query_start_loc", "has more than max_num_tokens, " + std::to_string(c.max_num_tokens));
+  check(query_start_loc[0] == 0, "query_start_loc", "must begin with 0");
+  check(query_start_loc[num_seqs] <= c.max_num_tokens, "query_start_loc",
+        "has more than max_num_tokens, " + std::to_string(c.max_num_tokens));
 
   const int32_t split = split_size(decode_lens);
   const int64_t group = c.num_heads / c.num_kv_heads;
@@ -163,6 +167,9 @@ void AttentionPlan::plan(Span<const int32_t> query_start_loc, Span<const int32_t
 
   num_decode_items_ = static_cast<int32_t>(decode_.size());
   num_prefill_items_ = static_cast<int32_t>(prefill_.size());
+  num_seqs_ = num_seqs;
+  num_tokens_ = query_start_loc[num_seqs];
+  longest_seq_len_ = num_seqs > 0 ? *std::max_element(seq_lens.begin(), seq_lens.end()) : 0;
   buffer[layout_.counts] = num_seqs;
   buffer[layout_.counts + 1] = num_decode_items_;
   buffer[layout_.counts + 2] = num_prefill_items_;

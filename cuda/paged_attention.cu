@@ -3,10 +3,36 @@
 
 namespace fastpage::cuda {
 
-void paged_attention(const Rows& q, const KvCache& cache, const int32_t* block_tables,
-                     int64_t block_table_stride, const AttentionPlan& plan,
-                     const int32_t* plan_buffer, float* workspace, uint32_t* counters,
-                     const AttentionParams& params, const Rows& out, Stream stream) {
+namespace {
+
+// That the kernels read no row and no block id beyond what is there: for the plan as it is now, or
+// for any that may be in the buffer when a captured launch is replayed.
+void check_sizes(const Rows& q, const KvCache& cache, const Rows& block_tables,
+                 const AttentionPlan& plan) {
+  const AttentionPlanConfig& config = plan.config();
+  const char* const whose =
+      config.fixed_grid ? "the plan (fixed_grid) is for " : "the plan is for ";
+  const int32_t tokens = config.fixed_grid ? config.max_num_tokens : plan.num_tokens();
+  const int32_t seqs = config.fixed_grid ? config.max_num_seqs : plan.num_seqs();
+  const int32_t seq_len = config.fixed_grid ? config.max_seq_len : plan.longest_seq_len();
+  check(q.rows == tokens, q.name,
+        "has " + std::to_string(q.rows) + " rows, " + whose + std::to_string(tokens) + " tokens");
+  check(block_tables.dtype == DType::kInt32, block_tables.name, "must be int32");
+  check(block_tables.rows == seqs, block_tables.name,
+        "has " + std::to_string(block_tables.rows) + " rows, " + whose + std::to_string(seqs) +
+            " sequences");
+  const int64_t blocks = (int64_t{seq_len} + cache.block_size - 1) / cache.block_size;
+  check(block_tables.cols >= blocks, block_tables.name,
+        "has " + std::to_string(block_tables.cols) + " blocks a row, " + whose +
+            std::to_string(seq_len) + " tokens of a sequence, which are " + std::to_string(blocks));
+}
+
+}  // namespace
+
+void paged_attention(const Rows& q, const KvCache& cache, const Rows& block_tables,
+                     const AttentionPlan& plan, const int32_t* plan_buffer, float* workspace,
+                     uint32_t* counters, const AttentionParams& params, const Rows& out,
+                     Stream stream) {
   const AttentionPlanConfig& config = plan.config();
   check_cache(cache);
   check(cache.head_dim == config.head_dim, "cache",
@@ -17,6 +43,7 @@ void paged_attention(const Rows& q, const KvCache& cache, const int32_t* block_t
             std::to_string(config.num_kv_heads));
   check(cache.num_blocks > 0, "cache", "has no blocks");
   check_rows(q, q.rows, int64_t{config.num_heads} * config.head_dim);
+  check_sizes(q, cache, block_tables, plan);
   check_rows(out, q.rows, q.cols);
   check(out.dtype == q.dtype, "out", "must be of the type of q");
   check(cache.dtype == DType::kUInt8 || cache.dtype == q.dtype, "q",
@@ -35,8 +62,8 @@ void paged_attention(const Rows& q, const KvCache& cache, const int32_t* block_t
   args.q_stride = q.stride;
   args.out_stride = out.stride;
   args.cache = cache;
-  args.block_tables = block_tables;
-  args.block_table_stride = block_table_stride;
+  args.block_tables = block_tables.as<const int32_t>();
+  args.block_table_stride = block_tables.stride;
   args.num_heads = config.num_heads;
   args.group = config.num_heads / config.num_kv_heads;
   args.params = params;

@@ -213,7 +213,8 @@ void swap_blocks(py::object device, py::object host, py::object swaps,
 
 cuda::AttentionPlan new_plan(int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
                              int32_t max_num_seqs, int32_t max_num_tokens, int32_t max_seq_len,
-                             int32_t num_multiprocessors, bool batch_invariant, bool fixed_grid) {
+                             int32_t num_multiprocessors, bool batch_invariant, bool fixed_grid,
+                             bool decode_only) {
   cuda::AttentionPlanConfig config;
   config.num_heads = num_heads;
   config.num_kv_heads = num_kv_heads;
@@ -224,6 +225,7 @@ cuda::AttentionPlan new_plan(int32_t num_heads, int32_t num_kv_heads, int32_t he
   config.num_multiprocessors = num_multiprocessors;
   config.batch_invariant = batch_invariant;
   config.fixed_grid = fixed_grid;
+  config.decode_only = decode_only;
   return cuda::AttentionPlan(config);
 }
 
@@ -248,7 +250,6 @@ void paged_attention(py::object q, py::object k_cache, py::object v_cache, py::o
   const cuda::Rows queries = args.rows(q, "q");
   const cuda::KvCache cache = args.cache(k_cache, v_cache, k_scale, v_scale);
   const cuda::Rows tables = args.rows(block_tables, "block_tables");
-  if (tables.dtype != DType::kInt32) throw InvalidArgument("block_tables must be int32");
   const int32_t* planned = args.indices(plan_buffer, "plan_buffer", plan.plan_size());
   float* partials =
       args.vector<float>(workspace, "workspace", DType::kFloat32, plan.workspace_size());
@@ -259,8 +260,8 @@ void paged_attention(py::object q, py::object k_cache, py::object v_cache, py::o
   params.soft_cap = soft_cap;
   params.alibi_slopes = args.optional_floats(alibi_slopes, "alibi_slopes", plan.config().num_heads);
   const cuda::Rows result = args.rows(out, "out");
-  cuda::paged_attention(queries, cache, tables.as<const int32_t>(), tables.stride, plan, planned,
-                        partials, counts, params, result, args.stream());
+  cuda::paged_attention(queries, cache, tables, plan, planned, partials, counts, params, result,
+                        args.stream());
 }
 
 void bind_attention(py::module_& m) {
@@ -270,7 +271,8 @@ void bind_attention(py::module_& m) {
   py::class_<Plan>(m, "AttentionPlan", py::module_local())
       .def(py::init(&new_plan), py::kw_only(), arg("num_heads"), arg("num_kv_heads"),
            arg("head_dim"), arg("max_num_seqs"), arg("max_num_tokens"), arg("max_seq_len"),
-           arg("num_multiprocessors"), arg("batch_invariant") = false, arg("fixed_grid") = false)
+           arg("num_multiprocessors"), arg("batch_invariant") = false, arg("fixed_grid") = false,
+           arg("decode_only") = false)
       .def_property_readonly("plan_size", &Plan::plan_size)
       .def_property_readonly("workspace_size", &Plan::workspace_size)
       .def_property_readonly("num_counters", &Plan::num_counters)

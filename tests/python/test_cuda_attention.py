@@ -33,6 +33,7 @@ class Case:
     num_multiprocessors: int = 4
     batch_invariant: bool = False
     fixed_grid: bool = False
+    decode_only: bool = False
     plan: dict[str, int] = field(default_factory=dict)
 
 
@@ -72,6 +73,7 @@ class Attention:
             num_multiprocessors=c.num_multiprocessors,
             batch_invariant=c.batch_invariant,
             fixed_grid=c.fixed_grid,
+            decode_only=c.decode_only,
             **limits,
         )
         self.plan_buffer = torch.full((self.plan.plan_size,), -7, dtype=torch.int32)
@@ -104,7 +106,7 @@ class Attention:
             torch.tensor(self.starts), torch.tensor(c.seq_lens, dtype=torch.int32), self.plan_buffer
         )
         on_device = self.plan_buffer.to(self.cuda.device)
-        out = self.cuda.poisoned(self.starts[-1], c.heads * c.head_dim, dtype=c.dtype)
+        out = self.cuda.poisoned(len(self.q), c.heads * c.head_dim, dtype=c.dtype)
 
         def launch() -> None:
             self.cuda.ops.paged_attention(
@@ -127,7 +129,20 @@ class Attention:
 
         self.cuda.run(launch, out)
         assert not self.counters.any()
-        return out
+        rows = self.starts[-1]
+        assert (out[rows:].view(torch.uint8) == 0xFF).all()  # padding, which nobody writes
+        return out[:rows]
+
+    def pad(self) -> None:
+        """To the plan's maxima, with what must not be read."""
+        limits, blocks = self.case.plan, self.block_tables
+        wide = self.cuda.poisoned(limits["max_num_tokens"], self.q.shape[1], dtype=self.q.dtype)
+        wide[: len(self.q)] = self.q
+        self.q = wide
+        blocks_each = -(-limits["max_seq_len"] // self.case.block_size)
+        tables = torch.full((limits["max_num_seqs"], blocks_each), 1 << 30, dtype=torch.int32)
+        tables[: blocks.shape[0], : blocks.shape[1]] = blocks
+        self.block_tables = tables.to(self.cuda.device)
 
     def values(self, cache: torch.Tensor, scale: torch.Tensor | None, seq: int) -> torch.Tensor:
         """[seq_len, heads, head_dim] in float64."""
@@ -265,7 +280,25 @@ def test_one_plan_and_fixed_buffers_for_changing_lengths(cuda: Kernels) -> None:
         step = Attention(cuda, replace(case, new_tokens=new_tokens, seq_lens=lens))
         step.plan, step.plan_buffer = attention.plan, attention.plan_buffer
         step.workspace, step.counters = attention.workspace, attention.counters
-        assert relative_error(step.run(), step.reference()) < 1e-2
+        want = step.reference()
+        step.pad()
+        assert relative_error(step.run(), want) < 1e-2
+
+
+def test_a_plan_for_decoding_alone(cuda: Kernels) -> None:
+    limits = {"max_num_seqs": 5, "max_num_tokens": 5, "max_seq_len": 512}
+    case = replace(DECODE, fixed_grid=True, decode_only=True, plan=limits)
+    attention = Attention(cuda, case)
+    both = Attention(cuda, replace(case, decode_only=False))
+    want = attention.reference()
+    for each in (attention, both):
+        each.pad()
+    got = attention.run()
+    assert relative_error(got, want) < 1e-2
+    assert torch.equal(got.view(torch.int16), both.run().view(torch.int16))
+    assert attention.plan.plan_size < both.plan.plan_size  # without room for prefill
+    with pytest.raises(ValueError, match="query_start_loc has 2 new tokens of a sequence"):
+        Attention(cuda, replace(case, new_tokens=[1, 2], seq_lens=[5, 5])).run()
 
 
 def plan_error(cuda: Kernels, message: str, starts: list[int], lens: list[int]) -> None:
@@ -293,6 +326,7 @@ def test_errors_name_the_argument(cuda: Kernels) -> None:
     plan_error(cuda, "seq_lens holds 1 for 2", [0, 2], [1])
     plan_error(cuda, "query_start_loc must not descend", [0, 2, 1], [2, 2])
     plan_error(cuda, "more than max_num_tokens", [0, 9], [9])
+    plan_error(cuda, "query_start_loc must begin with 0", [1, 2], [1])
     for change, message in [
         ({"head_dim": 72}, "head_dim must"),
         ({"heads": 5}, "num_heads must"),
@@ -312,3 +346,32 @@ def test_errors_name_the_argument(cuda: Kernels) -> None:
     attention.q = attention.q.half()
     with pytest.raises(ValueError, match=r"q must be of the type of the cache|out must be"):
         attention.run()
+
+
+def test_sizes_are_the_plan_s(cuda: Kernels) -> None:
+    """Else rows would be left as they are, or read where there are none."""
+    limits = {"max_num_seqs": 5, "max_num_tokens": 7, "max_seq_len": 400}
+    fixed = replace(DECODE, fixed_grid=True, plan=limits)
+    for case, q, rows, blocks in ((DECODE, 3, 3, 19), (fixed, 7, 5, 25)):
+        plan = r"the plan \(fixed_grid\) is for" if case.fixed_grid else "the plan is for"
+        for change, message in [
+            (("q", lambda x: x[1:]), f"^q has {q - 1} rows, {plan} {q} tokens"),
+            (("q", lambda x: x.repeat(2, 1)), f"^q has {2 * q} rows, {plan} {q} tokens"),
+            (
+                ("block_tables", lambda x: x[1:]),
+                f"^block_tables has {rows - 1} rows, {plan} {rows} sequences",
+            ),
+            (("block_tables", lambda x: x.repeat(2, 1)), f"^block_tables has {2 * rows} rows"),
+            (
+                ("block_tables", lambda x: x[:, 1:]),
+                f"^block_tables has {blocks - 1} blocks a row, {plan} .* which are {blocks}",
+            ),
+            (("block_tables", lambda x: x.long()), "^block_tables must be int32"),
+        ]:
+            attention = Attention(cuda, case)
+            if case.fixed_grid:
+                attention.pad()
+            name, changed = change
+            setattr(attention, name, changed(getattr(attention, name)))
+            with pytest.raises(ValueError, match=message):
+                attention.run()

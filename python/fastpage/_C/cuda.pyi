@@ -25,8 +25,12 @@ class AttentionPlan:
         num_multiprocessors: int,
         batch_invariant: bool = False,
         fixed_grid: bool = False,
+        decode_only: bool = False,
     ) -> None:
-        """fixed_grid: for CUDA graphs, which replay with any plan within the maxima."""
+        """fixed_grid: for CUDA graphs, which replay with any plan within the maxima.
+
+        decode_only: no sequence brings more than one new token.
+        """
 
     @property
     def plan_size(self) -> int:
@@ -67,7 +71,9 @@ def paged_attention(
     k_scale: DLPackTensor | None = None,
     v_scale: DLPackTensor | None = None,
 ) -> None:
-    """k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], in any order of strides;
+    """q and block_tables have the plan's tokens and sequences; with fixed_grid its maxima.
+
+    k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], in any order of strides;
     uint8 holds float8 e4m3 bits, which stand for value / scale of their head."""
 
 def reshape_and_cache(
