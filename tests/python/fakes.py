@@ -20,7 +20,7 @@ LETTERS = string.ascii_lowercase
 EOS = "<end>"
 VOCAB = [*LETTERS, " ", ".", EOS]
 EOS_ID = VOCAB.index(EOS)
-
+PATIENCE = 120.0  # seconds: only to end a test that hangs
 
 _TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -70,7 +70,7 @@ class Gate:
         self._permits = threading.Semaphore(0)
 
     def __call__(self) -> None:
-        assert self._permits.acquire(timeout=60)
+        assert self._permits.acquire(timeout=PATIENCE)
 
     def open(self, steps: int = 1) -> None:
         self._permits.release(steps)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import grpc
-from fakes import load_alphabet
+from fakes import PATIENCE, AlphabetRunner, load_alphabet
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fastpage import AsyncEngine
@@ -24,9 +24,12 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Client:
-    def __init__(self, address: str, engine: AsyncEngine | None = None) -> None:
+    def __init__(
+        self, address: str, engine: AsyncEngine | None = None, runner: AlphabetRunner | None = None
+    ) -> None:
         self.address = address
         self.engine = engine
+        self.runner = runner
         self.channel = grpc.aio.insecure_channel(address)
         self.stub = pb_grpc.FastpageStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
@@ -38,7 +41,7 @@ class Client:
         return await self.stub.GetServerStats(pb.GetServerStatsRequest())
 
     async def wait_until_idle(self) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while True:
             stats = await self.stats()
             busy = stats.num_running + stats.num_waiting
@@ -54,7 +57,7 @@ async def serve(loaded: LoadedModel, slow_client_timeout: float = 60.0) -> Async
     address = await server.start()
     engine = AsyncEngine(loaded)
     await server.set_engine(engine)
-    client = Client(address, engine)
+    client = Client(address, engine, loaded.runner)
     try:
         yield client
         await client.wait_until_idle()
@@ -74,9 +77,16 @@ def run(
 
     async def main() -> None:
         async with serve(load_alphabet(before_step, **options)) as client:
-            await asyncio.wait_for(test(client), timeout=60)
+            await asyncio.wait_for(test(client), timeout=PATIENCE)
 
     asyncio.run(main())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
 
 
 def text_request(text: str, **sampling: Any) -> pb.GenerateRequest:
