@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
-from fakes import EOS_ID, Gate, letter_tokenizer, load_alphabet, serve_on_a_thread
+from fakes import EOS_ID, PATIENCE, Gate, letter_tokenizer, load_alphabet, serve_on_a_thread
 
 from fastpage import AsyncEngine, RequestOutput, SamplingParams
 from fastpage.engine.async_engine import DuplicateRequestId, EngineStopped
@@ -63,7 +63,7 @@ def run(
     async def main() -> None:
         loaded = load_alphabet(before_step, **options)
         async with start_engine(loaded) as engine:
-            await asyncio.wait_for(test(engine), timeout=60)
+            await asyncio.wait_for(test(engine), timeout=PATIENCE)
             await wait_until_idle(engine)
             loaded.engine.check_integrity()
 
@@ -71,7 +71,7 @@ def run(
 
 
 async def wait_until_idle(engine: AsyncEngine) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while True:
         scheduler = engine.stats().scheduler
         busy = scheduler.num_running + scheduler.num_waiting
@@ -79,6 +79,19 @@ async def wait_until_idle(engine: AsyncEngine) -> None:
             return
         assert time.monotonic() < deadline, f"{busy} requests and some blocks are left"
         await asyncio.sleep(0.01)
+
+
+async def has_heard(engine: AsyncEngine) -> None:
+    """The core has, of all that it was told before this."""
+    with pytest.raises(InvalidArgument, match="max_model_len"):
+        await engine.add_request([0] * 1000, SamplingParams(max_tokens=1))
+
+
+async def no_stream_is_left(engine: AsyncEngine) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while engine._streams:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
 
 
 async def last_of(engine: AsyncEngine, *args: Any, **kwargs: Any) -> RequestOutput:
@@ -140,7 +153,10 @@ def test_final_only_gives_one_output() -> None:
 
 @pytest.mark.parametrize("include", [False, True])
 def test_stop_string(include: bool) -> None:
+    gate = Gate()
+
     async def test(engine: AsyncEngine) -> None:
+        gate.open(7)
         params = SamplingParams(
             max_tokens=120, stop=["ghi", "zz"], include_stop_str_in_output=include, **GREEDY
         )
@@ -148,10 +164,12 @@ def test_stop_string(include: bool) -> None:
         assert out.text == ("cdefghi" if include else "cdef")
         assert out.token_ids == list(range(2, 9))
         assert (out.finish_reason, out.stop_reason) == ("stop", "ghi")
+        await has_heard(engine)
+        # The step that was in progress, and no other one.
+        gate.open()
         await wait_until_idle(engine)
-        assert engine.stats().num_generated_tokens < 60
 
-    run(test, before_step=lambda: time.sleep(0.002))
+    run(test, before_step=gate)
 
 
 def test_a_stop_string_ends_one_sample_and_not_its_siblings() -> None:
@@ -278,27 +296,30 @@ def test_logprobs() -> None:
 
 
 def test_a_reader_that_goes_away_frees_its_blocks() -> None:
+    gate = Gate()
+
     async def test(engine: AsyncEngine) -> None:
-        seen = 0
-        async for _ in engine.generate("a", SamplingParams(max_tokens=120, **GREEDY)):
-            seen += 1
-            if seen == 2:
-                break
+        params = SamplingParams(max_tokens=120, **GREEDY)
+        gate.open()
+        async for _ in engine.generate("a", params):
+            break
+        await no_stream_is_left(engine)
+        await has_heard(engine)
+        # The step that was in progress, and no other one.
+        gate.open()
         await wait_until_idle(engine)
-        assert engine.stats().num_generated_tokens < 60
 
-        async def read() -> None:
-            await last_of(engine, "a", SamplingParams(max_tokens=120, **GREEDY))
-
-        task = asyncio.create_task(read())
-        await asyncio.sleep(0.005)
+        task = asyncio.create_task(last_of(engine, "a", params))
+        while not engine._streams:
+            await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        await has_heard(engine)
+        gate.open()
         await wait_until_idle(engine)
-        assert engine.stats().num_generated_tokens < 120
 
-    run(test, before_step=lambda: time.sleep(0.002))
+    run(test, before_step=gate)
 
 
 def test_abort_by_id() -> None:
@@ -352,7 +373,7 @@ def test_a_slow_reader_finds_several_steps_in_one_output() -> None:
         stream = await engine.add_request(
             "a", SamplingParams(max_tokens=20, **GREEDY), output_kind=RequestOutputKind.DELTA
         )
-        await asyncio.sleep(0.2)
+        await no_stream_is_left(engine)
         out = await anext(stream)
         assert out.finished
         assert out.outputs[0].text == "bcdefghijklmnopqrstu"
@@ -549,22 +570,28 @@ def test_an_engine_that_cannot_be_understood_counts_as_dead(error: Exception) ->
                 assert not engine.ready
                 assert engine.stats().scheduler.num_running == 0
 
-    asyncio.run(asyncio.wait_for(main(), timeout=30))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_shutdown_ends_what_is_in_progress() -> None:
+    gate = Gate()
+
     async def main() -> None:
-        engine = AsyncEngine(load_alphabet(lambda: time.sleep(0.01)))
+        engine = AsyncEngine(load_alphabet(gate))
         stream = await engine.add_request("a", SamplingParams(max_tokens=100, **GREEDY))
+        gate.open()
         await anext(stream)
-        await engine.shutdown()
+        stopping = asyncio.create_task(engine.shutdown())
+        await no_stream_is_left(engine)
+        gate.open(100)
+        await stopping
         with pytest.raises(EngineStopped):
             async for _ in stream:
                 pass
         with pytest.raises(EngineStopped):
             await engine.add_request("a", SamplingParams())
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_many_at_once_equal_one_alone() -> None:
@@ -600,20 +627,24 @@ sys.lingers = Lingers()
 
 def test_an_engine_that_was_not_shut_down_does_not_crash_the_interpreters_exit() -> None:
     script = [sys.executable, "-c", LEAVES_ITS_THREAD_RUNNING]
-    result = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(script, capture_output=True, text=True, timeout=PATIENCE)
     assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_an_output_that_cannot_be_taken_in_costs_its_request_and_ends_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    gate = Gate()
+
     async def main() -> None:
-        async with AsyncEngine(load_alphabet(lambda: time.sleep(0.001))) as engine:
+        async with AsyncEngine(load_alphabet(gate)) as engine:
             monkeypatch.setattr(engine._processor, "_token_text", lambda _: 1 // 0)
             params = SamplingParams(n=1, best_of=3, max_tokens=100, prompt_logprobs=1)
+            gate.open()
             with pytest.raises(ZeroDivisionError):
                 await last_of(engine, "abc", params)
+            # The step that was in progress, and no other one.
+            gate.open()
             await wait_until_idle(engine)
-            assert engine.stats().num_steps < 50
 
     asyncio.run(main())

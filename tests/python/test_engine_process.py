@@ -11,11 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
+from server_process import ENDLESS, PATIENCE, is_alive, write_endless_model
 
 from fastpage import LLM, AsyncEngine, EngineArgs, SamplingParams
 from fastpage.engine.core import EngineDied
@@ -24,9 +25,10 @@ from fastpage.engine.process_core import ProcessCore
 from fastpage.errors import CheckpointError, ModelError, ResourceExhausted
 
 SMALL = {"kv_cache_memory": "64MiB", "max_model_len": 512, "threads": 1}
+ROOM_FOR_ENDLESS = {"num_kv_blocks": 16384, "threads": 1}
 PROMPT = "Once upon a time"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
-LONG = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+LONG = SamplingParams(temperature=0.0, max_tokens=ENDLESS, ignore_eos=True)
 
 
 class Watcher(EngineObserver):
@@ -47,7 +49,7 @@ class Watcher(EngineObserver):
 async def engine_process(
     model: Path, observer: EngineObserver | None = None, **options: Any
 ) -> AsyncIterator[tuple[AsyncEngine, ProcessCore]]:
-    args = EngineArgs(model=str(model), **SMALL, **options)
+    args = EngineArgs(model=str(model), **(options or ROOM_FOR_ENDLESS))
     engine = await AsyncEngine.start_process(args, observer)
     core = engine._core
     assert isinstance(core, ProcessCore)
@@ -57,17 +59,10 @@ async def engine_process(
 
 
 async def gone(pid: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while is_alive(pid):
         assert time.monotonic() < deadline, f"process {pid} is still there"
         await asyncio.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state != "Z"
-    return False
 
 
 async def text_of(engine: AsyncEngine, params: SamplingParams = GREEDY) -> str:
@@ -75,14 +70,26 @@ async def text_of(engine: AsyncEngine, params: SamplingParams = GREEDY) -> str:
 
 
 @pytest.fixture(scope="module")
-def expected(smollm2_gguf: Path) -> str:
-    llm = LLM(str(smollm2_gguf), **SMALL)
+def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_endless_model(tmp_path_factory.mktemp("model") / "endless.gguf")
+
+
+@pytest.fixture(scope="module")
+def expected(endless_model: Path) -> str:
+    llm = LLM(str(endless_model), **ROOM_FOR_ENDLESS)
     return llm.generate(PROMPT, GREEDY)[0].outputs[0].text
 
 
-def test_answers_are_those_of_the_engine_in_process(smollm2_gguf: Path, expected: str) -> None:
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, timeout=PATIENCE))
+
+
+def test_answers_are_those_of_the_engine_in_process(smollm2_gguf: Path) -> None:
+    llm = LLM(str(smollm2_gguf), **SMALL)
+    expected = llm.generate(PROMPT, GREEDY)[0].outputs[0].text
+
     async def main() -> None:
-        async with engine_process(smollm2_gguf) as (engine, _):
+        async with engine_process(smollm2_gguf, **SMALL) as (engine, _):
             assert engine.ready
             while not engine.stats().scheduler.num_blocks:  # it says so without being asked
                 await asyncio.sleep(0.01)
@@ -93,14 +100,15 @@ def test_answers_are_those_of_the_engine_in_process(smollm2_gguf: Path, expected
             assert await engine.reset_prefix_cache()
             assert "engine weights" in engine.phases
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_what_the_core_refuses_is_raised_by_add_request(smollm2_gguf: Path) -> None:
+def test_what_the_core_refuses_is_raised_by_add_request(endless_model: Path) -> None:
     async def main() -> None:
-        async with engine_process(smollm2_gguf, max_num_waiting=2) as (engine, _):
+        options = {**ROOM_FOR_ENDLESS, "max_num_waiting": 2, "max_num_seqs": 1}
+        async with engine_process(endless_model, **options) as (engine, _):
             with pytest.raises(ValueError, match="max_model_len"):
-                await engine.add_request(list(range(600)), GREEDY)
+                await engine.add_request([7] * 300_000, GREEDY)
             streams = []
             with pytest.raises(ResourceExhausted, match="max_num_waiting") as refusal:
                 while True:
@@ -111,22 +119,22 @@ def test_what_the_core_refuses_is_raised_by_add_request(smollm2_gguf: Path) -> N
                 stream.abort()
             assert not engine._streams
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_the_queue_is_bounded_in_tokens_too(smollm2_gguf: Path) -> None:
+def test_the_queue_is_bounded_in_tokens_too(endless_model: Path) -> None:
     async def main() -> None:
-        options = {"max_num_waiting_tokens": 1000, "max_num_seqs": 1}
-        async with engine_process(smollm2_gguf, **options) as (engine, _):
+        options = {**ROOM_FOR_ENDLESS, "max_num_waiting_tokens": 1000, "max_num_seqs": 1}
+        async with engine_process(endless_model, **options) as (engine, _):
             running = await engine.add_request(PROMPT, LONG)
             await anext(running)
-            queued = [await engine.add_request([7] * 400, LONG) for _ in range(2)]
+            queued = [await engine.add_request([7] * 400, GREEDY) for _ in range(2)]
             with pytest.raises(ResourceExhausted, match="max_num_waiting_tokens"):
-                await engine.add_request([7] * 400, LONG)
+                await engine.add_request([7] * 400, GREEDY)
             for stream in [running, *queued]:
                 stream.abort()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_a_model_that_cannot_be_loaded_is_an_error_here(tmp_path: Path) -> None:
@@ -140,15 +148,15 @@ def test_a_model_that_cannot_be_loaded_is_an_error_here(tmp_path: Path) -> None:
         gc.collect()
         assert not unheard
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_an_engine_that_is_killed_comes_back(
-    smollm2_gguf: Path, expected: str, caplog: pytest.LogCaptureFixture
+    endless_model: Path, expected: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
         watcher = Watcher()
-        async with engine_process(smollm2_gguf, watcher) as (engine, core):
+        async with engine_process(endless_model, watcher) as (engine, core):
             first_pid = core.pid
             stream = await engine.add_request(PROMPT, LONG)
             await anext(stream)
@@ -159,22 +167,22 @@ def test_an_engine_that_is_killed_comes_back(
             assert not engine.ready
             with pytest.raises(EngineDied, match="started again"):
                 await engine.add_request(PROMPT, GREEDY)
-            await asyncio.wait_for(watcher.back.wait(), timeout=60)
+            await watcher.back.wait()
             assert engine.ready and core.pid != first_pid
             assert watcher.events == ["started", "died", "started"]
             assert await text_of(engine) == expected
         assert watcher.events == ["started", "died", "started"]
 
     with caplog.at_level(logging.WARNING, logger="fastpage.engine"):
-        asyncio.run(main())
+        run(main())
     assert "SIGKILL" in caplog.text and "is back" in caplog.text
 
 
 def test_it_is_started_again_until_it_starts(
-    smollm2_gguf: Path, tmp_path: Path, expected: str, caplog: pytest.LogCaptureFixture
+    endless_model: Path, tmp_path: Path, expected: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tmp_path / "model.gguf"
-    model.symlink_to(smollm2_gguf)
+    model.symlink_to(endless_model)
 
     async def main() -> None:
         watcher = Watcher()
@@ -183,24 +191,24 @@ def test_it_is_started_again_until_it_starts(
             os.kill(core.pid, signal.SIGKILL)
             while "could not be started again" not in caplog.text:
                 await asyncio.sleep(0.01)
-            model.symlink_to(smollm2_gguf)
-            await asyncio.wait_for(watcher.back.wait(), timeout=60)
+            model.symlink_to(endless_model)
+            await watcher.back.wait()
             assert await text_of(engine) == expected
 
     with caplog.at_level(logging.WARNING, logger="fastpage.engine"):
-        asyncio.run(main())
+        run(main())
 
 
 def test_it_ignores_the_signals_that_are_meant_for_the_front_end(
-    smollm2_gguf: Path, expected: str
+    endless_model: Path, expected: str
 ) -> None:
     async def main() -> None:
-        async with engine_process(smollm2_gguf) as (engine, core):
+        async with engine_process(endless_model) as (engine, core):
             for number in (signal.SIGINT, signal.SIGTERM):
                 os.kill(core.pid, number)
             assert await text_of(engine) == expected
 
-    asyncio.run(main())
+    run(main())
 
 
 _FRONT_END = """
@@ -216,9 +224,9 @@ class Loud(process_core._Process):
 process_core._Process = Loud
 
 async def main():
-    args = EngineArgs(model=sys.argv[1], kv_cache_memory="64MiB", max_model_len=512, threads=1)
+    args = EngineArgs(model=sys.argv[1], num_kv_blocks=16384, threads=1)
     engine = await AsyncEngine.start_process(args)
-    params = SamplingParams(max_tokens=500, ignore_eos=True)
+    params = SamplingParams(max_tokens=int(sys.argv[2]), ignore_eos=True)
     async for _ in engine.generate("Once upon a time", params):
         print("token", flush=True)
 
@@ -228,7 +236,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("when", ["loading", "serving"])
 def test_a_front_end_that_dies_takes_the_engine_with_it(
-    smollm2_gguf: Path, tmp_path: Path, when: str
+    endless_model: Path, tmp_path: Path, when: str
 ) -> None:
     # A module of the working directory must not come between the engine and its own.
     (tmp_path / "json.py").write_text("raise SystemExit('this is not json')\n")
@@ -236,7 +244,7 @@ def test_a_front_end_that_dies_takes_the_engine_with_it(
     script.parent.mkdir()
     script.write_text(_FRONT_END)
     front_end = subprocess.Popen(
-        [sys.executable, str(script), str(smollm2_gguf)],
+        [sys.executable, str(script), str(endless_model), str(ENDLESS)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
@@ -248,4 +256,4 @@ def test_a_front_end_that_dies_takes_the_engine_with_it(
     front_end.kill()
     front_end.wait()
     front_end.stdout.close()
-    asyncio.run(gone(pid))
+    run(gone(pid))
