@@ -43,6 +43,9 @@ struct FrontEndOfTest {
     if (client.has_unsent()) polled.events |= POLLOUT;
     poll(&polled, 1, -1);
     client.flush();
+    take_what_is_there();
+  }
+  void take_what_is_there() {
     for (EngineNews& each : client.receive()) take(std::move(each));
   }
   template <typename Done>

@@ -365,6 +365,39 @@ TEST(EngineChannel, AFrontEndWithNothingInAStepHearsOfItLater) {
   EXPECT_EQ(idle.stats.scheduler.num_running, 0);
 }
 
+// Of several, the first one only finds the engine idle.
+TEST(EngineChannel, TheFirstAcceptanceComesWithTheFirstStep) {
+  EngineServerConfig config;
+  config.max_delay_seconds = 1e9;
+  ServerFixture f(small_config(), 2, config);
+  f.model->close();
+  f.start();
+  for (int i = 0; i < 2; ++i) {  // what was told before the first step goes out on its own
+    f.front_end(i).receive_until([&] { return !f.front_end(i).news.empty(); });
+  }
+  const RequestId first = f.front_end(0).add(request({1, 2}));
+  f.model->wait_until_inside();
+  f.front_end(1).add(request({3}));
+  f.front_end(1).receive_until([&] { return f.front_end(1).accepted.size() == 1; });
+  f.front_end(0).take_what_is_there();
+  EXPECT_TRUE(f.front_end(0).accepted.empty());
+  f.model->open();
+  f.front_end(0).receive_all();
+  EXPECT_EQ(f.front_end(0).accepted.count(first), 1u);
+}
+
+TEST(EngineChannel, TheFirstAcceptanceDoesNotWaitForALongStep) {
+  EngineServerConfig config;
+  config.max_delay_seconds = 0.002;
+  ServerFixture f(small_config(), 1, config);
+  f.model->close();
+  f.start();
+  f.front_end(0).add(request({1, 2}));
+  f.front_end(0).receive_until([&] { return f.front_end(0).accepted.size() == 1; });
+  f.model->open();
+  f.front_end(0).receive_all();
+}
+
 TEST(EngineChannel, StopEndsItAndTheClientsSeeThat) {
   ServerFixture f(small_config(), 2);
   f.model->close();

@@ -45,7 +45,8 @@ struct EngineServerConfig {
   size_t max_unsent_bytes = size_t{64} << 20;
   // A front end that nothing in a step is for, while there is something for others, hears of it at
   // most that much later (together with later ones), unless the engine has nothing else to do: it
-  // is not to be woken by each step.
+  // is not to be woken by each step. Nor by the acceptance of a request that finds the engine idle:
+  // that comes with what the first step brings, if the step takes no longer.
   double max_delay_seconds = 0.05;
 };
 

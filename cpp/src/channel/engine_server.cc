@@ -68,6 +68,18 @@ EngineNews refusal(RequestId client_id, std::string error, bool out_of_resources
   return news;
 }
 
+// As poll() takes it: whoever waits for more may look again in between.
+int milliseconds_until(FrontEnd::Clock::time_point when) {
+  const auto left = std::chrono::ceil<std::chrono::milliseconds>(when - FrontEnd::Clock::now());
+  return static_cast<int>(std::clamp<int64_t>(left.count(), 0, 60'000));
+}
+
+FrontEnd::Clock::duration to_duration(double seconds) {
+  const std::chrono::duration<double> at_most = std::chrono::hours(24 * 365);
+  return std::chrono::duration_cast<FrontEnd::Clock::duration>(
+      std::min(std::chrono::duration<double>(seconds), at_most));
+}
+
 constexpr char kOutOfMemory[] = "memory ran out for this request: send a smaller one, or try later";
 
 }  // namespace
@@ -110,6 +122,7 @@ struct EngineServer::State {
 
   Engine* const engine;
   const EngineServerConfig config;
+  const FrontEnd::Clock::duration held_at_most;
   WakePipe pipe;
   std::vector<std::unique_ptr<FrontEnd>> front_ends;  // those that have gone, too
   std::vector<pollfd> polled;                         // of the I/O thread
@@ -124,7 +137,7 @@ struct EngineServer::State {
 };
 
 EngineServer::State::State(Engine* e, const std::vector<int>& sockets, EngineServerConfig c)
-    : engine(e), config(c) {
+    : engine(e), config(c), held_at_most(to_duration(config.max_delay_seconds)) {
   if (engine == nullptr) throw InvalidArgument("EngineServer: the engine is null");
   for (const int fd : sockets) check_stream_socket(fd);
   std::vector<std::unique_ptr<FrontEnd>> made;
@@ -316,16 +329,23 @@ bool EngineServer::State::poll_all() {
   for (size_t i = 0; i < front_ends.size(); ++i) {
     FrontEnd* const front_end = front_ends[i].get();
     const int fd = front_end->socket.get();  // -1, which poll() passes over, if it has gone
-    const size_t num_unsent = front_end->num_unsent_bytes();
+    FrontEnd::Unsent unsent = front_end->unsent();
+    if (unsent.held_until.has_value()) {
+      const int held_for = milliseconds_until(*unsent.held_until);
+      if (held_for > 0) {
+        timeout = timeout < 0 ? held_for : std::min(timeout, held_for);
+        unsent.num_bytes = 0;
+      }
+    }
     short events = 0;
-    if (num_unsent > 0) events |= POLLOUT;
-    if (num_unsent <= config.max_unsent_bytes) events |= POLLIN;
+    if (unsent.num_bytes > 0) events |= POLLOUT;
+    if (unsent.num_bytes <= config.max_unsent_bytes) events |= POLLIN;
     polled[1 + i] = {fd, events, 0};
     if (fd >= 0) {
       all_gone = false;
     } else if (!abort_requests_of(front_end)) {
       all_gone = false;
-      timeout = kRetryMilliseconds;
+      timeout = timeout < 0 ? kRetryMilliseconds : std::min(timeout, kRetryMilliseconds);
     }
   }
   if (all_gone) return false;
@@ -401,7 +421,9 @@ void EngineServer::State::add_request(FrontEnd* front_end, RequestId client_id, 
   }
 }
 
-// kAccepted goes out before `mutex` is given up: distribute() needs it for any output.
+// kAccepted goes out, or is held, before `mutex` is given up: distribute() needs it for any output.
+// A first request's is held: woken for it, the front end would take a core from the step that
+// computes the first token, which is all that it waits for.
 void EngineServer::State::add_to_engine(FrontEnd* front_end, RequestId client_id,
                                         Request* request) {
   EngineNews accepted;
@@ -418,11 +440,16 @@ void EngineServer::State::add_to_engine(FrontEnd* front_end, RequestId client_id
     if (owners.size() + 1 > owners.bucket_count()) owners.rehash(2 * owners.bucket_count());
     const std::string& frame = make_frame(&io_writer, accepted);
     front_end->reserve(frame.size());
+    const bool was_idle = owners.empty();
     const RequestId id = engine->add_request(std::move(*request));
     place->second = id;
     node.key() = id;
     owners.insert(std::move(node));
-    front_end->send(frame);
+    if (was_idle) {
+      front_end->hold(frame, FrontEnd::Clock::now() + held_at_most);
+    } else {
+      front_end->send(frame);
+    }
   } catch (...) {
     front_end->engine_ids.erase(place);
     throw;

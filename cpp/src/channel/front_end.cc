@@ -7,8 +7,23 @@ namespace fastpage {
 size_t FrontEnd::send(const std::string& frame) {
   std::lock_guard<std::mutex> lock(mutex);
   if (gone) return 0;
-  if (!out.send(socket.get(), {frame.data(), frame.size()})) give_up_locked();
+  bool sent;
+  if (held_until.has_value()) {
+    out.keep({frame.data(), frame.size()});
+    held_until.reset();
+    sent = out.flush(socket.get());
+  } else {
+    sent = out.send(socket.get(), {frame.data(), frame.size()});
+  }
+  if (!sent) give_up_locked();
   return out.size();
+}
+
+void FrontEnd::hold(const std::string& frame, Clock::time_point latest) {
+  std::lock_guard<std::mutex> lock(mutex);
+  if (gone) return;
+  if (out.size() == 0) held_until = latest;
+  out.keep({frame.data(), frame.size()});
 }
 
 void FrontEnd::reserve(size_t frame_bytes) {
@@ -19,13 +34,14 @@ void FrontEnd::reserve(size_t frame_bytes) {
 void FrontEnd::flush() {
   std::lock_guard<std::mutex> lock(mutex);
   if (gone) return;
+  held_until.reset();
   if (!out.flush(socket.get())) give_up_locked();
   changed.notify_all();
 }
 
-size_t FrontEnd::num_unsent_bytes() {
+FrontEnd::Unsent FrontEnd::unsent() {
   std::lock_guard<std::mutex> lock(mutex);
-  return out.size();
+  return {out.size(), held_until};
 }
 
 void FrontEnd::give_up() {
@@ -37,6 +53,7 @@ void FrontEnd::give_up_locked() {
   if (gone) return;
   shutdown(socket.get(), SHUT_RDWR);
   out.clear();
+  held_until.reset();
 }
 
 void FrontEnd::notify() {
@@ -49,6 +66,7 @@ void FrontEnd::close() {
   gone = true;
   socket.close();
   out.clear();
+  held_until.reset();
   changed.notify_all();
 }
 

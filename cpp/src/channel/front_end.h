@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 
 #include "channel/messages.h"
@@ -16,9 +17,15 @@ struct FrontEnd {
 
   // Sends the frame, or keeps what the socket does not take. Returns what is unsent then.
   size_t send(const std::string& frame);
-  void reserve(size_t frame_bytes);  // send() of that much will not throw bad_alloc
+  // Keeps it for the next send(), or the first flush() that comes once `latest` is there.
+  void hold(const std::string& frame, Clock::time_point latest);
+  void reserve(size_t frame_bytes);  // send() or hold() of that much will not throw bad_alloc
   void flush();
-  size_t num_unsent_bytes();
+  struct Unsent {
+    size_t num_bytes;
+    std::optional<Clock::time_point> held_until;  // none: as soon as the socket takes them
+  };
+  Unsent unsent();
   // It cannot be served any more. The I/O thread, which has to see to what it leaves behind, will
   // find its socket at its end.
   void give_up();
@@ -41,6 +48,7 @@ struct FrontEnd {
   std::condition_variable changed;
   Descriptor socket;
   SendBuffer out;
+  std::optional<Clock::time_point> held_until;  // all of `out` is held, nothing waits to be taken
   bool gone = false;
 
   // Of the step thread: what it has not been told yet.

@@ -84,6 +84,11 @@ bool SendBuffer::send(int fd, Span<const char> bytes) {
   return true;
 }
 
+void SendBuffer::keep(Span<const char> bytes) {
+  reserve(bytes.size());
+  bytes_.insert(bytes_.end(), bytes.begin(), bytes.end());
+}
+
 // Moves what is unsent only once as much was sent, so that each byte is moved but once or twice.
 void SendBuffer::reserve(size_t num_more) {
   if (bytes_.capacity() - bytes_.size() >= num_more) return;

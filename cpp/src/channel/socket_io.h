@@ -35,7 +35,9 @@ class SendBuffer {
   // Sends what the socket takes at once, and keeps the rest. Throws bad_alloc with nothing sent.
   // False: the other end is gone.
   bool send(int fd, Span<const char> bytes);
-  // send() of that much will not throw.
+  // For a later flush(). Throws bad_alloc with nothing kept.
+  void keep(Span<const char> bytes);
+  // send() or keep() of that much will not throw.
   void reserve(size_t num_more);
   bool flush(int fd);
   size_t size() const { return bytes_.size() - sent_; }
