@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from waiting import PATIENCE
 
 from fastpage import _C
 from fastpage.engine.loading import LoadedModel, ModelInfo
