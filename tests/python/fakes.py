@@ -21,7 +21,6 @@ LETTERS = string.ascii_lowercase
 EOS = "<end>"
 VOCAB = [*LETTERS, " ", ".", EOS]
 EOS_ID = VOCAB.index(EOS)
-PATIENCE = 120.0  # seconds: only to end a test that hangs
 
 _TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

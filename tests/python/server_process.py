@@ -24,6 +24,7 @@ from checkpoint_files import (
     write_gguf,
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from waiting import PATIENCE, eventually
 
 from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
@@ -33,7 +34,6 @@ HTTP = "fastpage.serving.openai.cli"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _LISTENING = r"listening on (?:http://)?([^\s,]+)[\s,]"
-PATIENCE = 300.0  # seconds: only to end a test that hangs
 
 # Tokens that take an hour: a request for so many never ends by itself while a test runs.
 ENDLESS = 260_000
@@ -144,15 +144,6 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     return stat.rpartition(")")[2].split()[0] != "Z"
-
-
-def eventually(what: str, condition: object) -> None:
-    """Waits until `condition()` is true."""
-    assert callable(condition)
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
 
 
 class MemoryRecord:
