@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from fakes import EOS_ID, PATIENCE, Gate, letter_tokenizer, load_alphabet, serve_on_a_thread
 
-from fastpage import AsyncEngine, RequestOutput, SamplingParams
+from fastpage import _C, AsyncEngine, RequestOutput, SamplingParams
 from fastpage.engine.async_engine import DuplicateRequestId, EngineStopped
 from fastpage.engine.channel_core import ChannelCore
-from fastpage.engine.core import EngineDied
+from fastpage.engine.core import EngineDied, LocalCore
 from fastpage.engine.engine_thread import PreemptionLog
 from fastpage.engine.loading import LoadedModel
 from fastpage.engine.observer import EngineObserver
-from fastpage.engine.output_processor import EngineStepError, RequestState
+from fastpage.engine.output_processor import EngineStepError, OutputProcessor, RequestState
 from fastpage.engine.prompts import Prompt
 from fastpage.errors import FastpageError, InvalidArgument, ResourceExhausted
 from fastpage.outputs import RequestOutputKind
@@ -538,6 +538,103 @@ def test_an_observer_that_fails_costs_nobody_anything(caplog: pytest.LogCaptureF
     assert "Clumsy" in caplog.text and "a clumsy observer" in caplog.text
 
 
+class Counting(EngineObserver):
+    """Of each request it must hear as often that it ends as that it begins."""
+
+    def __init__(self) -> None:
+        self.in_progress: list[RequestState] = []
+        self.num_finished = 0
+
+    def request_added(self, request: RequestState) -> None:
+        self.in_progress.append(request)
+
+    def request_finished(self, request: RequestState) -> None:
+        self.in_progress.remove(request)
+        self.num_finished += 1
+
+
+class EndsAtOnce(LocalCore):
+    """A request is at its end before add_request() gets to go on: it was aborted, or its engine
+    died."""
+
+    def __init__(self, loaded: LoadedModel, end: Callable[[], object]) -> None:
+        super().__init__(loaded.engine)
+        self._end = end
+
+    async def accepted(self, core_id: int) -> None:
+        self._end()
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_observers_hear_of_the_end_of_what_ends_at_once(dies: bool) -> None:
+    def end() -> None:
+        if dies:
+            engine.on_died(EngineDied("as a test"))
+        else:
+            assert engine.abort("it")
+
+    async def main() -> None:
+        nonlocal engine
+        loaded = load_alphabet()
+        counting = Counting()
+        async with AsyncEngine(loaded, counting, EndsAtOnce(loaded, end)) as engine:
+            stream = await engine.add_request("a", SamplingParams(**GREEDY), "it")
+            assert (counting.in_progress, counting.num_finished) == ([], 1)
+            if dies:
+                with pytest.raises(EngineDied):
+                    await anext(stream)
+            else:
+                assert (await anext(stream)).outputs[0].finish_reason == "abort"
+
+    engine: AsyncEngine
+    asyncio.run(main())
+
+
+def test_an_observer_may_abort(caplog: pytest.LogCaptureFixture) -> None:
+    class Impatient(Counting):
+        def request_finished(self, request: RequestState) -> None:
+            super().request_finished(request)
+            for other in list(self.in_progress):
+                engine.abort(other.request_id)
+
+    async def test(to_be_watched: AsyncEngine) -> None:
+        nonlocal engine
+        engine = to_be_watched
+        observer = Impatient()
+        engine.add_observer(observer)
+        params = SamplingParams(max_tokens=1, **GREEDY)
+        streams = [await engine.add_request("a", params) for _ in range(4)]
+        gate.open(4)
+        for stream in streams:
+            [output] = [output async for output in stream]
+            assert output.outputs[0].finish_reason in ("length", "abort")
+        assert (observer.in_progress, observer.num_finished) == ([], 4)
+
+    engine: AsyncEngine
+    gate = Gate()
+    run(test, gate)
+    assert not caplog.records
+
+
+def test_the_error_of_a_step_is_not_that_of_later_ones() -> None:
+    class Lost:
+        index = 0
+        finish_reason = _C.FinishReason.ABORT
+
+        def __init__(self, core_id: int) -> None:
+            self.request_id = core_id
+
+    def error_of_one() -> str:
+        state = processor.add(1, "it", Prompt("a", [0]), SamplingParams())
+        processor.process([Lost(1)])  # type: ignore[list-item]
+        return str(state.error)
+
+    processor = OutputProcessor(letter_tokenizer())
+    processor.step_failed(RuntimeError("out of luck"))
+    assert "out of luck" in error_of_one()
+    assert "out of luck" not in error_of_one()
+
+
 @pytest.mark.parametrize("error", [MemoryError(), FastpageError("no message")])
 def test_an_engine_that_cannot_be_understood_counts_as_dead(error: Exception) -> None:
     class Deaf:
@@ -571,6 +668,28 @@ def test_an_engine_that_cannot_be_understood_counts_as_dead(error: Exception) ->
                 assert engine.stats().scheduler.num_running == 0
 
     asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("a fault of ours")])
+def test_news_that_cannot_be_taken_in_count_as_the_engines_end(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    async def main() -> None:
+        loaded = load_alphabet()
+        with serve_on_a_thread(loaded) as fileno:
+            core = ChannelCore()
+            core.open(fileno)
+            async with AsyncEngine(loaded, core=core) as engine:
+                monkeypatch.setattr(engine._processor, "process", fail)
+                with pytest.raises(EngineDied):
+                    await last_of(engine, "a", SamplingParams(max_tokens=5, **GREEDY))
+                await core.wait_closed()
+                assert not engine.ready
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
 
 
 def test_shutdown_ends_what_is_in_progress() -> None:

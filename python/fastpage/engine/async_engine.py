@@ -380,15 +380,20 @@ class AsyncEngine:
             stream._notify()
 
     def _announce(self, stream: RequestStream) -> None:
-        """Its first output may come before add_request() gets to go on."""
-        if not stream._announced:
-            stream._announced = True
-            state = stream._state
-            self._tell(lambda observer: stream._caller.run(observer.request_added, state))
+        """Its first output, and its end, may come before add_request() gets to go on."""
+        if stream._announced:
+            return
+        stream._announced = True
+        state = stream._state
+        ended = state.core_id not in self._streams
+        self._tell(lambda observer: stream._caller.run(observer.request_added, state))
+        if ended:
+            self._tell(lambda observer: observer.request_finished(state))
 
     def _remove(self, stream: RequestStream) -> None:
         state = stream._state
-        del self._streams[state.core_id]
+        if self._streams.pop(state.core_id, None) is None:  # an observer has aborted it
+            return
         del self._core_ids[state.request_id]
         if stream._announced:
             self._tell(lambda observer: observer.request_finished(state))

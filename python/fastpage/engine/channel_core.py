@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 from fastpage import _C
 from fastpage.engine.core import CoreListener, EngineDied
 from fastpage.engine.engine_thread import SchedulerWatch
 from fastpage.errors import FastpageError, InvalidArgument, ResourceExhausted
+
+_logger = logging.getLogger("fastpage.engine")
 
 # What a front end may have waiting for an engine that does not read.
 _MOST_UNSENT_BYTES = 256 << 20
@@ -130,12 +133,16 @@ class ChannelCore:
         client = self._client
         assert client is not None and self._listener is not None
         why = "the engine's process has ended"
+        lost = False  # some of its news: it cannot go on
         try:
             for news in client.receive():
                 self._take_in(news, self._listener)
-        except (FastpageError, MemoryError) as error:  # some news are lost: it cannot go on
-            why = str(error) or "there was no memory for what the engine said"
-        if client.closed and client is self._client:
+        except (FastpageError, MemoryError) as error:
+            lost, why = True, str(error) or "there was no memory for what the engine said"
+        except Exception:
+            lost, why = True, "what the engine said could not be taken in"
+            _logger.exception("%s", why)
+        if (lost or client.closed) and client is self._client:
             died = EngineDied(f"{why}: try again in a few seconds")
             self.close(died)
             self._listener.on_died(died)

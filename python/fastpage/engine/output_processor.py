@@ -267,6 +267,7 @@ class OutputProcessor:
                 step.aborts.append(SampleAbort(state.core_id, output.index))
             if state.finished:
                 del self._requests[state.core_id]
+        self._step_error = None
         step.changed = list(changed.values())
         return step
 
