@@ -70,10 +70,21 @@ class Gate:
         self._permits = threading.Semaphore(0)
 
     def __call__(self) -> None:
-        assert self._permits.acquire(timeout=PATIENCE)
+        # A step that fails frees its request, as a test may be waiting for something else to do.
+        assert self._permits.acquire(timeout=3 * PATIENCE)
 
     def open(self, steps: int = 1) -> None:
         self._permits.release(steps)
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened_at_the_end(cls, before_step: Callable[[], None] | None) -> Iterator[None]:
+        """Of a test that failed, too, so that its engine can end."""
+        try:
+            yield
+        finally:
+            if isinstance(before_step, cls):
+                before_step.open(1 << 20)
 
 
 def load_alphabet(

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import grpc
-from fakes import PATIENCE, AlphabetRunner, load_alphabet
+from fakes import PATIENCE, AlphabetRunner, Gate, load_alphabet
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fastpage import AsyncEngine
@@ -77,7 +77,9 @@ def run(
 
     async def main() -> None:
         async with serve(load_alphabet(before_step, **options)) as client:
-            await asyncio.wait_for(test(client), timeout=PATIENCE)
+            with Gate.opened_at_the_end(before_step):
+                await asyncio.wait_for(test(client), timeout=PATIENCE)
+                await client.wait_until_idle()
 
     asyncio.run(main())
 

@@ -63,8 +63,9 @@ def run(
     async def main() -> None:
         loaded = load_alphabet(before_step, **options)
         async with start_engine(loaded) as engine:
-            await asyncio.wait_for(test(engine), timeout=PATIENCE)
-            await wait_until_idle(engine)
+            with Gate.opened_at_the_end(before_step):
+                await asyncio.wait_for(test(engine), timeout=PATIENCE)
+                await wait_until_idle(engine)
             loaded.engine.check_integrity()
 
     asyncio.run(main())

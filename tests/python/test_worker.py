@@ -17,7 +17,7 @@ from typing import Any
 
 import grpc
 import pytest
-from fakes import EOS_ID, Gate, load_alphabet
+from fakes import EOS_ID, PATIENCE, Gate, load_alphabet
 from kv_index import Index
 from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
@@ -44,7 +44,7 @@ class Client:
         self.worker = worker
 
     async def wait_until_idle(self) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while True:
             stats = self.engine.stats().scheduler
             busy = stats.num_running + stats.num_waiting
@@ -72,7 +72,7 @@ class Client:
 @contextlib.asynccontextmanager
 async def serve(loaded: LoadedModel) -> AsyncIterator[Client]:
     server = grpc.aio.server()
-    worker = VllmEngineService(slow_client_timeout=10)
+    worker = VllmEngineService(slow_client_timeout=PATIENCE)
     worker.register(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -81,7 +81,6 @@ async def serve(loaded: LoadedModel) -> AsyncIterator[Client]:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         client = Client(pb_grpc.VllmEngineStub(channel), engine, worker)
         yield client
-        await client.wait_until_idle()
         worker.drain()
         await engine.shutdown()
         await server.stop(1)
@@ -95,7 +94,9 @@ def run(
     async def main() -> None:
         loaded = load_alphabet(before_step, enable_kv_events=True, **options)
         async with serve(loaded) as client:
-            await asyncio.wait_for(test(client), timeout=60)
+            with Gate.opened_at_the_end(before_step):
+                await asyncio.wait_for(test(client), timeout=PATIENCE)
+                await client.wait_until_idle()
 
     asyncio.run(main())
 
@@ -452,7 +453,7 @@ def test_cancellation_and_deadlines_free_the_blocks() -> None:
 def test_before_the_model_is_loaded() -> None:
     async def main() -> None:
         server = grpc.aio.server()
-        VllmEngineService(slow_client_timeout=10).register(server)
+        VllmEngineService(slow_client_timeout=PATIENCE).register(server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -661,7 +662,7 @@ def test_kv_events_tell_what_is_cached() -> None:
     async def test(client: Client) -> None:
         call = client.subscribe()
         # Headers at once, though there is nothing to say.
-        await asyncio.wait_for(call.initial_metadata(), 5)
+        await call.initial_metadata()
         await collect(client.stub.Generate(generate("abcdefghijkl", max_tokens=2)))
         (first,) = await read_batches(call, 1)
         assert not first.HasField("snapshot")
