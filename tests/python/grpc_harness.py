@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import grpc
-from fakes import PATIENCE, AlphabetRunner, Gate, load_alphabet
+from fakes import AlphabetRunner, Gate, load_alphabet
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from waiting import PATIENCE
 
 from fastpage import AsyncEngine
 from fastpage.engine.loading import LoadedModel
@@ -82,13 +83,6 @@ def run(
                 await client.wait_until_idle()
 
     asyncio.run(main())
-
-
-async def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.001)
 
 
 def text_request(text: str, **sampling: Any) -> pb.GenerateRequest:

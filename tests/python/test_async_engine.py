@@ -7,12 +7,12 @@ import contextlib
 import logging
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
-from fakes import EOS_ID, PATIENCE, Gate, letter_tokenizer, load_alphabet, serve_on_a_thread
+from fakes import EOS_ID, Gate, letter_tokenizer, load_alphabet, serve_on_a_thread
+from waiting import PATIENCE, is_idle, until
 
 from fastpage import _C, AsyncEngine, RequestOutput, SamplingParams
 from fastpage.engine.async_engine import DuplicateRequestId, EngineStopped
@@ -72,27 +72,13 @@ def run(
 
 
 async def wait_until_idle(engine: AsyncEngine) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        scheduler = engine.stats().scheduler
-        busy = scheduler.num_running + scheduler.num_waiting
-        if not busy and scheduler.num_free_blocks == scheduler.num_blocks:
-            return
-        assert time.monotonic() < deadline, f"{busy} requests and some blocks are left"
-        await asyncio.sleep(0.01)
+    await until(lambda: is_idle(engine.stats().scheduler), "requests or blocks are left")
 
 
 async def has_heard(engine: AsyncEngine) -> None:
     """The core has, of all that it was told before this."""
     with pytest.raises(InvalidArgument, match="max_model_len"):
         await engine.add_request([0] * 1000, SamplingParams(max_tokens=1))
-
-
-async def no_stream_is_left(engine: AsyncEngine) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while engine._streams:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.001)
 
 
 async def last_of(engine: AsyncEngine, *args: Any, **kwargs: Any) -> RequestOutput:
@@ -242,8 +228,7 @@ def test_ranked_outputs_that_are_aborted() -> None:
         params = SamplingParams(n=2, best_of=5, temperature=3.0, max_tokens=60)
         stream = await engine.add_request("a", params, "r1")
         gate.open(5)
-        while engine.stats().num_steps < 3:
-            await asyncio.sleep(0.001)
+        await until(lambda: engine.stats().num_steps >= 3)
         assert engine.abort("r1")
         out = await anext(stream)
         assert [(sample.text, sample.finish_reason) for sample in out.outputs] == [
@@ -304,15 +289,14 @@ def test_a_reader_that_goes_away_frees_its_blocks() -> None:
         gate.open()
         async for _ in engine.generate("a", params):
             break
-        await no_stream_is_left(engine)
+        await until(lambda: not engine._streams)
         await has_heard(engine)
         # The step that was in progress, and no other one.
         gate.open()
         await wait_until_idle(engine)
 
         task = asyncio.create_task(last_of(engine, "a", params))
-        while not engine._streams:
-            await asyncio.sleep(0.001)
+        await until(lambda: engine._streams)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -374,7 +358,7 @@ def test_a_slow_reader_finds_several_steps_in_one_output() -> None:
         stream = await engine.add_request(
             "a", SamplingParams(max_tokens=20, **GREEDY), output_kind=RequestOutputKind.DELTA
         )
-        await no_stream_is_left(engine)
+        await until(lambda: not engine._streams)
         out = await anext(stream)
         assert out.finished
         assert out.outputs[0].text == "bcdefghijklmnopqrstu"
@@ -702,7 +686,7 @@ def test_shutdown_ends_what_is_in_progress() -> None:
         gate.open()
         await anext(stream)
         stopping = asyncio.create_task(engine.shutdown())
-        await no_stream_is_left(engine)
+        await until(lambda: not engine._streams)
         gate.open(100)
         await stopping
         with pytest.raises(EngineStopped):

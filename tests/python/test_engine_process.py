@@ -10,13 +10,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
-from server_process import ENDLESS, PATIENCE, is_alive, write_endless_model
+from server_process import ENDLESS, is_alive, write_endless_model
+from waiting import PATIENCE, until
 
 from fastpage import LLM, AsyncEngine, EngineArgs, SamplingParams
 from fastpage.engine.core import EngineDied
@@ -59,10 +59,7 @@ async def engine_process(
 
 
 async def gone(pid: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while is_alive(pid):
-        assert time.monotonic() < deadline, f"process {pid} is still there"
-        await asyncio.sleep(0.01)
+    await until(lambda: not is_alive(pid), f"process {pid} is still there")
 
 
 async def text_of(engine: AsyncEngine, params: SamplingParams = GREEDY) -> str:
@@ -91,8 +88,8 @@ def test_answers_are_those_of_the_engine_in_process(smollm2_gguf: Path) -> None:
     async def main() -> None:
         async with engine_process(smollm2_gguf, **SMALL) as (engine, _):
             assert engine.ready
-            while not engine.stats().scheduler.num_blocks:  # it says so without being asked
-                await asyncio.sleep(0.01)
+            # It says so without being asked.
+            await until(lambda: engine.stats().scheduler.num_blocks)
             assert await asyncio.gather(*(text_of(engine) for _ in range(4))) == [expected] * 4
             assert engine.info.max_model_len == 512
             assert engine.stats().scheduler.num_blocks == engine.info.num_kv_blocks
@@ -189,8 +186,7 @@ def test_it_is_started_again_until_it_starts(
         async with engine_process(model, watcher) as (engine, core):
             model.unlink()
             os.kill(core.pid, signal.SIGKILL)
-            while "could not be started again" not in caplog.text:
-                await asyncio.sleep(0.01)
+            await until(lambda: "could not be started again" in caplog.text)
             model.symlink_to(endless_model)
             await watcher.back.wait()
             assert await text_of(engine) == expected

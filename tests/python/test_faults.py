@@ -31,16 +31,15 @@ from server_process import (
     ENDLESS_OPTIONS,
     GRPC,
     NOT_SERVING,
-    PATIENCE,
     SERVING,
     GrpcClient,
     MemoryRecord,
     ServerProcess,
-    eventually,
     is_alive,
     write_endless_model,
     write_tiny_model,
 )
+from waiting import PATIENCE, eventually
 
 from fastpage import LLM, SamplingParams
 from fastpage.v1 import fastpage_pb2 as pb

@@ -19,13 +19,13 @@ from server_process import (
     ENDLESS,
     ENDLESS_OPTIONS,
     HTTP,
-    PATIENCE,
     MemoryRecord,
     ServerProcess,
     write_endless_model,
     write_tiny_model,
 )
 from test_faults import NUM_MALFORMED, OPTIONS, SEED
+from waiting import PATIENCE
 
 from fastpage import LLM, SamplingParams
 

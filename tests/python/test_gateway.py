@@ -35,8 +35,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from server_process import GRPC, SERVING, ServerProcess, eventually, write_tiny_model
+from server_process import GRPC, SERVING, ServerProcess, write_tiny_model
 from test_tokenizer import TEXTS
+from waiting import eventually
 
 from fastpage import LLM, SamplingParams
 from fastpage.checkpoints.gguf_file import GgufFile

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 import grpc
 import pytest
-from fakes import PATIENCE, Gate, letter_tokenizer, load_alphabet
+from fakes import Gate, letter_tokenizer, load_alphabet
 from google.protobuf import struct_pb2
-from grpc_harness import Client, collect, run, serve, text_request, until
+from grpc_harness import Client, collect, run, serve, text_request
+from waiting import PATIENCE, until
 
 from fastpage.serving.grpc import calls
 from fastpage.serving.grpc.service import FastpageService

@@ -1,14 +1,15 @@
-"""fastpage-grpc and fastpage-chat as processes, with the real model."""
+"""fastpage-grpc and fastpage-chat as processes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,35 @@ import grpc
 import pytest
 from grpc_harness import NOT_SERVING, SERVING, text_request
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from server_process import GRPC, PATIENCE, ServerProcess, eventually
+from server_process import (
+    ENDLESS,
+    ENDLESS_OPTIONS,
+    GRPC,
+    ServerProcess,
+    write_endless_model,
+)
+from waiting import PATIENCE, eventually
 
 from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
 
 
+@pytest.fixture(scope="module")
+def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_endless_model(tmp_path_factory.mktemp("model") / "endless.gguf")
+
+
 def wait_until_serving(channel: grpc.Channel) -> None:
-    health = health_pb2_grpc.HealthStub(channel)
-    deadline = time.monotonic() + 60
-    while health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True).status != SERVING:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    watch = health_pb2_grpc.HealthStub(channel).Watch(
+        health_pb2.HealthCheckRequest(), timeout=PATIENCE
+    )
+    while next(watch).status != SERVING:
+        pass
+    watch.cancel()
 
 
-def slow_request(**sampling: Any) -> pb.GenerateRequest:
-    """It would take a minute."""
-    return text_request("Once upon a time", max_tokens=1500, ignore_eos=True, **sampling)
+def endless_request() -> pb.GenerateRequest:
+    return text_request("Once upon a time", max_tokens=ENDLESS, ignore_eos=True)
 
 
 def end_of(call: grpc.Call) -> tuple[grpc.StatusCode, int]:
@@ -53,52 +66,55 @@ def until_end(call: grpc.Call) -> Iterator[Any]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_process_when_the_time_to_drain_is_over(
-    smollm2_gguf: Path, number: signal.Signals
+    endless_model: Path, number: signal.Signals
 ) -> None:
-    options = ["--max-model-len", "2048", "--num-kv-blocks", "128", "--served-model-name", "smol"]
+    options = [*ENDLESS_OPTIONS, "--served-model-name", "tiny"]
     # A step is under way most of the time then.
     options += ["--async-scheduling", "--host-cache-memory", "8MiB", "--drain-timeout", "0"]
     with (
-        ServerProcess(GRPC, smollm2_gguf, *options) as server,
+        ServerProcess(GRPC, endless_model, *options) as server,
         grpc.insecure_channel(server.address) as channel,
+        ThreadPoolExecutor() as pool,
     ):
         wait_until_serving(channel)
         stub = pb_grpc.FastpageStub(channel)
-        assert stub.GetModelInfo(pb.GetModelInfoRequest()).model == "smol"
-        call = stub.Generate(slow_request())
+        assert stub.GetModelInfo(pb.GetModelInfoRequest()).model == "tiny"
+        call = stub.Generate(endless_request())
         next(call)
+        end = pool.submit(end_of, call)
         assert server.stop(number) == 0
-        assert end_of(call)[0] == grpc.StatusCode.UNAVAILABLE
+        assert end.result(PATIENCE)[0] == grpc.StatusCode.UNAVAILABLE
         assert server.err == ""
-        for words in ("smol", "128 blocks of 16 tokens", "host cache", "start-up", "in all"):
+        for words in ("tiny", "16384 blocks of 16 tokens", "host cache", "start-up", "in all"):
             assert words in server.out
 
 
-def test_a_signal_lets_requests_finish_and_a_second_one_does_not(smollm2_gguf: Path) -> None:
-    options = ["--max-model-len", "2048", "--drain-timeout", "600"]
+def test_a_signal_lets_requests_finish_and_a_second_one_does_not(endless_model: Path) -> None:
+    options = [*ENDLESS_OPTIONS, "--drain-timeout", "600"]
     with (
-        ServerProcess(GRPC, smollm2_gguf, *options) as server,
+        ServerProcess(GRPC, endless_model, *options) as server,
         grpc.insecure_channel(server.address) as channel,
+        ThreadPoolExecutor() as pool,
     ):
         wait_until_serving(channel)
         stub, health = pb_grpc.FastpageStub(channel), health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == SERVING
-        long = stub.Generate(slow_request())
-        short = stub.Generate(text_request("Once", max_tokens=40, ignore_eos=True))
-        next(long), next(short)
+        long = stub.Generate(endless_request())
+        short = stub.Generate(text_request("Once", max_tokens=400, ignore_eos=True))
+        next(long)
+        tokens = len(next(short).outputs[0].token_ids)
+        end = pool.submit(end_of, long)
         server.process.send_signal(signal.SIGTERM)
         assert next(watch).status == NOT_SERVING
         refused = stub.Generate(text_request("Once"))
         assert end_of(refused)[0] == grpc.StatusCode.UNAVAILABLE
         assert not stub.GetServerStats(pb.GetServerStatsRequest()).ready
-        code, tokens = end_of(short)
-        assert (code, tokens) == (grpc.StatusCode.OK, 39)
+        assert end_of(short) == (grpc.StatusCode.OK, 400 - tokens)
 
-        assert server.process.poll() is None
+        assert not end.done() and server.process.poll() is None
         assert server.stop() == 0
-        code, tokens = end_of(long)
-        assert code == grpc.StatusCode.UNAVAILABLE and 0 < tokens < 1400
+        assert end.result(PATIENCE)[0] == grpc.StatusCode.UNAVAILABLE
         assert end_of(watch)[0] == grpc.StatusCode.UNAVAILABLE
         assert server.err == ""
 
@@ -133,7 +149,7 @@ def test_a_unix_socket_a_token_and_health(smollm2_gguf: Path, tmp_path: Path) ->
         chat = [sys.executable, "-m", "fastpage.serving.chat", "--address", server.address]
         chat += ["--auth-token-file", str(token), "--max-tokens", "8", "--temperature", "0"]
         answer = subprocess.run(
-            [*chat, "What is the capital of France?"], capture_output=True, timeout=60
+            [*chat, "What is the capital of France?"], capture_output=True, timeout=PATIENCE
         )
         assert (answer.returncode, answer.stderr) == (0, b"")
         assert b"Paris" in answer.stdout
@@ -155,26 +171,34 @@ def test_chat_client(smollm2_gguf: Path) -> None:
             [*chat, *options, "What is the capital of France?"],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
         )
         assert once.returncode == 0
         assert "Paris" in once.stdout
         assert "prompt tokens" in once.stderr
         piped = subprocess.run(
-            [*chat, *options], input="Say hello.", capture_output=True, text=True, timeout=60
+            [*chat, *options], input="Say hello.", capture_output=True, text=True, timeout=PATIENCE
         )
         assert piped.returncode == 0 and piped.stdout.strip()
-        process = subprocess.Popen(
+        # Nobody reads what it writes.
+        reader, writer = os.pipe()
+        os.close(reader)
+        unread = subprocess.run(
             [*chat, "--address", address, "--max-tokens", "60", "Count to one hundred."],
-            stdout=subprocess.PIPE,
+            stdout=writer,
             stderr=subprocess.PIPE,
+            timeout=PATIENCE,
         )
-        with process:
-            assert process.stdout is not None and process.stderr is not None
-            process.stdout.close()
-            assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 1)
+        os.close(writer)
+        assert (unread.returncode, unread.stderr) == (1, b"")
 
-    nobody = subprocess.run([*chat, *options, "hello"], capture_output=True, text=True, timeout=60)
+    # A port that is taken, and at which nobody answers.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        nobody = subprocess.run(
+            [*chat, "--address", address, "hello"], capture_output=True, text=True, timeout=PATIENCE
+        )
     assert nobody.returncode == 1
     assert nobody.stderr.count("\n") == 1
     assert f"no server answers at {address}" in nobody.stderr

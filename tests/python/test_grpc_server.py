@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 import raw_http2 as h2
-from fakes import EOS_ID, PATIENCE, Gate, load_alphabet
+from fakes import EOS_ID, Gate, load_alphabet
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_harness import (
     NOT_SERVING,
@@ -18,12 +18,12 @@ from grpc_harness import (
     run,
     serve,
     text_request,
-    until,
 )
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
+from waiting import PATIENCE, until
 
 from fastpage import LLM, AsyncEngine, SamplingParams
 from fastpage.serving.grpc.server import GrpcServer

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import sys
-import time
 import zipfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any
 
 import grpc
 import pytest
-from fakes import EOS_ID, PATIENCE, Gate, load_alphabet
+from fakes import EOS_ID, Gate, load_alphabet
 from kv_index import Index
 from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
+from waiting import PATIENCE, is_idle, until
 
 from fastpage import AsyncEngine
 from fastpage.engine.core import EngineDied
@@ -44,14 +44,7 @@ class Client:
         self.worker = worker
 
     async def wait_until_idle(self) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            stats = self.engine.stats().scheduler
-            busy = stats.num_running + stats.num_waiting
-            if not busy and stats.num_free_blocks == stats.num_blocks:
-                return
-            assert time.monotonic() < deadline, "requests are left over"
-            await asyncio.sleep(0.01)
+        await until(lambda: is_idle(self.engine.stats().scheduler), "requests are left over")
 
     async def wait_until_ended(self) -> None:
         """No request is known, whatever the step in progress still computes."""
@@ -59,8 +52,7 @@ class Client:
             await asyncio.sleep(0.01)
 
     async def wait_until_running(self) -> None:
-        while not self.engine.stats().scheduler.num_running:
-            await asyncio.sleep(0.01)
+        await until(lambda: self.engine.stats().scheduler.num_running)
 
     def subscribe(self, start: int = 0, loads_first: bool = False) -> Any:
         request = common.SubscribeKvEventsRequest(
