@@ -24,12 +24,14 @@ void bind_news(py::module_& m) {
       .value("REFUSED", N::Kind::kRefused)
       .value("STEP", N::Kind::kStep)
       .value("STEP_FAILED", N::Kind::kStepFailed)
-      .value("RESET", N::Kind::kReset);
+      .value("RESET", N::Kind::kReset)
+      .value("ALIVE", N::Kind::kAlive);
   news.def_readonly("kind", &N::kind)
       .def_readonly("request_id", &N::request_id)
       .def_readonly("error", &N::error)
       .def_readonly("out_of_resources", &N::out_of_resources)
       .def_readonly("done", &N::done)
+      .def_readonly("progress", &N::progress)
       .def_readonly("step", &N::step)
       .def_readonly("stats", &N::stats);
 }
@@ -59,6 +61,7 @@ void bind_channel(py::module_& m) {
       .def("abort", py::overload_cast<RequestId, int32_t>(&C::abort), py::arg("request_id"),
            py::arg("index"))
       .def("reset_prefix_cache", &C::reset_prefix_cache)
+      .def("ping", &C::ping)
       .def_property_readonly("has_unsent", &C::has_unsent)
       .def_property_readonly("num_unsent_bytes", &C::num_unsent_bytes)
       .def("flush", &C::flush)

@@ -64,6 +64,13 @@ struct FrontEndOfTest {
     return n;
   }
 
+  int64_t ping() {
+    client.ping();
+    const size_t before = alive.size();
+    receive_until([&] { return alive.size() > before; });
+    return alive.back();
+  }
+
   FinishReason end_of(RequestId id) { return outputs[{id, 0}].back().finish_reason; }
 
   EngineClient client;
@@ -73,6 +80,7 @@ struct FrontEndOfTest {
   Outputs outputs;
   std::vector<EngineNews> news;  // all of them, without their outputs
   std::vector<bool> resets;
+  std::vector<int64_t> alive;  // the progress that answers to ping() told
   std::vector<std::string> failures;
   EngineStats stats;
   std::vector<KvEvent> kv_events;
@@ -91,6 +99,8 @@ struct FrontEndOfTest {
       for (KvEvent& event : each.step.kv_events) kv_events.push_back(std::move(event));
     } else if (each.kind == EngineNews::Kind::kReset) {
       resets.push_back(each.done);
+    } else if (each.kind == EngineNews::Kind::kAlive) {
+      alive.push_back(each.progress);
     } else {
       failures.push_back(each.error);
     }

@@ -130,6 +130,12 @@ TEST(ChannelMessages, ComeBackAsTheyWere) {
     read_message({frame.data() + 4, frame.size() - 4}, &message);
     EXPECT_EQ(frame_of(message), frame);
   }
+  FrontEndMessage ping;
+  ping.kind = FrontEndMessage::Kind::kPing;
+  FrontEndMessage same_ping;
+  const std::string pinged = frame_of(ping);
+  read_message({pinged.data() + 4, pinged.size() - 4}, &same_ping);
+  EXPECT_EQ(frame_of(same_ping), pinged);
   EngineNews news;
   const std::string frame = frame_of(rich_news());
   read_message({frame.data() + 4, frame.size() - 4}, &news);

@@ -338,6 +338,27 @@ TEST(EngineChannel, ResetsThePrefixCacheBetweenSteps) {
   EXPECT_TRUE(f.front_end(1).resets.empty());
 }
 
+TEST(EngineChannel, ToldFromTheSideAnEngineThatIsStuckShows) {
+  ServerFixture f;
+  f.start();
+  FrontEndOfTest& front_end = f.front_end();
+  const auto ping_until_another = [&](int64_t than) {
+    while (front_end.ping() == than) {
+    }
+  };
+  ping_until_another(front_end.ping());  // there is nothing to do
+  f.model->close();
+  front_end.add(request({1, 2, 3}));
+  f.model->wait_until_inside();
+  const int64_t stuck = front_end.ping();
+  for (int i = 0; i < 100; ++i) EXPECT_EQ(front_end.ping(), stuck);
+  ++f.model->num_parts_done;
+  EXPECT_NE(front_end.ping(), stuck);
+  f.model->open();
+  front_end.receive_all();
+  ping_until_another(stuck);
+}
+
 // Others' steps do not wake it; what it missed is in what it hears at the end.
 TEST(EngineChannel, AFrontEndWithNothingInAStepHearsOfItLater) {
   EngineServerConfig config;

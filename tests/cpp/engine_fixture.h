@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -94,6 +95,8 @@ class GatedModel : public ModelRunner {
     return output_;
   }
 
+  int64_t progress() const override { return num_parts_done; }
+
   void close() { set_open(false); }
   void open() { set_open(true); }
   void wait_until_inside() {
@@ -106,6 +109,7 @@ class GatedModel : public ModelRunner {
   int64_t fail_in_wait_for = -1;
   std::function<void(ModelRunnerOutput*)> tamper;
   std::vector<int64_t> waited_for;
+  std::atomic<int64_t> num_parts_done{0};
   size_t num_future_tokens = 0;
 
  private:

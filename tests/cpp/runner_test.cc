@@ -97,6 +97,16 @@ TEST(Runner, StepsInFlightSwapsAndSpeculationChangeNoToken) {
   }
 }
 
+TEST(Runner, TellsHowFarItIsOpByOp) {
+  for (const bool async_scheduling : {false, true}) {
+    const auto engine = make_engine({async_scheduling, 0, 0});
+    EXPECT_EQ(engine->progress(), 0);
+    engine->add_request(request(1));
+    while (engine->has_unfinished()) engine->step();
+    EXPECT_GT(engine->progress(), 5 * engine->stats().num_steps);
+  }
+}
+
 TEST(Runner, AnEngineMayEndWithStepsInFlight) {
   for (uint32_t i = 0; i < 8; ++i) {
     const auto engine = make_engine({true, 0, 0});

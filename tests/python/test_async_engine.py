@@ -500,7 +500,7 @@ def test_an_observer_that_fails_costs_nobody_anything(caplog: pytest.LogCaptureF
         def request_finished(self, request: RequestState) -> None:
             self.heard.append("finished")
 
-        def engine_died(self, why: str) -> None:
+        def engine_died(self, error: EngineDied) -> None:
             self.heard.append("died")
 
         def engine_started(self, engine: AsyncEngine) -> None:

@@ -36,7 +36,7 @@ class Watcher(EngineObserver):
         self.events: list[str] = []
         self.back = asyncio.Event()
 
-    def engine_died(self, why: str) -> None:
+    def engine_died(self, error: EngineDied) -> None:
         self.events.append("died")
 
     def engine_started(self, engine: AsyncEngine) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from kv_index import Index
 
+from fastpage.engine.core import EngineDied
 from fastpage.serving.worker import kv_events
 from fastpage.serving.worker.kv_events import CursorOutOfRange, KvEventLog
 
@@ -112,7 +113,7 @@ def test_every_subscriber_sees_the_same(seed: int, monkeypatch: pytest.MonkeyPat
             index.apply(batch)
         assert index.prompts() == cache.prompts()
     assert len(log._batches) <= 8
-    log.engine_died("killed")
+    log.engine_died(EngineDied("killed"))
     (batch,) = log.read(log._last - 1)
     index.apply(batch)
     assert index.prompts() == set()

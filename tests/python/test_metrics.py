@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fastpage import AsyncEngine, EngineArgs, SamplingParams
 from fastpage.engine.async_engine import RequestStream
-from fastpage.engine.core import EngineStopped
+from fastpage.engine.core import EngineDied, EngineHung, EngineStopped
 from fastpage.engine.loading import LoadedModel
 from fastpage.engine.process_core import ProcessCore
 from fastpage.errors import FastpageError, InvalidArgument, ResourceExhausted
@@ -400,8 +400,9 @@ def test_counters_go_on_rising_when_the_engine_was_started_again() -> None:
         async with serving(load_alphabet(), metrics) as setup:
             await setup.generate("abc", max_tokens=5)
             assert setup.scrape()("fastpage:engine_restarts_total") == 0
-            metrics.engine_died("kill -9")
+            metrics.engine_died(EngineDied("kill -9"))
             scrape = setup.scrape()
+            assert scrape("fastpage:engine_hangs_total") == 0
             assert scrape("fastpage:engine_up") == 0
             assert scrape("vllm:num_requests_running") == 0
             assert scrape("vllm:generation_tokens_total") == 5
@@ -418,6 +419,8 @@ def test_counters_go_on_rising_when_the_engine_was_started_again() -> None:
             assert scrape("fastpage:step_phase_seconds_total", phase="model") > seconds
             assert scrape("fastpage:step_seconds_count") == 12
             assert scrape("vllm:e2e_request_latency_seconds_count") == 2
+            metrics.engine_died(EngineHung("it was stuck"))
+            assert setup.scrape()("fastpage:engine_hangs_total") == 1
 
     asyncio.run(main())
 

@@ -101,6 +101,7 @@ class Engine {
   StepOutput step();
   // A request, outputs that nobody has fetched yet, or a step under way.
   bool has_unfinished() const;
+  int64_t progress() const;  // the runner's
   // Waits until there is work, wake() is called, or the time is over. True if there is work.
   bool wait_for_work(double timeout_seconds);
   void wake();

@@ -22,12 +22,17 @@ struct EngineNews {
     kStepFailed,  // `error` is what the model said; the requests that it cost end with kAbort in
                   // the next kStep
     kReset,       // the answer to reset_prefix_cache(): `done`
+    kAlive,       // the answer to ping(): `progress`
   };
   Kind kind;
   RequestId request_id = 0;  // kAccepted, kRefused: the client's
   std::string error;
   bool out_of_resources = false;  // kRefused: ResourceExhausted, or else InvalidArgument
   bool done = false;
+  // Another value in each answer, unless the engine is stuck: in a step of which no part was done
+  // meanwhile (see ModelRunner::progress), or between steps. From an engine with nothing to do it
+  // is another one, too.
+  int64_t progress = 0;
   // The outputs of this front end's requests, under the ids that its client gave out; all of the
   // KV events. A step without either is told too: its `stats` are news. It may be several steps in
   // one: num_tokens is that of all of them then, step_id that of the last.
@@ -87,6 +92,7 @@ class EngineClient {
   void abort(RequestId id);
   void abort(RequestId id, int32_t index);
   void reset_prefix_cache();  // kReset will follow
+  void ping();                // kAlive will follow, also amid a step
 
   bool has_unsent() const;
   size_t num_unsent_bytes() const;

@@ -81,6 +81,7 @@ class CpuExecutor {
   static size_t kv_block_bytes(const KvCacheSpec& spec, DType dtype,
                                int32_t block_size);  // all layers, k and v
   ThreadPool& pool() const;
+  int64_t num_ops_run() const;  // so far; from any thread
   // Seconds per op kind since the start, if profiling is on (FASTPAGE_PROFILE=1 or set_profiling).
   void set_profiling(bool on);
   std::map<std::string, double> profile() const;
@@ -106,6 +107,7 @@ class ProgramRunner : public ModelRunner {
   int32_t max_steps_in_flight() const override;
   // Throws InvalidArgument for a step that was not executed, or is older than the last ones.
   const ModelRunnerOutput& wait(int64_t step_id) override;
+  int64_t progress() const override;  // op by op
 
  private:
   struct Impl;

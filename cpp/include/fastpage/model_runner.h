@@ -21,6 +21,10 @@ class ModelRunner {
 
   // Blocks until the step is done. The result is valid until the next wait().
   virtual const ModelRunnerOutput& wait(int64_t step_id) = 0;
+
+  // Another value whenever a part of a step is done, from a runner that can tell: a step that takes
+  // minutes is no step that hangs. Called from any thread, at any time.
+  virtual int64_t progress() const { return 0; }
 };
 
 }  // namespace fastpage

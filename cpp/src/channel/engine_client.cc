@@ -95,6 +95,12 @@ void EngineClient::reset_prefix_cache() {
   s_->send(message);
 }
 
+void EngineClient::ping() {
+  FrontEndMessage message;
+  message.kind = FrontEndMessage::Kind::kPing;
+  s_->send(message);
+}
+
 bool EngineClient::has_unsent() const { return s_->out.size() > 0; }
 
 size_t EngineClient::num_unsent_bytes() const { return s_->out.size(); }

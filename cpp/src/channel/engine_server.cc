@@ -117,6 +117,7 @@ struct EngineServer::State {
   void add_request(FrontEnd* front_end, RequestId client_id, Request request);
   void add_to_engine(FrontEnd* front_end, RequestId client_id, Request* request);
   void abort(FrontEnd* front_end, const FrontEndMessage& message);
+  void say_how_far(FrontEnd* front_end);
   void answer(FrontEnd* front_end, const EngineNews& news);
   bool abort_requests_of(FrontEnd* front_end);
 
@@ -128,6 +129,7 @@ struct EngineServer::State {
   std::vector<pollfd> polled;                         // of the I/O thread
   std::atomic<bool> stopping{false};
   std::atomic<bool> io_ended{false};
+  std::atomic<int64_t> num_turns{0};  // of the calling thread, with a step or without
 
   ArchiveWriter step_writer;  // of the calling thread
   ArchiveWriter io_writer;    // of the I/O thread
@@ -171,6 +173,7 @@ void EngineServer::State::run() {
 
 void EngineServer::State::serve() {
   while (!io_ended) {
+    ++num_turns;
     answer_resets();
     if (!engine->has_unfinished()) tell_all();
     if (engine->wait_for_work(kForever) && !io_ended) step();
@@ -402,6 +405,8 @@ void EngineServer::State::take(FrontEnd* front_end, Span<const char> frame) {
       ++front_end->num_resets_asked;
       return engine->wake();  // the scheduler is the calling thread's, while it steps
     }
+    case FrontEndMessage::Kind::kPing:
+      return say_how_far(front_end);
   }
 }
 
@@ -470,6 +475,14 @@ void EngineServer::State::abort(FrontEnd* front_end, const FrontEndMessage& mess
   } else {
     engine->abort(id, message.index);
   }
+}
+
+void EngineServer::State::say_how_far(FrontEnd* front_end) {
+  EngineNews news;
+  news.kind = EngineNews::Kind::kAlive;
+  news.progress = num_turns + engine->progress();
+  answer(front_end, news);
+  engine->wake();  // a turn: if there is nothing to do, the next answer is another one all the same
 }
 
 void EngineServer::State::answer(FrontEnd* front_end, const EngineNews& news) {

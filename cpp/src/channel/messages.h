@@ -16,18 +16,18 @@
 namespace fastpage {
 
 struct FrontEndMessage {
-  enum class Kind : uint8_t { kAddRequest, kAbort, kAbortSample, kResetPrefixCache };
+  enum class Kind : uint8_t { kAddRequest, kAbort, kAbortSample, kResetPrefixCache, kPing };
   Kind kind = Kind::kResetPrefixCache;
-  RequestId id = 0;   // all but kResetPrefixCache; given out by the client
+  RequestId id = 0;   // of the first three; given out by the client
   int32_t index = 0;  // kAbortSample
   Request request;    // kAddRequest
 };
 
 template <>
 inline constexpr FrontEndMessage::Kind kLastOf<FrontEndMessage::Kind> =
-    FrontEndMessage::Kind::kResetPrefixCache;
+    FrontEndMessage::Kind::kPing;
 template <>
-inline constexpr EngineNews::Kind kLastOf<EngineNews::Kind> = EngineNews::Kind::kReset;
+inline constexpr EngineNews::Kind kLastOf<EngineNews::Kind> = EngineNews::Kind::kAlive;
 template <>
 inline constexpr FinishReason kLastOf<FinishReason> = FinishReason::kAbort;
 template <>
@@ -53,6 +53,7 @@ void transfer(Archive& archive, FrontEndMessage& message) {
     case FrontEndMessage::Kind::kAbortSample:
       return archive(id, index);
     case FrontEndMessage::Kind::kResetPrefixCache:
+    case FrontEndMessage::Kind::kPing:
       return;
   }
 }
@@ -109,7 +110,7 @@ void transfer(Archive& archive, EngineStats& stats) {
 
 template <typename Archive>
 void transfer(Archive& archive, EngineNews& news) {
-  auto& [kind, request_id, error, out_of_resources, done, step, stats] = news;
+  auto& [kind, request_id, error, out_of_resources, done, progress, step, stats] = news;
   archive(kind);
   switch (kind) {
     case EngineNews::Kind::kAccepted:
@@ -122,6 +123,8 @@ void transfer(Archive& archive, EngineNews& news) {
       return archive(error);
     case EngineNews::Kind::kReset:
       return archive(done);
+    case EngineNews::Kind::kAlive:
+      return archive(progress);
   }
 }
 

@@ -547,6 +547,8 @@ bool Engine::has_unfinished() const {
   return s_->has_unfinished();
 }
 
+int64_t Engine::progress() const { return s_->runner->progress(); }
+
 bool Engine::wait_for_work(double timeout_seconds) {
   constexpr double kLongest = 365 * 86400.0;  // what the clock can add without overflow
   const double timeout = timeout_seconds > 0 ? std::min(timeout_seconds, kLongest) : 0;

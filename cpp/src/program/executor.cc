@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -94,6 +95,10 @@ struct CpuExecutor::Impl {
   void allocate_caches();
   std::vector<float*> allocate_workspace(const WorkspacePlan& plan);
   void run(const std::vector<Step>& steps, const Frame& frame);
+  // Only the thread that runs a step writes it.
+  void count_op() {
+    num_ops_run.store(num_ops_run.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+  }
 
   const Program program;
   const ExecutorConfig config;
@@ -108,6 +113,7 @@ struct CpuExecutor::Impl {
   bool is_ready = false;
   bool is_profiling = profiling_wanted();
   std::array<double, kNumOpKinds> seconds{};
+  std::atomic<int64_t> num_ops_run{0};
 };
 
 void CpuExecutor::Impl::allocate_caches() {
@@ -153,6 +159,7 @@ void CpuExecutor::Impl::run(const std::vector<Step>& steps, const Frame& frame) 
   if (!is_profiling) {
     for (const Step& step : steps) {
       std::visit([&](const auto& s) { s.run(frame); }, step);
+      count_op();
     }
     return;
   }
@@ -167,6 +174,7 @@ void CpuExecutor::Impl::run(const std::vector<Step>& steps, const Frame& frame) 
         step);
     seconds[static_cast<size_t>(kind)] +=
         std::chrono::duration<double>(Clock::now() - begin).count();
+    count_op();
   }
 }
 
@@ -260,6 +268,8 @@ size_t CpuExecutor::weight_bytes() const { return impl_->weights.linear_bytes();
 size_t CpuExecutor::kv_cache_bytes() const { return impl_->cache_memory.size(); }
 size_t CpuExecutor::kv_host_cache_bytes() const { return impl_->host_cache_memory.size(); }
 ThreadPool& CpuExecutor::pool() const { return *impl_->pool; }
+
+int64_t CpuExecutor::num_ops_run() const { return impl_->num_ops_run; }
 
 size_t CpuExecutor::kv_block_bytes(const KvCacheSpec& spec, DType dtype, int32_t block_size) {
   const ops::KvCacheView view = cache_layout(spec, dtype, block_size);

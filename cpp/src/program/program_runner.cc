@@ -191,6 +191,8 @@ void ProgramRunner::execute(const InputBatch& batch) {
 
 int32_t ProgramRunner::max_steps_in_flight() const { return impl_->max_steps_in_flight; }
 
+int64_t ProgramRunner::progress() const { return impl_->executor->num_ops_run(); }
+
 const ModelRunnerOutput& ProgramRunner::wait(int64_t step_id) {
   if (impl_->worker_is_elsewhere()) {
     throw Error("step " + std::to_string(step_id) + " is under way in the process that forked");

@@ -458,13 +458,14 @@ class EngineNews:
     belong to which kind."""
 
     class Kind:
-        """An enum: ACCEPTED, REFUSED, STEP, STEP_FAILED, RESET."""
+        """An enum: ACCEPTED, REFUSED, STEP, STEP_FAILED, RESET, ALIVE."""
 
         ACCEPTED: EngineNews.Kind
         REFUSED: EngineNews.Kind
         STEP: EngineNews.Kind
         STEP_FAILED: EngineNews.Kind
         RESET: EngineNews.Kind
+        ALIVE: EngineNews.Kind
         @property
         def value(self) -> int: ...
         @property
@@ -483,6 +484,8 @@ class EngineNews:
     def out_of_resources(self) -> bool: ...
     @property
     def done(self) -> bool: ...
+    @property
+    def progress(self) -> int: ...
     @property
     def step(self) -> StepOutput: ...
     @property
@@ -519,6 +522,8 @@ class EngineClient:
     def abort(self, request_id: int, index: int) -> None: ...
     def reset_prefix_cache(self) -> None:
         """RESET will follow."""
+    def ping(self) -> None:
+        """ALIVE will follow, also amid a step."""
     @property
     def has_unsent(self) -> bool: ...
     @property

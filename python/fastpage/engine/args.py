@@ -231,6 +231,15 @@ class EngineArgs:
         "prepare each step while the one before is computed (default: off)",
         action=argparse.BooleanOptionalAction,
     )
+    engine_timeout: float = _arg(
+        300.0,
+        "Execution",
+        "seconds without any progress after which a server kills its engine's process, and starts "
+        "it again. A step that takes long makes progress, op by op; with the other executors than "
+        "cpu, only its end is. 0: wait for ever (default: %(default)g)",
+        metavar="SECONDS",
+        type=float,
+    )
     num_speculative_tokens: int = _arg(
         0,
         "Execution",
@@ -310,6 +319,7 @@ class EngineArgs:
                 raise InvalidArgument(f"{name}={value!r} is not a whole number")
             if not least <= value < 2**31:
                 raise InvalidArgument(f"{name}={value}: must be at least {least} and below 2**31")
+        self._check_engine_timeout()
         for name in ("kv_cache_memory", "host_cache_memory"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name), name)
@@ -325,6 +335,15 @@ class EngineArgs:
             )
         if not self.model or not isinstance(self.model, str):
             raise InvalidArgument(f"model={self.model!r} is not a path or the name of a model")
+
+    def _check_engine_timeout(self) -> None:
+        value = self.engine_timeout
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise InvalidArgument(f"engine_timeout={value!r} is not a number of seconds")
+        if value != 0 and not 1 <= value < float("inf"):
+            raise InvalidArgument(
+                f"engine_timeout={value}: must be 0, for none, or at least 1 (second)"
+            )
 
     @classmethod
     def add_cli_args(cls, parser: argparse.ArgumentParser) -> None:

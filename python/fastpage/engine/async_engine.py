@@ -341,7 +341,7 @@ class AsyncEngine:
 
     def on_died(self, error: EngineDied) -> None:
         self._lose_all(error)
-        self._tell(lambda observer: observer.engine_died(str(error)))
+        self._tell(lambda observer: observer.engine_died(error))
 
     def on_started(self) -> None:
         self._tell(lambda observer: observer.engine_started(self))

@@ -7,8 +7,9 @@ import logging
 from typing import Any
 
 from fastpage import _C
-from fastpage.engine.core import CoreListener, EngineDied
+from fastpage.engine.core import CoreListener, EngineDied, EngineHung
 from fastpage.engine.engine_thread import SchedulerWatch
+from fastpage.engine.watchdog import Watchdog
 from fastpage.errors import FastpageError, InvalidArgument, ResourceExhausted
 
 _logger = logging.getLogger("fastpage.engine")
@@ -19,10 +20,12 @@ _MOST_UNSENT_BYTES = 256 << 20
 
 class ChannelCore:
     """A core whose EngineServer has the other end of a socket. Belongs to the event loop that it is
-    made on."""
+    made on. One that gets nowhere for `timeout` seconds counts as dead; 0: never."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = 0) -> None:
         self._loop = asyncio.get_running_loop()
+        self._timeout = timeout
+        self._watchdog = Watchdog(timeout, self._ping, self._on_hang)
         self._listener: CoreListener | None = None
         self._client: _C.EngineClient | None = None
         self._fileno = -1
@@ -38,10 +41,13 @@ class ChannelCore:
         self._fileno = fileno
         self._client = _C.EngineClient(fileno)
         self._loop.add_reader(fileno, self._on_readable)
+        if self._timeout:
+            self._watchdog.start()
 
     def close(self, error: EngineDied) -> None:
         if self._client is None:
             return
+        self._watchdog.stop()
         self._loop.remove_reader(self._fileno)
         self._loop.remove_writer(self._fileno)
         self._client = None  # closes the socket
@@ -49,7 +55,7 @@ class ChannelCore:
         lost: list[asyncio.Future[Any]] = [*self._waiting.values(), *self._resets]
         for future in lost:
             if not future.done():
-                future.set_exception(EngineDied(str(error)))
+                future.set_exception(type(error)(str(error)))
                 future.exception()  # there may be nobody left who asks
         self._waiting.clear()
         self._resets.clear()
@@ -143,13 +149,26 @@ class ChannelCore:
             lost, why = True, "what the engine said could not be taken in"
             _logger.exception("%s", why)
         if (lost or client.closed) and client is self._client:
-            died = EngineDied(f"{why}: try again in a few seconds")
-            self.close(died)
-            self._listener.on_died(died)
+            self._die(EngineDied(f"{why}: try again in a few seconds"))
+
+    def _die(self, error: EngineDied) -> None:
+        assert self._listener is not None
+        self.close(error)
+        self._listener.on_died(error)
+
+    def _ping(self) -> None:
+        assert self._client is not None
+        self._client.ping()
+        self._flush()
+
+    def _on_hang(self) -> None:
+        why = f"the engine got nowhere for {self._timeout:g} s"
+        self._die(EngineHung(f"{why}: try again in a few seconds"))
 
     def _take_in(self, news: _C.EngineNews, listener: CoreListener) -> None:
         kind = news.kind
         if kind == _C.EngineNews.Kind.STEP:
+            self._watchdog.heard = True
             self._stats = news.stats
             self._watch.look_at(news.stats.scheduler)
             listener.on_step(news.step, news.stats)
@@ -160,6 +179,8 @@ class ChannelCore:
             self._answer(news.request_id, refusal(news.error))
         elif kind == _C.EngineNews.Kind.STEP_FAILED:
             listener.on_step_error(FastpageError(news.error))
+        elif kind == _C.EngineNews.Kind.ALIVE:
+            self._watchdog.answered(news.progress)
         elif self._resets:
             answer = self._resets.pop(0)
             if not answer.done():

@@ -20,6 +20,10 @@ class EngineDied(EngineStopped):
     """The engine's process has ended, and is being started again."""
 
 
+class EngineHung(EngineDied):
+    """It was there, and did nothing, until it was killed."""
+
+
 class CoreListener(Protocol):
     """Called on the event loop."""
 

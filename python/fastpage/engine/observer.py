@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from fastpage import _C
     from fastpage.engine.async_engine import AsyncEngine
+    from fastpage.engine.core import EngineDied
     from fastpage.engine.output_processor import RequestState
 
 
@@ -41,5 +42,5 @@ class EngineObserver:
     def engine_started(self, engine: AsyncEngine) -> None:
         """It is ready, for the first time or again."""
 
-    def engine_died(self, why: str) -> None:
-        """Its process has ended; it is being started again."""
+    def engine_died(self, error: EngineDied) -> None:
+        """Its process has ended (EngineHung: was killed); it is being started again."""

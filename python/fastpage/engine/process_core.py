@@ -79,6 +79,7 @@ class _Process:
                 )
         self._socket.setblocking(False)
         self._args = args
+        self._killed = False
 
     @property
     def pid(self) -> int:
@@ -119,6 +120,7 @@ class _Process:
 
     def kill(self) -> None:
         self._socket.close()
+        self._killed = True
         self._popen.kill()
 
     async def end(self, patience: float = 0.5) -> str:
@@ -126,11 +128,13 @@ class _Process:
         deadline = time.monotonic() + patience
         while self._popen.poll() is None:
             if time.monotonic() > deadline:
-                self._popen.kill()
+                self.kill()
                 await asyncio.to_thread(self._popen.wait)
             else:
                 await asyncio.sleep(0.005)
         self._socket.close()
+        if self._killed:
+            return "it was killed"
         return _how_it_ended(self._popen.returncode)
 
 
@@ -138,7 +142,7 @@ class ProcessCore(ChannelCore):
     """A core that is a process, with its supervisor."""
 
     def __init__(self, args: EngineArgs, process: _Process) -> None:
-        super().__init__()
+        super().__init__(args.engine_timeout)
         self._args = args
         self._process = process
         self._supervisor: asyncio.Task[None] | None = None
@@ -199,6 +203,15 @@ class ProcessCore(ChannelCore):
                 delay = 0.0
             delay = await self._start_again(delay)
             started = time.monotonic()
+
+    def _on_hang(self) -> None:
+        _logger.error(
+            "the engine process (pid %d) got nowhere for %g s (engine_timeout): it is killed",
+            self.pid,
+            self._timeout,
+        )
+        self._process.kill()
+        super()._on_hang()
 
     async def _end(self) -> str:
         # Its socket is closed, so that it is about to end, if it has not.

@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fastpage.engine.async_engine import AsyncEngine
+from fastpage.engine.core import EngineDied
 from fastpage.engine.observer import EngineObserver
 from fastpage.serving.grpc.guard import CallGuard
 from fastpage.serving.grpc.listening import Address, listen
@@ -154,7 +155,7 @@ class _Health(EngineObserver):
     def engine_started(self, engine: AsyncEngine) -> None:
         self._set_serving(True)
 
-    def engine_died(self, why: str) -> None:
+    def engine_died(self, error: EngineDied) -> None:
         self._set_serving(False)
 
     def _set_serving(self, serving: bool) -> None:

@@ -293,6 +293,12 @@ _OURS = (
         lambda metrics: metrics.num_restarts,
     ),
     Metric(
+        "fastpage:engine_hangs",
+        "counter",
+        "Times that the engine's process was killed because it got nowhere for --engine-timeout.",
+        lambda metrics: metrics.num_hangs,
+    ),
+    Metric(
         "fastpage:requests_refused",
         "counter",
         "Requests that the engine did not take, by reason: invalid_argument, resource_exhausted "

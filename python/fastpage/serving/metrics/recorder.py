@@ -6,7 +6,7 @@ from bisect import bisect_left
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from fastpage.engine.core import EngineStopped
+from fastpage.engine.core import EngineDied, EngineHung, EngineStopped
 from fastpage.engine.observer import EngineObserver, StepReport
 from fastpage.errors import InvalidArgument, ResourceExhausted
 
@@ -108,6 +108,7 @@ class EngineMetrics(EngineObserver):
         self.engine: AsyncEngine | None = None  # once it has started
         self.engine_up = False
         self.num_restarts = 0
+        self.num_hangs = 0
         self.finished = dict.fromkeys(FINISH_REASONS, 0)  # outputs, by reason
         self.refused = dict.fromkeys((reason for _, reason in _REFUSALS), 0)
         self.num_prompt_tokens = 0
@@ -162,8 +163,9 @@ class EngineMetrics(EngineObserver):
         self.engine = engine
         self.engine_up = True
 
-    def engine_died(self, why: str) -> None:
+    def engine_died(self, error: EngineDied) -> None:
         self.engine_up = False
+        self.num_hangs += isinstance(error, EngineHung)
         self._totals = ({name: self.total(name) for name in _TOTALS}, None)
         self._seconds_in_steps = 0.0
 

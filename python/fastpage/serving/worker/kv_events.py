@@ -15,6 +15,7 @@ from enum import IntFlag
 from smg_grpc_proto.generated import common_pb2 as common
 
 from fastpage import _C
+from fastpage.engine.core import EngineDied
 from fastpage.engine.observer import EngineObserver
 from fastpage.errors import FastpageError
 
@@ -116,7 +117,7 @@ class KvEventLog(EngineObserver):
         if made.events:
             self._append(made.events)
 
-    def engine_died(self, why: str) -> None:
+    def engine_died(self, error: EngineDied) -> None:
         made = _Events(self._block_size)
         made.clear()
         self._live.clear()

@@ -15,6 +15,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from fastpage._C import __version__
 from fastpage.engine.async_engine import AsyncEngine
+from fastpage.engine.core import EngineDied
 from fastpage.engine.observer import EngineObserver
 from fastpage.engine.output_processor import RequestState
 
@@ -104,7 +105,7 @@ class LoadMeter(EngineObserver):
     def request_finished(self, request: RequestState) -> None:
         self._requests.pop(request.core_id, None)
 
-    def engine_died(self, why: str) -> None:
+    def engine_died(self, error: EngineDied) -> None:
         self._samples.clear()  # its totals begin anew
 
     @property
