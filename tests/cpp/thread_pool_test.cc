@@ -150,7 +150,7 @@ template <typename Body>
 int exit_status_of_fork(Body body) {
   const pid_t child = fork();
   if (child == 0) {
-    alarm(20);
+    alarm(600);
     _exit(body());
   }
   int status = 0;

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import _thread
 import logging
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE
 
 from fastpage import _C, LLM, RequestOutput, SamplingParams
+from fastpage.engine.engine_thread import EngineThread
 from fastpage.errors import InvalidArgument
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -195,24 +195,34 @@ def test_bad_lists_of_parameters(llm: LLM) -> None:
         llm.chat([], GREEDY, use_tqdm=False)
 
 
-def test_ctrl_c_ends_the_requests_where_they_are(llm: LLM, request: pytest.FixtureRequest) -> None:
+def test_ctrl_c_ends_the_requests_where_they_are(
+    llm: LLM, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # A shell's background job starts with SIGINT ignored.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
     before = llm.stats().num_generated_tokens
+    make_step, stop_thread = _C.Engine.step, EngineThread.stop
+    num_steps, stopping = 0, threading.Event()
 
-    def interrupt_after_a_few_tokens() -> None:
-        deadline = time.monotonic() + 20
-        while llm.stats().num_generated_tokens < before + 2 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        _thread.interrupt_main()
+    def step(engine: _C.Engine) -> _C.StepOutput:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 3:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        elif num_steps == 4:  # the news of the third have been taken in, or never will be
+            assert stopping.wait(PATIENCE)
+        return make_step(engine)
 
-    thread = threading.Thread(target=interrupt_after_a_few_tokens)
-    thread.start()
+    def stop(thread: EngineThread) -> None:
+        stopping.set()
+        stop_thread(thread)
+
+    monkeypatch.setattr(_C.Engine, "step", step)
+    monkeypatch.setattr(EngineThread, "stop", stop)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PARIS, SamplingParams(max_tokens=200, ignore_eos=True), use_tqdm=False)
-    thread.join()
-    assert llm.stats().num_generated_tokens < before + 200
+    assert before + 3 <= llm.stats().num_generated_tokens <= before + 5
 
 
 def test_without_parameters_the_models_own_are_used(

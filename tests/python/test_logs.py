@@ -18,6 +18,7 @@ import grpc
 import pytest
 from fakes import load_alphabet
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import PATIENCE
 
 from fastpage import AsyncEngine, SamplingParams
 from fastpage.errors import FastpageError, InvalidArgument
@@ -34,7 +35,7 @@ def run_logging(config: str, code: str) -> subprocess.CompletedProcess[str]:
     """Loggers are of a whole process."""
     lines = f"import logging, warnings\nfrom fastpage import logs\nlogs.configure({config})\n{code}"
     return subprocess.run(
-        [sys.executable, "-c", lines], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", lines], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 
@@ -181,7 +182,7 @@ def test_the_servers_options(smollm2_gguf: Path) -> None:
             params = pb.SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
             request = pb.GenerateRequest(text="a", request_id="mine", sampling_params=params)
             list(pb_grpc.FastpageStub(channel).Generate(request))
-        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=20) as response:
+        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=PATIENCE) as response:
             families = list(text_string_to_metric_families(response.read().decode()))
         values = {s.name: s.value for family in families for s in family.samples}
         assert values["vllm:generation_tokens_total"] == 3
@@ -189,23 +190,21 @@ def test_the_servers_options(smollm2_gguf: Path) -> None:
         phases = next(f for f in families if f.name == "fastpage:startup_seconds").samples
         assert {"imports", "engine weights"} <= {sample.labels["phase"] for sample in phases}
         process.send_signal(signal.SIGTERM)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 0
     assert [json.loads(line)["message"] for line in stdout.splitlines()][-1].endswith("stopped")
-    (line,) = map(json.loads, stderr.splitlines())
-    assert (line["logger"], line["request_id"], line["output_tokens"]) == (
-        "fastpage.requests",
-        "mine",
-        3,
-    )
+    # What else a server has to say on a busy machine is no fault.
+    lines = map(json.loads, stderr.splitlines())
+    (line,) = (line for line in lines if line["logger"] == "fastpage.requests")
+    assert (line["request_id"], line["output_tokens"]) == ("mine", 3)
 
 
 def test_why_a_server_does_not_start_is_json_as_well() -> None:
     command = [sys.executable, "-m", "fastpage.serving.grpc.cli", "--model", "/nowhere/at/all"]
     command += ["--port", "0", "--log-format", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1
     (line,) = map(json.loads, done.stderr.splitlines())
     assert line["level"] == "error"
@@ -222,7 +221,7 @@ def test_why_a_server_does_not_start_is_json_as_well() -> None:
 )
 def test_options_that_cannot_be(options: list[str], message: str) -> None:
     command = [sys.executable, "-m", "fastpage.serving.grpc.cli", "--model", "x", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
