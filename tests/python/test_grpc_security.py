@@ -22,6 +22,7 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_harness import SERVING, text_request
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from waiting import PATIENCE
 
 from fastpage import AsyncEngine
 from fastpage.errors import FastpageError
@@ -53,7 +54,7 @@ async def ask(channel: grpc.aio.Channel, **options: Any) -> str:
     """What comes after "a", or the status instead."""
     try:
         stub = pb_grpc.FastpageStub(channel)
-        answer = await stub.GenerateUnary(text_request("a"), timeout=20, **options)
+        answer = await stub.GenerateUnary(text_request("a"), timeout=PATIENCE, **options)
         return answer.outputs[0].text
     except grpc.aio.AioRpcError as error:
         return error.code().name
@@ -123,7 +124,7 @@ def test_tls(tmp_path: Path) -> None:
             assert await ask(ours.trusting_channel(address)) == "UNAVAILABLE"
             assert await ask(old) == "bcdef"
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_client_certificates(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_client_certificates(tmp_path: Path) -> None:
             assert await ask(ours.trusting_channel(address, unknown)) == "UNAVAILABLE"
             assert await ask(ours.trusting_channel(address)) == "UNAVAILABLE"
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_options_of_tls(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_bearer_tokens() -> None:
                         await call
                     assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_token_files(tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_unix_sockets(scheme: str, tmp_path: Path) -> None:
                 with socket.socket(socket.AF_UNIX) as left_behind:
                     left_behind.bind(name)
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_addresses_that_cannot_be_had(tmp_path: Path) -> None:
@@ -268,7 +269,7 @@ def test_addresses_that_cannot_be_had(tmp_path: Path) -> None:
                     async with serve(address=wanted):
                         pass
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
     assert file.read_text() == "precious"
     for unix in ("tcp:1", "unix:", "/run/socket"):
         with pytest.raises(ValueError, match="--address"):
@@ -288,7 +289,7 @@ def test_channelz() -> None:
                 await stub.GetServers(channelz_pb2.GetServersRequest())
             assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 # ---------------------------------------------------------------- fastpage-chat
@@ -306,7 +307,7 @@ def test_the_chat_client_knows_them(tmp_path: Path) -> None:
             [*command, "--temperature", "0", "--max-tokens", "3", "ab"],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
         )
         return done.stdout, done.stderr
 
@@ -322,4 +323,4 @@ def test_the_chat_client_knows_them(tmp_path: Path) -> None:
         async with serve(address=Address(unix=f"unix:{tmp_path}/socket")) as address:
             assert await chat(address) == ("cde\n", "")
 
-    asyncio.run(asyncio.wait_for(main(), timeout=100))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
