@@ -224,7 +224,7 @@ class Soak:
 
     async def _one(self, work: Work, ending: str, request_id: str) -> None:
         stream = Stream(work)
-        timeout = self.rng.uniform(0.0, 4.0) if ending == "deadline" else PATIENCE
+        timeout = self.rng.uniform(0.0, 4.0) if ending == "deadline" else None
         call = self.client.stub.Generate(work.request(request_id, self.rng), timeout=timeout)
         stop_after = self.rng.randint(1, 30)
         try:
