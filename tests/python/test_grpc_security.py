@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -125,6 +126,29 @@ def test_tls(tmp_path: Path) -> None:
             assert await ask(old) == "bcdef"
 
     asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
+
+
+def test_files_that_are_replaced_while_they_are_first_read(tmp_path: Path) -> None:
+    class Replaced(TlsFiles):
+        def _context(self) -> ssl.SSLContext:
+            context = super()._context()
+            contexts.append(context)
+            if len(contexts) == 1:
+                authority.issue("server")
+                later = time.time_ns() + 10**9
+                os.utime(self.cert, ns=(later, later))
+            return context
+
+    class Connection:
+        context: ssl.SSLContext
+
+    contexts: list[ssl.SSLContext] = []
+    authority = Authority(tmp_path)
+    first = Replaced(*authority.issue("server")).server_context()
+    connection = Connection()
+    assert first.sni_callback is not None
+    first.sni_callback(connection, None, first)  # type: ignore[arg-type]
+    assert contexts[1:] == [connection.context]
 
 
 def test_client_certificates(tmp_path: Path) -> None:
@@ -247,6 +271,28 @@ def test_unix_sockets(scheme: str, tmp_path: Path) -> None:
                     left_behind.bind(name)
 
     asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
+
+
+def test_a_server_that_takes_no_connection_for_now_is_one_too(tmp_path: Path) -> None:
+    name = str(tmp_path / "socket")
+
+    async def main() -> None:
+        with (
+            socket.socket(socket.AF_UNIX) as stopped,
+            socket.socket(socket.AF_UNIX) as first,
+            socket.socket(socket.AF_UNIX) as second,
+        ):
+            stopped.bind(name)
+            stopped.listen(0)
+            first.connect(name)
+            second.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                second.connect(name)
+            with pytest.raises(FastpageError, match="another server does"):
+                async with serve(address=Address(unix=f"unix:{name}")):
+                    pass
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
 
 
 def test_addresses_that_cannot_be_had(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 import pytest
@@ -298,6 +299,24 @@ def test_not_ready_before_the_model_is_loaded_nor_after_stop() -> None:
         assert error.value.code() == grpc.StatusCode.UNAVAILABLE
         await server.stop(0)
         await client.channel.close()
+
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
+
+
+def test_a_watch_that_begins_as_the_server_stops_is_ended() -> None:
+    class Context:
+        async def write(self, message: object) -> None:
+            raise AssertionError("nothing is to be written")
+
+        async def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
+            raise grpc.aio.AbortError(f"{code.name}: {details}")
+
+    async def main() -> None:
+        server = GrpcServer([FastpageService()])
+        await server.start()
+        await server.stop(0)
+        with pytest.raises(grpc.aio.AbortError, match="UNAVAILABLE: the server is shutting down"):
+            await server._health._servicer.Watch(health_pb2.HealthCheckRequest(), Context())
 
     asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 

@@ -83,8 +83,8 @@ class TlsFiles:
     def server_context(self) -> ssl.SSLContext:
         """For servers that Python's own TLS stands before. Files that are replaced count from the
         next connection on; as long as they do not fit together, the old ones do."""
-        first = self._context()
-        modified, newest = self.modified(), first
+        modified = self.modified()  # first: what is replaced meanwhile is read again
+        first = newest = self._context()
 
         def look_again(connection: Any, name: str | None, context: Any) -> None:
             nonlocal modified, newest

@@ -63,7 +63,10 @@ def _refuse_socket_in_use(address: Address) -> None:
     if not stat.S_ISSOCK(path.stat().st_mode):
         raise FastpageError(f"cannot listen on {address}: there is a file that is not a socket")
     with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
-        probe.connect(str(path))
+        probe.setblocking(False)
+        # One that takes no connection for now is another server, too.
+        with contextlib.suppress(BlockingIOError):
+            probe.connect(str(path))
         raise FastpageError(f"cannot listen on {address}: another server does")
 
 

@@ -176,15 +176,16 @@ class _HealthServicer(health.aio.HealthServicer):
     async def Watch(self, request: Any, context: grpc.aio.ServicerContext) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._watches.add(task)
-        try:
-            await super().Watch(request, context)
-        except asyncio.CancelledError:
-            if not self._ending:
-                raise
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
-        finally:
-            self._watches.discard(task)
+        if not self._ending:
+            self._watches.add(task)
+            try:
+                await super().Watch(request, context)
+            except asyncio.CancelledError:
+                if not self._ending:
+                    raise
+            finally:
+                self._watches.discard(task)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
 
     def end_watches(self) -> None:
         self._ending = True
