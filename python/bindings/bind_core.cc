@@ -3,6 +3,7 @@
 
 #include "arrays.h"
 #include "fastpage/model_runner.h"
+#include "fastpage/sampling_arrays.h"
 #include "module.h"
 
 namespace fastpage {
@@ -13,13 +14,21 @@ namespace {
 
 // ---------------------------------------------------------------- InputBatch
 
-py::array_t<BlockId> gathered_block_tables(const InputBatch& batch) {
-  py::array_t<BlockId> tables({batch.num_seqs, batch.block_table_stride});
+py::array_t<BlockId> first_blocks(const InputBatch& batch, int32_t count) {
+  if (count < 0 || count > batch.block_table_stride) {
+    throw InvalidArgument("count is " + std::to_string(count) + ": block tables have " +
+                          std::to_string(batch.block_table_stride) + " blocks a row");
+  }
+  py::array_t<BlockId> tables({batch.num_seqs, count});
   BlockId* out = tables.mutable_data();
   for (int32_t seq = 0; seq < batch.num_seqs; ++seq) {
-    out = std::copy_n(batch.block_table(seq), batch.block_table_stride, out);
+    out = std::copy_n(batch.block_table(seq), count, out);
   }
   return tables;
+}
+
+py::array_t<BlockId> gathered_block_tables(const InputBatch& batch) {
+  return first_blocks(batch, batch.block_table_stride);
 }
 
 void resolve(const InputBatch& batch, const py::object& sampled_token_ids) {
@@ -44,6 +53,7 @@ void bind_input_batch(py::module_& m) {
       .def_property_readonly("query_start_loc", view_of(&B::query_start_loc))
       .def_property_readonly("seq_lens", view_of(&B::seq_lens))
       .def_property_readonly("block_tables", &gathered_block_tables)
+      .def("first_blocks", &first_blocks, py::arg("count"))
       .def_property_readonly("logits_indices", view_of(&B::logits_indices))
       .def_property_readonly("sampling_logits_rows",
                              [](const py::object& self) {
@@ -70,7 +80,50 @@ void bind_input_batch(py::module_& m) {
                                return pairs(b.future_tokens, &FutureToken::index,
                                             &FutureToken::sampling_row);
                              })
-      .def("resolve", &resolve, py::arg("sampled_token_ids"));
+      .def("resolve", &resolve, py::arg("sampled_token_ids"))
+      .def_property_readonly("reads_tokens", &reads_tokens)
+      .def("sampling_arrays", &sampling_arrays, py::arg("vocab_size"));
+}
+
+// By name, those that are not empty.
+py::dict named_arrays(const py::object& self) {
+  const auto& a = self.cast<const SamplingArrays&>();
+  py::dict named;
+  const auto add = [&](const char* name, const auto& values) {
+    if (!values.empty()) named[name] = view(values, self);
+  };
+  add("logits_rows", a.logits_rows);
+  add("temperature", a.temperature);
+  add("top_k", a.top_k);
+  add("top_p", a.top_p);
+  add("min_p", a.min_p);
+  add("seeds", a.seeds);
+  add("positions", a.positions);
+  add("num_logprobs", a.num_logprobs);
+  add("allowed", a.allowed);
+  add("bias_start", a.bias_start);
+  add("bias_ids", a.bias_ids);
+  add("bias", a.bias);
+  add("token_start", a.token_start);
+  add("tokens", a.tokens);
+  add("num_prompt_tokens", a.num_prompt_tokens);
+  add("repetition_penalty", a.repetition_penalty);
+  add("frequency_penalty", a.frequency_penalty);
+  add("presence_penalty", a.presence_penalty);
+  add("prompt_logits_rows", a.prompt_logits_rows);
+  add("prompt_tokens", a.prompt_tokens);
+  add("prompt_num_logprobs", a.prompt_num_logprobs);
+  return named;
+}
+
+void bind_sampling_arrays(py::module_& m) {
+  py::class_<SamplingArrays>(m, "SamplingArrays")
+      .def_property_readonly("arrays", &named_arrays)
+      .def_property_readonly("unsupported", [](const SamplingArrays& a) {
+        py::dict reasons;
+        for (const auto& [row, reason] : a.unsupported) reasons[py::int_(row)] = reason;
+        return reasons;
+      });
 }
 
 // ---------------------------------------------------------------- ModelRunner
@@ -150,6 +203,7 @@ void bind_model_runner(py::module_& m) {
 }  // namespace
 
 void bind_core(py::module_& m) {
+  bind_sampling_arrays(m);
   bind_input_batch(m);
   bind_model_runner(m);
 }

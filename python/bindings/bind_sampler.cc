@@ -1,6 +1,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 
 #include "fastpage/sampler.h"
@@ -30,7 +31,15 @@ class PySampler {
   PySampler(int32_t vocab_size, int num_threads)
       : pool_(make_pool(num_threads)), sampler_(vocab_size, pool_.get()) {}
 
-  ModelRunnerOutput sample(LogitsArray logits, const InputBatch& batch) {
+  // rows: of the batch's sampling_rows, those to sample, a row of logits each. None: all of the
+  // batch, from all rows of its logits.
+  ModelRunnerOutput sample(LogitsArray logits, const InputBatch& batch,
+                           const std::optional<std::vector<int32_t>>& rows) {
+    return rows ? sample_all(logits, some_of(batch, *rows)) : sample_all(logits, batch);
+  }
+
+ private:
+  ModelRunnerOutput sample_all(LogitsArray logits, const InputBatch& batch) {
     check(logits.ndim() == 2 && logits.shape(0) == batch.num_logits(),
           "logits must be of shape [" + std::to_string(batch.num_logits()) + ", vocab_size]");
     const Matrix<const float> matrix(logits.data(), logits.shape(0), logits.shape(1));
@@ -41,7 +50,21 @@ class PySampler {
     return out;
   }
 
- private:
+  // With a row of logits for each.
+  static InputBatch some_of(const InputBatch& batch, const std::vector<int32_t>& rows) {
+    InputBatch some;
+    some.step_id = batch.step_id;
+    for (const int32_t row : rows) {
+      check(row >= 0 && static_cast<size_t>(row) < batch.sampling_rows.size(),
+            "rows holds " + std::to_string(row) + ": the batch has " +
+                std::to_string(batch.sampling_rows.size()) + " sampling rows");
+      some.sampling_rows.push_back(batch.sampling_rows[row]);
+      some.sampling_rows.back().logits_row = some.num_logits();
+      some.logits_indices.push_back(some.num_logits());
+    }
+    return some;
+  }
+
   std::unique_ptr<ThreadPool> pool_;
   Sampler sampler_;
 };
@@ -98,7 +121,8 @@ py::tuple sample_logits(const py::array_t<float, py::array::c_style | py::array:
 void bind_sampler(py::module_& m) {
   py::class_<PySampler>(m, "Sampler")
       .def(py::init<int32_t, int>(), py::arg("vocab_size"), py::arg("num_threads") = 1)
-      .def("sample", &PySampler::sample, py::arg("logits").noconvert(), py::arg("batch"));
+      .def("sample", &PySampler::sample, py::arg("logits").noconvert(), py::arg("batch"),
+           py::arg("rows") = py::none());
   m.def("sample_logits", &sample_logits, py::arg("logits"), py::arg("params"), py::arg("token_ids"),
         py::arg("num_prompt_tokens"), py::arg("seeds"), py::arg("eos_token_ids") = py::tuple(),
         py::arg("num_threads") = 1);

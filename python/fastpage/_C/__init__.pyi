@@ -278,6 +278,8 @@ class InputBatch:
     @property
     def block_tables(self) -> npt.NDArray[np.int32]:
         """[num_seqs][stride]: gathered, one row per sequence of the batch."""
+    def first_blocks(self, count: int) -> npt.NDArray[np.int32]:
+        """[num_seqs][count]: of each row of block_tables."""
     @property
     def logits_indices(self) -> npt.NDArray[np.int32]: ...
     @property
@@ -295,6 +297,21 @@ class InputBatch:
     def __init__(self) -> None: ...
     def resolve(self, sampled_token_ids: Sequence[int] | npt.NDArray[np.int32]) -> None:
         """Writes the future tokens, given what the step before sampled."""
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether sampling_arrays() depends on tokens' values: future ones are resolved before."""
+    def sampling_arrays(self, vocab_size: int) -> SamplingArrays:
+        """Of the sampling rows, for a sampler on a device."""
+
+class SamplingArrays:
+    """fastpage/sampling_arrays.h."""
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """By name, those that are not empty."""
+    @property
+    def unsupported(self) -> dict[int, str]:
+        """Sampling rows that only the Sampler can sample, and why."""
 
 class TokenLogprobs:
     """Entry 0 is the chosen (or prompt) token, the rest the most likely ones, descending."""
@@ -329,8 +346,16 @@ class ModelRunner:
 
 class Sampler:
     def __init__(self, vocab_size: int, num_threads: int = 1) -> None: ...
-    def sample(self, logits: npt.NDArray[np.float32], batch: InputBatch) -> ModelRunnerOutput:
-        """logits [num_logits, vocab_size], C-contiguous: all rows of the step."""
+    def sample(
+        self,
+        logits: npt.NDArray[np.float32],
+        batch: InputBatch,
+        rows: Sequence[int] | None = None,
+    ) -> ModelRunnerOutput:
+        """logits [num_logits, vocab_size], C-contiguous: all rows of the step.
+
+        rows: only these of the batch's sampling rows, from a row of logits each.
+        """
 
 def sample_logits(
     logits: npt.NDArray[np.float32],

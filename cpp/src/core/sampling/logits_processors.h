@@ -1,6 +1,8 @@
 // What changes logits before a token is chosen, greedily or not.
 #pragma once
 
+#include <functional>
+
 #include "core/sampling/scratch.h"
 #include "fastpage/input_batch.h"
 
@@ -8,6 +10,11 @@ namespace fastpage::sampling {
 
 // Whether process_logits() may change anything.
 bool needs_processing(const SamplingRow& row);
+
+// The tokens that bad_words and min_tokens forbid now, some more than once; whether there may be
+// any.
+bool forbids_tokens(const SamplingRow& row);
+void for_each_forbidden(const SamplingRow& row, const std::function<void(TokenId)>& fn);
 
 // allowed_token_ids, bad_words, min_tokens, logit_bias, then the repetition (prompt and output
 // tokens), frequency and presence penalties (output tokens). A bad word's last token is forbidden
