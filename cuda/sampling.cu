@@ -61,9 +61,9 @@ __device__ double uniform_of(uint64_t seed, uint64_t position) {
   return static_cast<double>(word >> 11) * 0x1p-53;
 }
 
-// Keys in the order of floats.
+// Keys in the order of floats; -0 is 0.
 __device__ __forceinline__ uint32_t key_of(float x) {
-  const uint32_t bits = __float_as_uint(x);
+  const uint32_t bits = __float_as_uint(__fadd_rn(x, 0.0f));
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 __device__ __forceinline__ float value_of(uint32_t key) {

@@ -85,13 +85,11 @@ void bind_input_batch(py::module_& m) {
       .def("sampling_arrays", &sampling_arrays, py::arg("vocab_size"));
 }
 
-// By name, those that are not empty.
+// By name, those that somebody asks for.
 py::dict named_arrays(const py::object& self) {
   const auto& a = self.cast<const SamplingArrays&>();
   py::dict named;
-  const auto add = [&](const char* name, const auto& values) {
-    if (!values.empty()) named[name] = view(values, self);
-  };
+  const auto add = [&](const char* name, const auto& values) { named[name] = view(values, self); };
   add("logits_rows", a.logits_rows);
   add("temperature", a.temperature);
   add("top_k", a.top_k);
@@ -100,19 +98,23 @@ py::dict named_arrays(const py::object& self) {
   add("seeds", a.seeds);
   add("positions", a.positions);
   add("num_logprobs", a.num_logprobs);
-  add("allowed", a.allowed);
-  add("bias_start", a.bias_start);
-  add("bias_ids", a.bias_ids);
-  add("bias", a.bias);
-  add("token_start", a.token_start);
-  add("tokens", a.tokens);
-  add("num_prompt_tokens", a.num_prompt_tokens);
-  add("repetition_penalty", a.repetition_penalty);
-  add("frequency_penalty", a.frequency_penalty);
-  add("presence_penalty", a.presence_penalty);
   add("prompt_logits_rows", a.prompt_logits_rows);
   add("prompt_tokens", a.prompt_tokens);
   add("prompt_num_logprobs", a.prompt_num_logprobs);
+  if (!a.allowed.empty()) add("allowed", a.allowed);
+  if (!a.bias_start.empty()) {
+    add("bias_start", a.bias_start);
+    add("bias_ids", a.bias_ids);
+    add("bias", a.bias);
+  }
+  if (!a.token_start.empty()) {
+    add("token_start", a.token_start);
+    add("tokens", a.tokens);
+    add("num_prompt_tokens", a.num_prompt_tokens);
+    add("repetition_penalty", a.repetition_penalty);
+    add("frequency_penalty", a.frequency_penalty);
+    add("presence_penalty", a.presence_penalty);
+  }
   return named;
 }
 

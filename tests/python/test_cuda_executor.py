@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -203,3 +204,23 @@ def test_engine_args_know_it() -> None:
     EngineArgs(model="x", executor="cuda")
     with pytest.raises(InvalidArgument, match="needs executor='cpu'"):
         EngineArgs(model="x", executor="cuda", quantization="int8")
+    EngineArgs(model="x", executor="cuda", enforce_eager=True)
+    EngineArgs(model="x", executor="cuda", cudagraph_capture_sizes=[1, 64])
+    for options, message in (
+        ({"enforce_eager": 1}, "enforce_eager=1 is not True or False"),
+        ({"cudagraph_capture_sizes": []}, r"cudagraph_capture_sizes=\[\] is not a list"),
+        ({"cudagraph_capture_sizes": [0]}, "between 1 and max_num_seqs=64"),
+        ({"cudagraph_capture_sizes": [65]}, "between 1 and max_num_seqs=64"),
+        ({"cudagraph_capture_sizes": [4], "enforce_eager": True}, "with enforce_eager: leave out"),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            EngineArgs(model="x", executor="cuda", **options)  # type: ignore[arg-type]
+
+
+def test_options_of_the_command_line() -> None:
+    parser = argparse.ArgumentParser()
+    EngineArgs.add_cli_args(parser)
+    words = ["--model", "x", "--cudagraph-capture-sizes", "1", "8", "--no-enforce-eager"]
+    args = EngineArgs.from_cli_args(parser.parse_args(words))
+    assert args.cudagraph_capture_sizes == [1, 8]
+    assert not args.enforce_eager

@@ -308,7 +308,7 @@ class SamplingArrays:
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """By name, those that are not empty."""
+        """By name; what changes logits only if a row asks for it."""
     @property
     def unsupported(self) -> dict[int, str]:
         """Sampling rows that only the Sampler can sample, and why."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,6 +226,21 @@ class EngineArgs:
         "torch and a build with FASTPAGE_CUDA",
         choices=EXECUTORS,
     )
+    enforce_eager: bool = _arg(
+        False,
+        "Execution",
+        "executor cuda: launch every step anew, and capture none into a CUDA graph (default: off)",
+        action=argparse.BooleanOptionalAction,
+    )
+    cudagraph_capture_sizes: Sequence[int] | None = _arg(
+        None,
+        "Execution",
+        "executor cuda: numbers of sequences whose decode steps are captured into CUDA graphs; a "
+        "step runs as the next larger one (default: 1, 2, 4, ... and --max-num-seqs)",
+        metavar="N",
+        type=int,
+        nargs="+",
+    )
     async_scheduling: bool = _arg(
         False,
         "Execution",
@@ -281,7 +297,7 @@ class EngineArgs:
                 )
         if self.cpu_affinity is not None:
             parse_cpus(self.cpu_affinity)
-        for name in ("enable_prefix_caching", "async_scheduling"):
+        for name in ("enable_prefix_caching", "async_scheduling", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"{name}={getattr(self, name)!r} is not True or False")
         if not isinstance(self.enable_kv_events, bool | None):
@@ -333,6 +349,7 @@ class EngineArgs:
                 f"quantization={self.quantization!r} needs executor='cpu': the others take weights "
                 "that are not quantized"
             )
+        self._check_capture_sizes()
         if not self.model or not isinstance(self.model, str):
             raise InvalidArgument(f"model={self.model!r} is not a path or the name of a model")
 
@@ -344,6 +361,19 @@ class EngineArgs:
             raise InvalidArgument(
                 f"engine_timeout={value}: must be 0, for none, or at least 1 (second)"
             )
+
+    def _check_capture_sizes(self) -> None:
+        sizes = self.cudagraph_capture_sizes
+        if sizes is None:
+            return
+        given = f"cudagraph_capture_sizes={sizes!r}"
+        is_list = isinstance(sizes, list | tuple) and len(sizes) > 0
+        if not is_list or not all(type(n) is int and 1 <= n <= self.max_num_seqs for n in sizes):
+            raise InvalidArgument(
+                f"{given} is not a list of numbers between 1 and max_num_seqs={self.max_num_seqs}"
+            )
+        if self.enforce_eager:
+            raise InvalidArgument(f"{given} with enforce_eager: leave out one of them")
 
     @classmethod
     def add_cli_args(cls, parser: argparse.ArgumentParser) -> None:

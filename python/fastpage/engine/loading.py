@@ -34,6 +34,8 @@ _BAR_AFTER_SECONDS = 1.0
 _DEFAULT_CACHE_SHARE = 0.4
 # ... and at most this much.
 _DEFAULT_CACHE_LIMIT = 4 << 30
+# On a GPU nobody else needs what is left, but for a step's activations, logits and graphs.
+_GPU_CACHE_SHARE = 0.8
 # Of the KV cache: a slot, block * block_size + offset, is an int32.
 _MOST_SLOTS = 2**31 - 1
 
@@ -228,7 +230,9 @@ def _decide(
         math.prod(buffer.shape) for buffer in model.program.buffers if buffer.kind == "weight"
     )
     num_host_kv_blocks = _num_host_kv_blocks(args, block_bytes)
-    taken = weight_bytes + num_host_kv_blocks * block_bytes
+    taken = weight_bytes
+    if args.executor != "cuda":  # else the host's cache is in another memory
+        taken += num_host_kv_blocks * block_bytes
     return ModelInfo(
         served_model_name=args.served_model_name or checkpoint.name,
         model=args.model,
@@ -276,9 +280,10 @@ def _num_kv_blocks(args: EngineArgs, max_model_len: int, block_bytes: int, taken
         blocks = min(size // block_bytes, _MOST_SLOTS // args.block_size)
         given = f"kv_cache_memory={args.kv_cache_memory}"
     else:
-        free = max(0, available_bytes() - taken)
-        size = min(int(free * _DEFAULT_CACHE_SHARE), _DEFAULT_CACHE_LIMIT)
-        blocks = min(size // block_bytes, needed * args.max_num_seqs)
+        size, free = _default_cache_size(args, taken)
+        blocks = min(
+            size // block_bytes, needed * args.max_num_seqs, _MOST_SLOTS // args.block_size
+        )
         given = f"the memory that is free ({format_bytes(free)} beside the weights)"
     if blocks < needed:
         raise ResourceExhausted(
@@ -288,6 +293,17 @@ def _num_kv_blocks(args: EngineArgs, max_model_len: int, block_bytes: int, taken
             "max_model_len"
         )
     return blocks
+
+
+def _default_cache_size(args: EngineArgs, taken: int) -> tuple[int, int]:
+    """And the memory that is free beside what is taken."""
+    if args.executor == "cuda":
+        from fastpage.executors.cuda import free_bytes
+
+        free = max(0, free_bytes() - taken)
+        return int(free * _GPU_CACHE_SHARE), free
+    free = max(0, available_bytes() - taken)
+    return min(int(free * _DEFAULT_CACHE_SHARE), _DEFAULT_CACHE_LIMIT), free
 
 
 def _load_runner(
@@ -307,14 +323,13 @@ def _load_runner(
         "num_host_kv_blocks": info.num_host_kv_blocks,
     }
     max_steps_in_flight = 2 if info.async_scheduling else 1
-    if args.executor != "cpu":
-        from fastpage.executors.cuda import CudaExecutor
+    if args.executor == "cuda":
+        runner = _load_cuda_runner(args, info, checkpoint, model, options, progress)
+        return runner, info.weight_bytes
+    if args.executor == "torch":
         from fastpage.executors.torch import TorchExecutor, TorchRunner
 
-        kind = CudaExecutor if args.executor == "cuda" else TorchExecutor
-        if args.executor == "cuda":
-            options |= {"dtype": info.dtype}
-        reference = kind(model.program, **options)
+        reference = TorchExecutor(model.program, **options)
         model.load_weights(checkpoint, reference, progress=progress)
         return TorchRunner(reference, info.num_threads, max_steps_in_flight), info.weight_bytes
     executor = _C.CpuExecutor(
@@ -329,6 +344,30 @@ def _load_runner(
     keep_blocks = info.quantization == "gguf"
     model.load_weights(checkpoint, executor, progress=progress, keep_blocks=keep_blocks)
     return _C.ProgramRunner(executor, max_steps_in_flight), executor.weight_bytes
+
+
+def _load_cuda_runner(
+    args: EngineArgs,
+    info: ModelInfo,
+    checkpoint: Checkpoint,
+    model: Model,
+    options: dict[str, Any],
+    progress: Callable[[int, int], None] | None,
+) -> _C.ModelRunner:
+    from fastpage.executors.cuda import CudaExecutor
+    from fastpage.executors.cuda_runner import new_runner
+    from fastpage.executors.decode_graphs import default_sizes
+
+    executor = CudaExecutor(model.program, dtype=info.dtype, **options)
+    model.load_weights(checkpoint, executor, progress=progress)
+    sizes = args.cudagraph_capture_sizes or default_sizes(info.max_num_seqs)
+    executor.warm_up(
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        graph_sizes=[] if args.enforce_eager else sizes,
+    )
+    return new_runner(executor, info.num_threads, 2 if info.async_scheduling else 1)
 
 
 def _engine_config(args: EngineArgs, info: ModelInfo) -> _C.EngineConfig:

@@ -1,59 +1,33 @@
 """The executor for a GPU: torch multiplies matrices, fastpage._C.cuda does the rest of a Program.
 
-Sampling is the runner's, on the CPU (the device's own,
-fastpage._C.cuda.sample, is not used yet).
+A step is only launched: nothing waits for the GPU but who reads its result. CudaRunner samples
+there, too, and brings the tokens.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastpage import _C
-from fastpage._C import Op, Program
+from fastpage._C import InputBatch, Op, Program
 from fastpage.errors import InvalidArgument
-from fastpage.executors.torch import IntArray, TorchExecutor, _Frame
+from fastpage.executors.attention_plans import GrowingPlans, PlannedAttention, attention_shape
+from fastpage.executors.decode_graphs import (
+    DecodeGraphs,
+    FutureTokens,
+    StepArrays,
+    obstacle,
+)
+from fastpage.executors.staging import send
+from fastpage.executors.torch import Frame, IntArray, TorchExecutor
 
-Shape = tuple[int, int, int]  # heads, KV heads, head_dim
-
-
-class AttentionPlans:
-    """The plan of a step and the buffers that it lies in, for attention of one shape.
-
-    They grow when a step does not fit: so their addresses hold from then on.
-    """
-
-    def __init__(self, kernels: Any, shape: Shape, device: torch.device) -> None:
-        self._kernels, self._shape, self._device = kernels, shape, device
-        self._limits = {"max_num_seqs": 0, "max_num_tokens": 0, "max_seq_len": 0}
-
-    def update(self, query_start_loc: IntArray, seq_lens: IntArray) -> None:
-        wanted = {
-            "max_num_seqs": len(seq_lens),
-            "max_num_tokens": int(query_start_loc[-1]),
-            "max_seq_len": int(max(seq_lens)),
-        }
-        if any(wanted[name] > limit for name, limit in self._limits.items()):
-            self._grow({n: max(_power_of_two(w), self._limits[n]) for n, w in wanted.items()})
-        self.plan.plan(query_start_loc, seq_lens, self._host_buffer)
-        self.buffer.copy_(self._host_buffer)
-
-    def _grow(self, limits: dict[str, int]) -> None:
-        heads, kv_heads, head_dim = self._shape
-        self._limits = limits
-        self.plan = self._kernels.AttentionPlan(
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            num_multiprocessors=_num_multiprocessors(self._device),
-            **limits,
-        )
-        pinned = self._device.type == "cuda"
-        self._host_buffer = torch.zeros(self.plan.plan_size, dtype=torch.int32, pin_memory=pinned)
-        self.buffer = self._host_buffer.to(self._device, copy=True)
-        self.workspace = torch.empty(self.plan.workspace_size, device=self._device)
-        self.counters = torch.zeros(self.plan.num_counters, dtype=torch.int32, device=self._device)
+_log = logging.getLogger(__name__)
 
 
 class CudaExecutor(TorchExecutor):
@@ -75,8 +49,7 @@ class CudaExecutor(TorchExecutor):
         **options: Any,
     ) -> None:
         if kernels is None:
-            if not _C.cuda.is_available():
-                raise InvalidArgument(f"executor='cuda': {_C.cuda.unavailable_reason()}")
+            require_gpu()
             kernels = _C.cuda
         if dtype not in ("bfloat16", "float16"):
             raise InvalidArgument(f"dtype {dtype}: CUDA kernels need bfloat16 or float16")
@@ -84,17 +57,98 @@ class CudaExecutor(TorchExecutor):
             raise InvalidArgument(
                 f"kv_cache_dtype {kv_cache_dtype}: CUDA kernels need {dtype} or float8_e4m3"
             )
-        self._kernels = kernels
         super().__init__(
             program, device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype, **options
         )
+        self.kernels = kernels
         self._plans = {
-            shape: AttentionPlans(kernels, shape, self._device)
-            for shape in {_attention_shape(op) for op in program.ops if op.kind == "attend"}
+            shape: GrowingPlans(kernels, shape, self._device)
+            for shape in {attention_shape(op) for op in program.ops if op.kind == "attend"}
         }
+        self._graphs: DecodeGraphs | None = None
 
     def _cache_dtype(self, name: str) -> torch.dtype:
         return torch.uint8 if name == "float8_e4m3" else super()._cache_dtype(name)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Numbers of sequences whose decode steps are CUDA graphs."""
+        return [] if self._graphs is None else self._graphs.sizes
+
+    @torch.inference_mode()
+    def warm_up(
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        graph_sizes: Sequence[int],
+    ) -> None:
+        """Once the weights are loaded: runs the largest step, so that memory that is short is so
+        now, and records decode steps of graph_sizes sequences (none: no CUDA graphs)."""
+        self.launch(_largest_step(max_num_seqs, max_num_batched_tokens, max_model_len))
+        if not graph_sizes:
+            return
+        reason = obstacle(self.program)
+        if reason is not None:
+            _log.warning("no step is captured into a CUDA graph: %s", reason)
+            return
+        self._graphs = DecodeGraphs(
+            self._run,
+            self.program,
+            self.kernels,
+            self._device,
+            sizes=graph_sizes,
+            max_seq_len=max_model_len,
+            block_size=self._block_size,
+        )
+
+    def launch_batch(self, batch: InputBatch, future: FutureTokens | None = None) -> torch.Tensor:
+        """As launch(), the batch's transfers first."""
+        self.apply_transfers(batch.swap_outs, batch.block_copies, batch.swap_ins)
+        seq_lens = batch.seq_lens
+        step = {
+            "token_ids": batch.token_ids,
+            "positions": batch.positions,
+            "slot_mapping": batch.slot_mapping,
+            "query_start_loc": batch.query_start_loc,
+            "seq_lens": seq_lens,
+            "block_tables": batch.first_blocks(self._num_blocks(seq_lens)),
+            "logits_indices": batch.logits_indices,
+        }
+        return self.launch(step, future)
+
+    @torch.inference_mode()
+    def launch(self, step: StepArrays, future: FutureTokens | None = None) -> torch.Tensor:
+        """The logits of a step, on the device, as the current stream will find them: float32 or
+        the type of activations, valid until the next step is launched. `step` may change as soon
+        as this returns."""
+        if self._graphs is not None:
+            logits = self._graphs.run(step, future)
+            if logits is not None:
+                return logits
+        names = ("token_ids", "positions", "slot_mapping", "block_tables", "logits_indices")
+        arrays = {name: step[name] for name in names}
+        for i, plans in enumerate(self._plans.values()):
+            arrays[f"plan {i}"] = plans.lay_out(step["query_start_loc"], step["seq_lens"])
+        if future is not None:
+            arrays["future"] = future.places.T
+        sent = send(arrays, self._device)
+        if future is not None:
+            future.write(sent["future"], sent["token_ids"])
+        inputs: dict[str, Any] = {name: sent[name] for name in names}
+        inputs["attention"] = {
+            shape: plans.beside(sent[f"plan {i}"])
+            for i, (shape, plans) in enumerate(self._plans.items())
+        }
+        return self._run(Frame(**inputs))
+
+    def forward(self, batch: InputBatch) -> npt.NDArray[np.float32]:
+        return _to_numpy(self.launch_batch(batch))
 
     def forward_arrays(
         self,
@@ -105,22 +159,21 @@ class CudaExecutor(TorchExecutor):
         seq_lens: IntArray,
         block_tables: IntArray,
         logits_indices: IntArray,
-    ) -> Any:
-        self._token_ids = self._int32(token_ids)
-        self._positions = self._int32(positions)
-        self._slots = self._int32(slot_mapping)
-        self._tables = self._int32(block_tables)
-        for plans in self._plans.values():
-            plans.update(query_start_loc, seq_lens)
-        return super().forward_arrays(
-            token_ids,
-            positions,
-            slot_mapping,
-            query_start_loc,
-            seq_lens,
-            block_tables,
-            logits_indices,
-        )
+    ) -> npt.NDArray[np.float32]:
+        step = {
+            "token_ids": token_ids,
+            "positions": positions,
+            "slot_mapping": slot_mapping,
+            "query_start_loc": query_start_loc,
+            "seq_lens": seq_lens,
+            "block_tables": block_tables[:, : self._num_blocks(seq_lens)],
+            "logits_indices": logits_indices,
+        }
+        return _to_numpy(self.launch(step))
+
+    def _num_blocks(self, seq_lens: IntArray) -> int:
+        """Of the longest sequence."""
+        return -(-int(seq_lens.max()) // self._block_size)
 
     def apply_transfers(
         self, swap_outs: IntArray, block_copies: IntArray, swap_ins: IntArray
@@ -128,30 +181,27 @@ class CudaExecutor(TorchExecutor):
         for cache, host in ((self._keys, self._host_keys), (self._values, self._host_values)):
             blocks, host_blocks = cache.flatten(2), host.flatten(2)
             if len(swap_outs):
-                self._kernels.swap_blocks(blocks, host_blocks, swap_outs, "out")
+                self.kernels.swap_blocks(blocks, host_blocks, swap_outs, "out")
             if len(block_copies):
-                self._kernels.copy_blocks(blocks, block_copies)
+                self.kernels.copy_blocks(blocks, block_copies)
             if len(swap_ins):
-                self._kernels.swap_blocks(blocks, host_blocks, swap_ins, "in")
-
-    def _int32(self, array: IntArray) -> torch.Tensor:
-        return torch.tensor(array, dtype=torch.int32, device=self._device)
+                self.kernels.swap_blocks(blocks, host_blocks, swap_ins, "in")
 
     def _empty(self, like: torch.Tensor, cols: int | None = None) -> torch.Tensor:
         return like.new_empty(like.shape[0], like.shape[1] if cols is None else cols)
 
     # ---- the ops
 
-    def _embed(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _embed(self, op: Op, frame: Frame) -> torch.Tensor:
         table = self._weight(op, 0)
-        out = table.new_empty(len(self._token_ids), table.shape[1])
-        self._kernels.embed(self._token_ids, table, out)
+        out = table.new_empty(len(frame.token_ids), table.shape[1])
+        self.kernels.embed(frame.token_ids, table, out)
         return out
 
-    def _norm(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _norm(self, op: Op, frame: Frame) -> torch.Tensor:
         x = self._input(op, 0, frame)
         out = self._empty(x)
-        self._kernels.norm(
+        self.kernels.norm(
             x,
             out,
             str(op.attrs["kind"]),
@@ -163,28 +213,30 @@ class CudaExecutor(TorchExecutor):
         )
         return out
 
-    def _rotary(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _rotary(self, op: Op, frame: Frame) -> torch.Tensor:
         x = self._input(op, 0, frame)
         out = self._empty(x)
         table, head_dim, style = self._weight(op, 1), int(op.attrs["head_dim"]), op.attrs["style"]
-        self._kernels.rotary(x, self._positions, table, head_dim, style, out)
+        self.kernels.rotary(x, frame.positions, table, head_dim, style, out)
         return out
 
-    def _write_cache(self, op: Op, frame: _Frame) -> None:
+    def _write_cache(self, op: Op, frame: Frame) -> None:
         k, v = (self._input(op, i, frame) for i in range(2))
         layer = int(op.attrs["layer"])
-        self._kernels.reshape_and_cache(k, v, self._slots, self._keys[layer], self._values[layer])
+        self.kernels.reshape_and_cache(
+            k, v, frame.slot_mapping, self._keys[layer], self._values[layer]
+        )
 
-    def _rotary_write_cache(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _rotary_write_cache(self, op: Op, frame: Frame) -> torch.Tensor:
         q, k, v = (self._input(op, i, frame) for i in range(3))
         layer = int(op.attrs["layer"])
         out = self._empty(q)
-        self._kernels.rotary_and_cache(
+        self.kernels.rotary_and_cache(
             q,
             k,
             v,
-            self._positions,
-            self._slots,
+            frame.positions,
+            frame.slot_mapping,
             self._weight(op, 3),
             op.attrs["style"],
             self._keys[layer],
@@ -193,20 +245,20 @@ class CudaExecutor(TorchExecutor):
         )
         return out
 
-    def _attend(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _attend(self, op: Op, frame: Frame) -> torch.Tensor:
         q = self._input(op, 0, frame)
-        plans = self._plans[_attention_shape(op)]
+        planned: PlannedAttention = frame.attention[attention_shape(op)]
         layer = int(op.attrs["layer"])
         out = self._empty(q)
-        self._kernels.paged_attention(
+        self.kernels.paged_attention(
             q,
             self._keys[layer],
             self._values[layer],
-            self._tables,
-            plans.plan,
-            plans.buffer,
-            plans.workspace,
-            plans.counters,
+            frame.block_tables,
+            planned.plan,
+            planned.buffer,
+            planned.workspace,
+            planned.counters,
             out,
             scale=float(op.attrs["scale"]),
             sliding_window=int(op.attrs.get("sliding_window", 0)),
@@ -215,22 +267,41 @@ class CudaExecutor(TorchExecutor):
         )
         return out
 
-    def _activate(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _activate(self, op: Op, frame: Frame) -> torch.Tensor:
         x, kind = self._input(op, 0, frame), str(op.attrs["kind"])
         out = self._empty(x, x.shape[1] // 2 if kind.endswith("_and_mul") else None)
-        self._kernels.activate(x, kind, out)
+        self.kernels.activate(x, kind, out)
         return out
 
 
-def _attention_shape(op: Op) -> Shape:
-    return int(op.attrs["num_heads"]), int(op.attrs["num_kv_heads"]), int(op.attrs["head_dim"])
+def require_gpu() -> None:
+    if not _C.cuda.is_available():
+        raise InvalidArgument(f"executor='cuda': {_C.cuda.unavailable_reason()}")
 
 
-def _num_multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 8
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def free_bytes() -> int:
+    """Of the GPU's memory."""
+    require_gpu()
+    return torch.cuda.mem_get_info()[0]
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _largest_step(max_num_seqs: int, max_num_tokens: int, max_seq_len: int) -> StepArrays:
+    """As many tokens and sequences as there may be; it writes nothing into the cache."""
+    num_seqs = max(min(max_num_seqs, max_num_tokens), -(-max_num_tokens // max_seq_len))
+    starts = np.arange(num_seqs + 1, dtype=np.int64) * max_num_tokens // num_seqs
+    lens = np.diff(starts).astype(np.int32)
+    zeros = np.zeros(max_num_tokens, np.int32)
+    return {
+        "token_ids": zeros,
+        "positions": zeros,
+        "slot_mapping": zeros - 1,
+        "query_start_loc": starts.astype(np.int32),
+        "seq_lens": lens,
+        "block_tables": np.zeros((num_seqs, int(lens.max())), np.int32),
+        "logits_indices": (starts[1:] - 1).astype(np.int32),
+    }
+
+
+def _to_numpy(logits: torch.Tensor) -> npt.NDArray[np.float32]:
+    array: npt.NDArray[np.float32] = logits.float().cpu().numpy()
+    return array

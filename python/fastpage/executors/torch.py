@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,22 @@ IntArray = npt.NDArray[np.int32]
 
 
 @dataclass
-class _Frame:
-    """The step's own data, on the device, and the activations computed so far."""
+class Frame:
+    """The step's own data, on the device, and the activations that are still to be read."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     slot_mapping: torch.Tensor
-    query_start_loc: list[int]
-    seq_lens: list[int]
     block_tables: torch.Tensor
     logits_indices: torch.Tensor
-    activations: dict[int, torch.Tensor]
+    attention: Any  # what else attend() wants to know: the executor's own
+    activations: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Lengths:
+    query_start_loc: list[int]
+    seq_lens: list[int]
 
 
 class TorchExecutor:
@@ -57,6 +62,7 @@ class TorchExecutor:
     ) -> None:
         self.program = program
         self._device = torch.device(device)
+        self._block_size = block_size
         self._dtype = _torch_dtype(dtype)
         self._weight_dtype = _torch_dtype(weight_dtype or dtype)
         self._has_int8_cache = kv_cache_dtype == "int8"
@@ -83,7 +89,9 @@ class TorchExecutor:
             for kind, index in (("embed", 0), ("linear", 1))
             if op.kind == kind
         } | {x.buffer for op in program.ops if op.kind == "moe" for x in op.inputs[2:]}
-        self._ops: dict[str, Callable[[Op, _Frame], torch.Tensor | None]] = {
+        self._steps = list(program.ops)
+        self._read_last = _read_last(program)
+        self._ops: dict[str, Callable[[Op, Frame], torch.Tensor | None]] = {
             "embed": self._embed,
             "embed_positions": self._embed_positions,
             "norm": self._norm,
@@ -163,22 +171,26 @@ class TorchExecutor:
         logits_indices: IntArray,
     ) -> npt.NDArray[np.float32]:
         """See CpuExecutor.forward_arrays."""
-        frame = _Frame(
+        frame = Frame(
             token_ids=self._to_device(token_ids),
             positions=self._to_device(positions),
             slot_mapping=self._to_device(slot_mapping),
-            query_start_loc=[int(i) for i in query_start_loc],
-            seq_lens=[int(i) for i in seq_lens],
             block_tables=self._to_device(block_tables),
             logits_indices=self._to_device(logits_indices),
-            activations={},
+            attention=_Lengths([int(i) for i in query_start_loc], [int(i) for i in seq_lens]),
         )
-        for op in self.program.ops:
+        return self._run(frame).float().cpu().numpy()
+
+    def _run(self, frame: Frame) -> torch.Tensor:
+        """The logits, of the type of activations."""
+        frame.activations = {}
+        for op, read_last in zip(self._steps, self._read_last, strict=True):
             result = self._ops[op.kind](op, frame)
             if result is not None:
                 frame.activations[op.outputs[0].buffer] = result
-        logits = frame.activations[self.program.output]
-        return logits.float().cpu().numpy()
+            for buffer in read_last:
+                frame.activations.pop(buffer, None)
+        return frame.activations.pop(self.program.output)
 
     def apply_transfers(
         self, swap_outs: IntArray, block_copies: IntArray, swap_ins: IntArray
@@ -197,7 +209,7 @@ class TorchExecutor:
 
     # ---- the ops
 
-    def _input(self, op: Op, index: int, frame: _Frame) -> torch.Tensor:
+    def _input(self, op: Op, index: int, frame: Frame) -> torch.Tensor:
         operand: Operand = op.inputs[index]
         x = frame.activations[operand.buffer]
         return x[:, operand.offset : operand.offset + operand.cols]
@@ -205,14 +217,15 @@ class TorchExecutor:
     def _weight(self, op: Op, index: int) -> torch.Tensor:
         return self._weights[op.inputs[index].buffer]
 
-    def _embed(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _embed(self, op: Op, frame: Frame) -> torch.Tensor:
         return self._weight(op, 0)[frame.token_ids]
 
-    def _embed_positions(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _embed_positions(self, op: Op, frame: Frame) -> torch.Tensor:
         table = self._weight(op, 0)
-        return table[frame.positions + int(op.attrs.get("offset", 0))].to(self._dtype)
+        at = frame.positions + int(op.attrs.get("offset", 0))
+        return table.index_select(0, at).to(self._dtype)
 
-    def _norm(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _norm(self, op: Op, frame: Frame) -> torch.Tensor:
         x = self._input(op, 0, frame).float()
         groups = x.unflatten(1, (-1, int(op.attrs.get("group", x.shape[1]))))
         if op.attrs["kind"] == "layer":
@@ -226,7 +239,7 @@ class TorchExecutor:
             y = y + self._weight(op, 2)
         return y.reshape(x.shape).to(self._dtype)
 
-    def _linear(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _linear(self, op: Op, frame: Frame) -> torch.Tensor:
         """What a pass fused into it included: see OpKind::kLinear."""
         x = self._input(op, 0, frame)
         has_norm, has_residual = "norm_eps" in op.attrs, "residual" in op.attrs
@@ -242,10 +255,10 @@ class TorchExecutor:
             y = _activate(y, str(op.attrs["activation"]))
         return y + self._input(op, len(op.inputs) - 1, frame) if has_residual else y
 
-    def _rotary(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _rotary(self, op: Op, frame: Frame) -> torch.Tensor:
         return self._rotate(op, self._input(op, 0, frame), self._weight(op, 1), frame)
 
-    def _rotate(self, op: Op, x: torch.Tensor, table: torch.Tensor, frame: _Frame) -> torch.Tensor:
+    def _rotate(self, op: Op, x: torch.Tensor, table: torch.Tensor, frame: Frame) -> torch.Tensor:
         cos, sin = table[frame.positions].unsqueeze(1).chunk(2, dim=-1)
         heads = x.float().unflatten(1, (-1, int(op.attrs["head_dim"])))
         turned, kept = heads.tensor_split([2 * cos.shape[-1]], dim=-1)
@@ -257,15 +270,15 @@ class TorchExecutor:
             turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
         return torch.cat((turned, kept), dim=-1).flatten(1).to(self._dtype)
 
-    def _write_cache(self, op: Op, frame: _Frame) -> None:
+    def _write_cache(self, op: Op, frame: Frame) -> None:
         self._write(op, self._input(op, 0, frame), self._input(op, 1, frame), frame)
 
-    def _rotary_write_cache(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _rotary_write_cache(self, op: Op, frame: Frame) -> torch.Tensor:
         q, k, v = (self._input(op, i, frame) for i in range(3))
         self._write(op, self._rotate(op, k, self._weight(op, 3), frame), v, frame)
         return self._rotate(op, q, self._weight(op, 3), frame)
 
-    def _write(self, op: Op, k: torch.Tensor, v: torch.Tensor, frame: _Frame) -> None:
+    def _write(self, op: Op, k: torch.Tensor, v: torch.Tensor, frame: Frame) -> None:
         layer = int(op.attrs["layer"])
         written = frame.slot_mapping >= 0
         slots = frame.slot_mapping[written]
@@ -275,11 +288,12 @@ class TorchExecutor:
                 x = _rounded_to_int8(x.float())
             cache.view(-1, *cache.shape[2:])[slots] = x.to(cache.dtype)
 
-    def _attend(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _attend(self, op: Op, frame: Frame) -> torch.Tensor:
         q = self._input(op, 0, frame).float()
         out = torch.empty_like(q)
-        for i, seq_len in enumerate(frame.seq_lens):
-            rows = slice(frame.query_start_loc[i], frame.query_start_loc[i + 1])
+        starts = frame.attention.query_start_loc
+        for i, seq_len in enumerate(frame.attention.seq_lens):
+            rows = slice(starts[i], starts[i + 1])
             out[rows] = self._attend_sequence(op, q[rows], frame.block_tables[i], seq_len)
         return out.to(self._dtype)
 
@@ -308,24 +322,24 @@ class TorchExecutor:
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
         return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(repeat, dim=1)).flatten(1)
 
-    def _activate(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _activate(self, op: Op, frame: Frame) -> torch.Tensor:
         return _activate(self._input(op, 0, frame), str(op.attrs["kind"]))
 
-    def _scale(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _scale(self, op: Op, frame: Frame) -> torch.Tensor:
         return self._input(op, 0, frame) * float(op.attrs["factor"])
 
-    def _clamp(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _clamp(self, op: Op, frame: Frame) -> torch.Tensor:
         limit = float(op.attrs["limit"])
         return self._input(op, 0, frame).clamp(-limit, limit)
 
-    def _soft_cap(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _soft_cap(self, op: Op, frame: Frame) -> torch.Tensor:
         cap = float(op.attrs["cap"])
         return cap * torch.tanh(self._input(op, 0, frame) / cap)
 
-    def _add(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _add(self, op: Op, frame: Frame) -> torch.Tensor:
         return self._input(op, 0, frame) + self._input(op, 1, frame)
 
-    def _moe(self, op: Op, frame: _Frame) -> torch.Tensor:
+    def _moe(self, op: Op, frame: Frame) -> torch.Tensor:
         x, logits = (self._input(op, i, frame) for i in range(2))
         # topk does not say which of equal ones it takes.
         order = logits.float().sort(dim=1, descending=True, stable=True).indices
@@ -343,8 +357,8 @@ class TorchExecutor:
             y[rows] += part * shares[rows, expert, None].to(self._dtype)
         return y
 
-    def _gather_rows(self, op: Op, frame: _Frame) -> torch.Tensor:
-        return self._input(op, 0, frame)[frame.logits_indices]
+    def _gather_rows(self, op: Op, frame: Frame) -> torch.Tensor:
+        return self._input(op, 0, frame).index_select(0, frame.logits_indices)
 
 
 class TorchRunner(ModelRunner):
@@ -377,6 +391,19 @@ class TorchRunner(ModelRunner):
             if output.step_id == step_id:
                 return output
         raise InvalidArgument(f"wait for step {step_id}, which is not among the last ones executed")
+
+
+def _read_last(program: Program) -> list[list[int]]:
+    """For each op the buffers that no later one reads, but for the program's output."""
+    last: dict[int, int] = {}
+    for i, op in enumerate(program.ops):
+        for operand in (*op.inputs, *op.outputs):
+            last[operand.buffer] = i
+    last.pop(program.output)
+    buffers: list[list[int]] = [[] for _ in program.ops]
+    for buffer, i in last.items():
+        buffers[i].append(buffer)
+    return buffers
 
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
