@@ -39,6 +39,7 @@ void bind_news(py::module_& m) {
 }  // namespace
 
 void bind_channel(py::module_& m) {
+  m.attr("__channel_version__") = kChannelVersion;
   bind_news(m);
 
   using no_gil = py::call_guard<py::gil_scoped_release>;

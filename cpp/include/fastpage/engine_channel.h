@@ -40,6 +40,10 @@ struct EngineNews {
   EngineStats stats;  // after that step
 };
 
+// Of what goes through the channel, and of the hello before it. Whoever changes either raises it:
+// of two processes, each says its own, and refuses another one.
+inline constexpr int32_t kChannelVersion = 2;
+
 // Longest message that a front end may send: a prompt and its parameters.
 inline constexpr size_t kMaxRequestBytes = size_t{64} << 20;
 

@@ -10,6 +10,7 @@ from . import cuda as cuda
 from . import ops as ops
 
 __version__: str
+__channel_version__: int
 
 class Error(RuntimeError): ...
 class InvalidArgument(Error, ValueError): ...

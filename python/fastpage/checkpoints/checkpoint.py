@@ -64,5 +64,9 @@ class Checkpoint(ABC):
         """A hint that the tensor is not read again soon: its memory may go."""
 
     @abstractmethod
+    def weight_files(self) -> list[Path]:
+        """Where the tensors are."""
+
+    @abstractmethod
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to the model. Raises CheckpointError if none is there."""

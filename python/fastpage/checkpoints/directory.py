@@ -71,3 +71,6 @@ class SafetensorsCheckpoint(DirectoryCheckpoint):
     def release(self, name: str) -> None:
         self.shape(name)
         self._shards[name].release(name)
+
+    def weight_files(self) -> list[Path]:
+        return sorted({file.path for file in self._shards.values()})

@@ -100,6 +100,9 @@ class GgufCheckpoint(Checkpoint):
         for place in self._places_of(name):
             self._file.release(place.stored)
 
+    def weight_files(self) -> list[Path]:
+        return [self.path]
+
     def tokenizer(self) -> Tokenizer:
         from fastpage.tokenizer import Tokenizer
 

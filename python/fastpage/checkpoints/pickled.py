@@ -23,7 +23,7 @@ _MAX_PICKLE_BYTES = 100_000_000  # of the description of a file's tensors
 class PickledCheckpoint(DirectoryCheckpoint):
     def __init__(self, path: Path, name: str) -> None:
         super().__init__(path, name)
-        self._tensors = _open_indexed(path / _INDEX) if (path / _INDEX).is_file() else _load(path)
+        self._tensors = _load(path)
         self.source_dtype = self._most_common_dtype(
             (_dtype_name(tensor), tensor.numel() * tensor.element_size())
             for tensor in self._tensors.values()
@@ -31,6 +31,9 @@ class PickledCheckpoint(DirectoryCheckpoint):
 
     def names(self) -> list[str]:
         return list(self._tensors)
+
+    def weight_files(self) -> list[Path]:
+        return _files(self.path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self._tensors:
@@ -55,16 +58,23 @@ class PickledCheckpoint(DirectoryCheckpoint):
         return array, dtype
 
 
-def _open_indexed(index: Path) -> dict[str, Any]:
+def _load(directory: Path) -> dict[str, Any]:
+    index = directory / _INDEX
+    files = {path.name: _load_file(path) for path in _files(directory)}
+    if not index.is_file():
+        (tensors,) = files.values()
+        return tensors
     weight_map = read_weight_map(index)
-    files = {name: _load_file(index.parent / name) for name in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in files[file]:
             raise CheckpointError(f"{index}: tensor {name!r:.80} is not in {file}")
     return {name: files[file][name] for name, file in weight_map.items()}
 
 
-def _load(directory: Path) -> dict[str, Any]:
+def _files(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    if index.is_file():
+        return [directory / name for name in sorted(set(read_weight_map(index).values()))]
     files = sorted(directory.glob("*.bin"))
     if directory / "pytorch_model.bin" in files:
         files = [directory / "pytorch_model.bin"]
@@ -72,7 +82,7 @@ def _load(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory}: {len(files)} .bin files but no {_INDEX} to say what is where"
         )
-    return _load_file(files[0])
+    return files
 
 
 def _load_file(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from fastpage import _C
 from fastpage.engine.args import EngineArgs
-from fastpage.engine.core import Core, EngineDied, EngineStopped, LocalCore
+from fastpage.engine.core import Core, EngineDied, EngineLost, EngineStopped, LocalCore
 from fastpage.engine.loading import LoadedModel, ModelInfo, ServedModel, load_model
 from fastpage.engine.observer import EngineObserver, StepReport
 from fastpage.engine.output_processor import OutputProcessor, RequestState
@@ -109,6 +109,8 @@ class AsyncEngine:
         self._auto_ids = itertools.count()
         self._pace = _Pace()
         self._stopped = False
+        self._lost = asyncio.Event()
+        self._lost_error: EngineLost
         if observer is not None:
             self.add_observer(observer)
 
@@ -279,6 +281,12 @@ class AsyncEngine:
         """Forgets all cached prefixes. False, and nothing is done, if a request is in progress."""
         return await self._core.reset_prefix_cache()
 
+    async def wait_lost(self) -> EngineLost:
+        """Returns when the engine's process has ended for good: what it would be started from is no
+        longer what this side has of it, so that all of the program is to be started again."""
+        await self._lost.wait()
+        return self._lost_error
+
     async def drain(self, timeout_seconds: float) -> None:
         """No new requests from now on; returns when those in progress are done, or the time is
         over: shutdown() ends what is left."""
@@ -345,6 +353,10 @@ class AsyncEngine:
 
     def on_started(self) -> None:
         self._tell(lambda observer: observer.engine_started(self))
+
+    def on_lost(self, error: EngineLost) -> None:
+        self._lost_error = error
+        self._lost.set()
 
     # ---- observers: what one of them does wrong costs no request anything
 

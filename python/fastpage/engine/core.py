@@ -24,6 +24,11 @@ class EngineHung(EngineDied):
     """It was there, and did nothing, until it was killed."""
 
 
+class EngineLost(EngineStopped):
+    """The engine's process cannot be started again for this front end: the model's files or the
+    package have been replaced. Both have to be started again."""
+
+
 class CoreListener(Protocol):
     """Called on the event loop."""
 
@@ -37,6 +42,9 @@ class CoreListener(Protocol):
 
     def on_started(self) -> None:
         """It takes requests again."""
+
+    def on_lost(self, error: EngineLost) -> None:
+        """It never will."""
 
 
 class Core(Protocol):

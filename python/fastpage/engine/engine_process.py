@@ -10,18 +10,20 @@ import json
 import os
 import signal
 import socket
-import struct
 import sys
 import time
 from typing import Any
 
 from fastpage import _C, logs
+from fastpage.checkpoints import Checkpoint
 from fastpage.engine.args import EngineArgs
+from fastpage.engine.core import EngineLost
+from fastpage.engine.hello import BUILD, LENGTH, other_build
 from fastpage.engine.loading import LoadedModel, load_model
+from fastpage.engine.model_files import differences, digests, replaced_files
 from fastpage.errors import FastpageError
 
 _PR_SET_PDEATHSIG = 1
-_LENGTH = struct.Struct("=Q")
 
 
 def main() -> None:
@@ -49,25 +51,43 @@ def _end_with(front_end: int) -> None:
 
 
 def _load(channel: socket.socket, phases: dict[str, float]) -> LoadedModel | None:
-    (length,) = _LENGTH.unpack(_read(channel, _LENGTH.size))
+    (length,) = LENGTH.unpack(_read(channel, LENGTH.size))
     orders = json.loads(_read(channel, length))
+    if orders["build"] != BUILD:
+        _say_error(channel, EngineLost(other_build(BUILD, orders["build"])))
+        return None
     if orders["logs"] is not None:
         logs.configure(logs.LogConfig(**orders["logs"]))
+    args = EngineArgs(**orders["args"])
+    files: dict[str, str] = {}
+
+    def look_at(checkpoint: Checkpoint) -> None:
+        files.update(digests(args, checkpoint))
+        changed = [] if orders["files"] is None else differences(orders["files"], files)
+        if changed:
+            raise EngineLost(replaced_files(changed))
+
     try:
-        loaded = load_model(EngineArgs(**orders["args"]))
+        loaded = load_model(args, look_at=look_at)
     except (FastpageError, OSError, MemoryError) as error:
-        message = str(error) or type(error).__name__
-        _say(channel, {"error": _error_name(error), "message": message})
+        _say_error(channel, error)
         return None
     _say(
         channel,
         {
+            "build": BUILD,
+            "files": files,
             "info": dataclasses.asdict(loaded.info),
             "sampling_defaults": loaded.sampling_defaults,
             "phases": phases | loaded.phases,
         },
     )
     return loaded
+
+
+def _say_error(channel: socket.socket, error: Exception) -> None:
+    message = str(error) or type(error).__name__
+    _say(channel, {"build": BUILD, "error": _error_name(error), "message": message})
 
 
 def _error_name(error: Exception) -> str:
@@ -83,4 +103,4 @@ def _read(channel: socket.socket, size: int) -> bytes:
 
 def _say(channel: socket.socket, message: dict[str, Any]) -> None:
     text = json.dumps(message).encode()
-    channel.sendall(_LENGTH.pack(len(text)) + text)
+    channel.sendall(LENGTH.pack(len(text)) + text)

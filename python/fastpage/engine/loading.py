@@ -121,13 +121,20 @@ class PhaseTimer:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def load_model(args: EngineArgs, progress: Callable[[int, int], None] | None = None) -> LoadedModel:
+def load_model(
+    args: EngineArgs,
+    progress: Callable[[int, int], None] | None = None,
+    look_at: Callable[[Checkpoint], None] | None = None,
+) -> LoadedModel:
     """Raises InvalidArgument (or ModelError, a kind of it) or ResourceExhausted, one line each.
     `progress` is called with (weights loaded, weights in all); without it a terminal shows a bar
-    if loading takes a while."""
+    if loading takes a while. `look_at` is called with the checkpoint before it is read, and may
+    raise."""
     phase = PhaseTimer()
     with phase("checkpoint"):
         checkpoint = open_checkpoint(args.model, args.revision, args.load_format)
+        if look_at is not None:
+            look_at(checkpoint)
         model = build_model(checkpoint.config, args.max_model_len, checkpoint)
         sampling_defaults = _sampling_defaults(args, checkpoint)
     with phase("tokenizer"):

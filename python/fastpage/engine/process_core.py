@@ -10,19 +10,20 @@ import logging
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fastpage import logs
+from fastpage import _C, logs
 from fastpage.checkpoints import open_checkpoint
 from fastpage.engine.args import EngineArgs
 from fastpage.engine.channel_core import ChannelCore
-from fastpage.engine.core import CoreListener, EngineDied
+from fastpage.engine.core import CoreListener, EngineDied, EngineLost
+from fastpage.engine.hello import BUILD, LENGTH, other_build
 from fastpage.engine.loading import ModelInfo, PhaseTimer, ServedModel, open_tokenizer
+from fastpage.engine.model_files import differences, digests, replaced_files
 from fastpage.errors import (
     CheckpointError,
     FastpageError,
@@ -39,7 +40,6 @@ _logger = logging.getLogger("fastpage.engine")
 _COMMAND = (
     "import sys; sys.path[:] = {path!r}; from fastpage.engine.engine_process import main; main()"
 )
-_LENGTH = struct.Struct("=Q")
 _LONGEST_HELLO = 16 << 20
 _SECONDS_TO_STOP = 5.0
 _MOST_SECONDS_BETWEEN_STARTS = 30.0
@@ -50,6 +50,7 @@ _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (
         CheckpointError,
+        EngineLost,
         FastpageError,
         InvalidArgument,
         MemoryError,
@@ -85,15 +86,20 @@ class _Process:
     def pid(self) -> int:
         return self._popen.pid
 
-    async def hello(self) -> dict[str, Any]:
-        """What it says when it has loaded the model. Raises what load_model() raised there, or
-        EngineDied."""
+    async def hello(self, files: dict[str, str] | None = None) -> dict[str, Any]:
+        """What it says when it has loaded the model. `files`: what the model's files have to be.
+        Raises what load_model() raised there, EngineLost or EngineDied."""
         loop = asyncio.get_running_loop()
         try:
-            orders = {"args": dataclasses.asdict(self._args), "logs": logs.configured()}
+            orders = {
+                "build": BUILD,
+                "files": files,
+                "args": dataclasses.asdict(self._args),
+                "logs": logs.configured(),
+            }
             text = json.dumps(orders).encode()
-            await loop.sock_sendall(self._socket, _LENGTH.pack(len(text)) + text)
-            (length,) = _LENGTH.unpack(await self._read(_LENGTH.size))
+            await loop.sock_sendall(self._socket, LENGTH.pack(len(text)) + text)
+            (length,) = LENGTH.unpack(await self._read(LENGTH.size))
             if length > _LONGEST_HELLO:
                 raise EngineDied("the engine process does not talk as this version does")
             hello: dict[str, Any] = json.loads(await self._read(length))
@@ -101,6 +107,8 @@ class _Process:
             raise EngineDied(
                 f"the engine process ended while it loaded the model ({await self.end()})"
             ) from None
+        if hello.get("build") != BUILD:
+            raise EngineLost(other_build(hello.get("build"), BUILD))
         if "error" in hello:
             await self.end()
             raise _ERRORS.get(hello["error"], FastpageError)(hello["message"])
@@ -141,8 +149,10 @@ class _Process:
 class ProcessCore(ChannelCore):
     """A core that is a process, with its supervisor."""
 
-    def __init__(self, args: EngineArgs, process: _Process) -> None:
+    def __init__(self, args: EngineArgs, process: _Process, files: dict[str, str]) -> None:
         super().__init__(args.engine_timeout)
+        self._files = files
+        self._lost: EngineLost | None = None
         self._args = args
         self._process = process
         self._supervisor: asyncio.Task[None] | None = None
@@ -159,6 +169,8 @@ class ProcessCore(ChannelCore):
             # What the engine says comes first: it looks at the model before the tokenizer.
             await hello
             await tokenizer
+            if changed := differences(hello.result()["files"], tokenizer.result()[1]):
+                raise EngineLost(replaced_files(changed))
         except BaseException:
             hello.cancel()
             tokenizer.add_done_callback(_hear_its_error)
@@ -166,10 +178,10 @@ class ProcessCore(ChannelCore):
             await process.end()
             raise
         said = hello.result()
-        core = cls(args, process)
+        core = cls(args, process, said["files"])
         core.open(process.take_socket())
         model = ServedModel(
-            tokenizer=tokenizer.result(),
+            tokenizer=tokenizer.result()[0],
             info=ModelInfo(**said["info"]),
             sampling_defaults=said["sampling_defaults"],
             phases={f"engine {name}": seconds for name, seconds in said["phases"].items()}
@@ -201,7 +213,13 @@ class ProcessCore(ChannelCore):
             _logger.error("the engine process (pid %d) has ended: %s", self.pid, await self._end())
             if time.monotonic() - started > _SECONDS_TO_BE_TRUSTED:
                 delay = 0.0
-            delay = await self._start_again(delay)
+            try:
+                delay = await self._start_again(delay)
+            except EngineLost as error:
+                self._lost = error
+                _logger.error("the engine cannot be started again: %s", error)
+                assert self._listener is not None
+                return self._listener.on_lost(error)
             started = time.monotonic()
 
     def _on_hang(self) -> None:
@@ -213,12 +231,17 @@ class ProcessCore(ChannelCore):
         self._process.kill()
         super()._on_hang()
 
+    def _ready_client(self) -> _C.EngineClient:
+        if self._lost is not None:
+            raise EngineLost(str(self._lost))
+        return super()._ready_client()
+
     async def _end(self) -> str:
         # Its socket is closed, so that it is about to end, if it has not.
         return await self._process.end()
 
     async def _start_again(self, delay: float) -> float:
-        """Until it is ready. Returns how long to wait before the next time."""
+        """Until it is ready. Returns how long to wait before the next time. Raises EngineLost."""
         assert self._listener is not None
         while True:
             if delay:
@@ -228,9 +251,9 @@ class ProcessCore(ChannelCore):
             start = time.monotonic()
             try:
                 self._process = _Process(self._args)
-                await self._process.hello()
+                await self._process.hello(self._files)
                 self.open(self._process.take_socket())
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, EngineLost):
                 self._process.kill()
                 raise
             except Exception as error:
@@ -244,9 +267,11 @@ class ProcessCore(ChannelCore):
             return delay
 
 
-def _load_tokenizer(args: EngineArgs, phase: PhaseTimer) -> Tokenizer:
+def _load_tokenizer(args: EngineArgs, phase: PhaseTimer) -> tuple[Tokenizer, dict[str, str]]:
+    """And the files that it belongs to."""
     with phase("tokenizer"):
-        return open_tokenizer(args, open_checkpoint(args.model, args.revision, args.load_format))
+        checkpoint = open_checkpoint(args.model, args.revision, args.load_format)
+        return open_tokenizer(args, checkpoint), digests(args, checkpoint)
 
 
 def _in_thread(call: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:

@@ -1,7 +1,8 @@
 """A server from its command line to its exit code: what fastpage-grpc and fastpage-openai share.
 
 It listens at once and loads the model meanwhile, is ready, drains on the first SIGTERM or SIGINT,
-and ends: with exit code 0, unless it could not start.
+and ends: with exit code 0, unless it could not start, or its engine's process could not be started
+again.
 """
 
 from __future__ import annotations
@@ -164,8 +165,10 @@ class _Server:
         for frontend in self._frontends:
             await frontend.set_engine(engine)
         _print(_summary(engine, addresses))
-        await self._signals.first.wait()
+        lost = await self._first(engine.wait_lost(), self._signals.first)
         await self._stop(engine)
+        if lost is not None:  # whoever started this process is to start it again
+            raise lost
 
     async def _stop(self, engine: AsyncEngine) -> None:
         deadline = time.monotonic() + self._drain_timeout
