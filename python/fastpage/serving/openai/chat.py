@@ -13,18 +13,18 @@ from fastpage.sampling_params import SamplingParams
 from fastpage.serving.openai.completions import rank_fields
 from fastpage.serving.openai.errors import invalid
 from fastpage.serving.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from fastpage.serving.openai.model import Model
 from fastpage.serving.openai.protocol import (
     ChatCompletionRequest,
     TokenizeRequest,
-    refuse_unsupported,
     to_sampling_params,
 )
-from fastpage.serving.openai.reply import Call, Dialect, Model, News, StreamUsage, UsageCounter
-from fastpage.serving.openai.understanding import check_model, make_id
+from fastpage.serving.openai.reply import Call, Dialect, News, StreamUsage, UsageCounter
 from fastpage.tokenizer import Tokenizer
 
 
 class Chat(Dialect):
+    id_prefix = "chatcmpl"
     # The engine's logprobs say how many there are at each position.
     renamed: ClassVar = {
         "logprobs": "top_logprobs",
@@ -36,18 +36,22 @@ class Chat(Dialect):
     def __init__(self) -> None:
         super().__init__(ChatCompletionRequest)
 
-    def understand(self, body: bytes, model: Model, request_id: str | None) -> Call:
-        request: ChatCompletionRequest = self.decoder.decode(body)
-        check_model(request.model, model)
-        refuse_unsupported(request)
-        params = _sampling_params(request, model.defaults)
-        return Call(
-            id=make_id("chatcmpl", request.request_id, request_id),
-            request=request,
-            prompts=[to_chat_prompt(request, model.tokenizer, request.cache_salt or "")],
-            params=params,
-            model=model,
-        )
+    def params(self, request: ChatCompletionRequest, defaults: SamplingParams) -> SamplingParams:
+        limit = request.max_completion_tokens
+        if limit is not None and request.max_tokens is not None and limit != request.max_tokens:
+            raise invalid(
+                "max_tokens and max_completion_tokens are two names of one limit: give one",
+                "max_completion_tokens",
+            )
+        changes: dict[str, Any] = {"max_tokens": request.max_tokens if limit is None else limit}
+        if request.logprobs:
+            changes["logprobs"] = request.top_logprobs or 0
+        elif request.top_logprobs:
+            raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+        return to_sampling_params(request, defaults, **changes)
+
+    def prompts(self, request: ChatCompletionRequest, model: Model) -> list[Prompt]:
+        return [to_chat_prompt(request, model.tokenizer, request.cache_salt or "")]
 
     def reply(self, call: Call) -> ChatReply:
         return ChatReply(call)
@@ -93,21 +97,6 @@ def _parsed_call(call: Any) -> Any:
     except (msgspec.DecodeError, RecursionError):
         raise invalid("messages: the arguments of a tool call are not JSON", "messages") from None
     return call | {"function": function | {"arguments": arguments}}
-
-
-def _sampling_params(request: ChatCompletionRequest, defaults: SamplingParams) -> SamplingParams:
-    limit = request.max_completion_tokens
-    if limit is not None and request.max_tokens is not None and limit != request.max_tokens:
-        raise invalid(
-            "max_tokens and max_completion_tokens are two names of one limit: give one",
-            "max_completion_tokens",
-        )
-    changes: dict[str, Any] = {"max_tokens": request.max_tokens if limit is None else limit}
-    if request.logprobs:
-        changes["logprobs"] = request.top_logprobs or 0
-    elif request.top_logprobs:
-        raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
-    return to_sampling_params(request, defaults, **changes)
 
 
 class ChatReply:

@@ -11,55 +11,54 @@ from fastpage.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from fastpage.sampling_params import SamplingParams
 from fastpage.serving.openai.errors import invalid
 from fastpage.serving.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
-from fastpage.serving.openai.protocol import (
-    MAX_PROMPTS,
-    CompletionRequest,
-    refuse_unsupported,
-    to_sampling_params,
-)
-from fastpage.serving.openai.reply import Call, Dialect, Model, News, StreamUsage, UsageCounter
-from fastpage.serving.openai.understanding import check_model, make_id, text_prompt
+from fastpage.serving.openai.model import Model
+from fastpage.serving.openai.protocol import MAX_PROMPTS, CompletionRequest, to_sampling_params
+from fastpage.serving.openai.reply import Call, Dialect, News, StreamUsage, UsageCounter
+from fastpage.serving.openai.understanding import text_prompt
 
 _DEFAULT_MAX_TOKENS = 16
 
 
 class Completions(Dialect):
+    id_prefix = "cmpl"
     renamed: ClassVar = {"prompt_token_ids": "prompt"}
 
     def __init__(self) -> None:
         super().__init__(CompletionRequest)
 
-    def understand(self, body: bytes, model: Model, request_id: str | None) -> Call:
-        request: CompletionRequest = self.decoder.decode(body)
-        check_model(request.model, model)
-        refuse_unsupported(request)
-        params = _sampling_params(request, model.defaults)
-        return Call(
-            id=make_id("cmpl", request.request_id, request_id),
-            request=request,
-            prompts=_prompts(request, model),
-            params=params,
-            model=model,
-        )
+    def params(self, request: CompletionRequest, defaults: SamplingParams) -> SamplingParams:
+        changes: dict[str, Any] = {}
+        if request.max_tokens is None:
+            changes["max_tokens"] = _DEFAULT_MAX_TOKENS
+        elif request.max_tokens == 0 and request.echo:
+            changes["max_tokens"] = 1  # which the reply leaves out
+        if request.logprobs is not None:
+            changes["logprobs"] = request.logprobs
+            if request.echo and request.prompt_logprobs is None:
+                changes["prompt_logprobs"] = request.logprobs
+        return to_sampling_params(request, defaults, **changes)
+
+    def prompts(self, request: CompletionRequest, model: Model) -> list[Prompt]:
+        prompt = request.prompt
+        if prompt is None:
+            raise invalid("prompt is missing", "prompt", "missing_required_parameter")
+        if isinstance(prompt, str):
+            return [text_prompt(prompt, request, model)]
+        if not prompt:
+            raise invalid("prompt is an empty list", "prompt")
+        if all(type(item) is int for item in prompt):
+            return [_ids_prompt(prompt, request, model)]
+        if len(prompt) > MAX_PROMPTS:
+            raise invalid(f"prompt has {len(prompt)} prompts: at most {MAX_PROMPTS}", "prompt")
+        return _many_prompts(prompt, request, model)
 
     def reply(self, call: Call) -> CompletionReply:
         return CompletionReply(call)
 
 
-def _prompts(request: CompletionRequest, model: Model) -> list[Prompt]:
-    prompt = request.prompt
-    if prompt is None:
-        raise invalid("prompt is missing", "prompt", "missing_required_parameter")
-    if isinstance(prompt, str):
-        return [text_prompt(prompt, request, model)]
-    if not prompt:
-        raise invalid("prompt is an empty list", "prompt")
-    if all(type(item) is int for item in prompt):
-        return [_ids_prompt(prompt, request, model)]
-    if len(prompt) > MAX_PROMPTS:
-        raise invalid(f"prompt has {len(prompt)} prompts: at most {MAX_PROMPTS}", "prompt")
+def _many_prompts(items: Sequence[Any], request: CompletionRequest, model: Model) -> list[Prompt]:
     prompts = []
-    for i, item in enumerate(prompt):
+    for i, item in enumerate(items):
         if isinstance(item, int):
             raise invalid(f"prompt[{i}] is a token id among texts or lists", "prompt")
         try:
@@ -82,19 +81,6 @@ def _ids_prompt(token_ids: Any, request: CompletionRequest, model: Model) -> Pro
         )
     prompt = {"prompt_token_ids": token_ids, "cache_salt": request.cache_salt or ""}
     return to_prompt(prompt, model.tokenizer, info.vocab_size)  # type: ignore[arg-type]
-
-
-def _sampling_params(request: CompletionRequest, defaults: SamplingParams) -> SamplingParams:
-    changes: dict[str, Any] = {}
-    if request.max_tokens is None:
-        changes["max_tokens"] = _DEFAULT_MAX_TOKENS
-    elif request.max_tokens == 0 and request.echo:
-        changes["max_tokens"] = 1  # which the reply leaves out
-    if request.logprobs is not None:
-        changes["logprobs"] = request.logprobs
-        if request.echo and request.prompt_logprobs is None:
-            changes["prompt_logprobs"] = request.logprobs
-    return to_sampling_params(request, defaults, **changes)
 
 
 class _Echo:

@@ -17,7 +17,8 @@ from fastpage.serving.openai.exchange import (
     Send,
     encode_json,
 )
-from fastpage.serving.openai.reply import Call, Dialect, Model
+from fastpage.serving.openai.model import Model
+from fastpage.serving.openai.reply import Call, Dialect
 from fastpage.serving.openai.state import ServerState
 from fastpage.serving.openai.streams import Streams
 

@@ -9,8 +9,8 @@ from fastpage.engine.async_engine import AsyncEngine
 from fastpage.errors import InvalidArgument
 from fastpage.serving.openai.chat import to_chat_prompt
 from fastpage.serving.openai.errors import invalid, model_not_found
+from fastpage.serving.openai.model import Model
 from fastpage.serving.openai.protocol import DetokenizeRequest, RequestDecoder, TokenizeRequest
-from fastpage.serving.openai.reply import Model
 from fastpage.serving.openai.understanding import check_model
 
 _tokenize_decoder = RequestDecoder(TokenizeRequest)

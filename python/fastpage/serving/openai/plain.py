@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from fastpage.engine.prompts import to_prompt
+from fastpage.engine.prompts import Prompt, to_prompt
 from fastpage.outputs import CompletionOutput, RequestOutput
+from fastpage.sampling_params import SamplingParams
 from fastpage.serving.openai.errors import invalid
-from fastpage.serving.openai.protocol import (
-    PlainRequest,
-    refuse_unsupported,
-    to_sampling_params,
-)
-from fastpage.serving.openai.reply import Call, Dialect, Model, News
-from fastpage.serving.openai.understanding import check_model, make_id, text_prompt
+from fastpage.serving.openai.model import Model
+from fastpage.serving.openai.protocol import PlainRequest, to_sampling_params
+from fastpage.serving.openai.reply import Call, Dialect, News
+from fastpage.serving.openai.understanding import text_prompt
 
 
 class Plain(Dialect):
+    id_prefix = "gen"
     renamed: ClassVar = {"prompt_token_ids": "prompt"}
     media_type = b"application/x-ndjson"
     end = b""
@@ -25,28 +24,17 @@ class Plain(Dialect):
     def __init__(self) -> None:
         super().__init__(PlainRequest)
 
-    def understand(self, body: bytes, model: Model, request_id: str | None) -> Call:
-        request: PlainRequest = self.decoder.decode(body)
-        check_model(request.model, model)
-        refuse_unsupported(request)
-        if request.prompt is None:
+    def params(self, request: PlainRequest, defaults: SamplingParams) -> SamplingParams:
+        return to_sampling_params(request, defaults)
+
+    def prompts(self, request: PlainRequest, model: Model) -> list[Prompt]:
+        prompt = request.prompt
+        if prompt is None:
             raise invalid("prompt is missing", "prompt", "missing_required_parameter")
-        params = to_sampling_params(request, model.defaults)
-        if isinstance(request.prompt, str):
-            prompt = text_prompt(request.prompt, request, model)
-        else:
-            given: Any = {
-                "prompt_token_ids": request.prompt,
-                "cache_salt": request.cache_salt or "",
-            }
-            prompt = to_prompt(given, model.tokenizer, model.info.vocab_size)
-        return Call(
-            id=make_id("gen", request.request_id, request_id),
-            request=request,
-            prompts=[prompt],
-            params=params,
-            model=model,
-        )
+        if isinstance(prompt, str):
+            return [text_prompt(prompt, request, model)]
+        given: Any = {"prompt_token_ids": prompt, "cache_salt": request.cache_salt or ""}
+        return [to_prompt(given, model.tokenizer, model.info.vocab_size)]
 
     def reply(self, call: Call) -> PlainReply:
         return PlainReply(call)

@@ -11,19 +11,12 @@ from typing import Any, ClassVar, Protocol
 
 import msgspec
 
-from fastpage.engine.loading import ModelInfo
 from fastpage.engine.prompts import Prompt
 from fastpage.outputs import RequestOutput
 from fastpage.sampling_params import SamplingParams
-from fastpage.serving.openai.protocol import RequestDecoder
-from fastpage.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Model:
-    info: ModelInfo
-    tokenizer: Tokenizer
-    defaults: SamplingParams
+from fastpage.serving.openai.model import Model
+from fastpage.serving.openai.protocol import RequestDecoder, refuse_unsupported
+from fastpage.serving.openai.understanding import check_model, make_id
 
 
 @dataclass(frozen=True)
@@ -63,6 +56,7 @@ class Dialect(ABC):
     """One endpoint: the words of its requests and of its answers. The parts of a streamed answer
     are server-sent events."""
 
+    id_prefix: ClassVar[str]  # of the answers' ids
     renamed: ClassVar[Mapping[str, str]] = {}  # the engine's names of fields -> the request's
     prompt_field = "prompt"
     media_type = b"text/event-stream; charset=utf-8"
@@ -75,9 +69,25 @@ class Dialect(ABC):
     def fields(self) -> Collection[str]:
         return self.decoder.fields
 
-    @abstractmethod
     def understand(self, body: bytes, model: Model, request_id: str | None) -> Call:
         """Raises ApiError or InvalidArgument. Long prompts take long: not for the event loop."""
+        request = self.decoder.decode(body)
+        check_model(request.model, model)
+        refuse_unsupported(request)
+        params = self.params(request, model.defaults)
+        return Call(
+            id=make_id(self.id_prefix, request.request_id, request_id),
+            request=request,
+            prompts=self.prompts(request, model),
+            params=params,
+            model=model,
+        )
+
+    @abstractmethod
+    def params(self, request: Any, defaults: SamplingParams) -> SamplingParams: ...
+
+    @abstractmethod
+    def prompts(self, request: Any, model: Model) -> list[Prompt]: ...
 
     @abstractmethod
     def reply(self, call: Call) -> Reply: ...

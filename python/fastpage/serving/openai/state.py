@@ -12,7 +12,7 @@ from fastpage.serving.metrics import EngineMetrics, Exposition
 from fastpage.serving.metrics.calls import http_requests
 from fastpage.serving.openai.errors import not_ready
 from fastpage.serving.openai.exchange import Limits
-from fastpage.serving.openai.reply import Model
+from fastpage.serving.openai.model import Model
 
 # Bodies of more bytes than this are read, and their prompts tokenized, off the event loop: that
 # takes a millisecond or more, and a hop to another thread a tenth of one.

@@ -9,8 +9,8 @@ from typing import Any
 from fastpage.engine.prompts import Prompt, to_prompt
 from fastpage.errors import InvalidArgument
 from fastpage.serving.openai.errors import invalid, model_not_found
+from fastpage.serving.openai.model import Model
 from fastpage.serving.openai.protocol import GenerationRequest
-from fastpage.serving.openai.reply import Model
 
 _MAX_ID_CHARS = 128
 _ID = re.compile(f"[!-~]{{1,{_MAX_ID_CHARS}}}")
