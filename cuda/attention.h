@@ -17,8 +17,10 @@ struct AttentionPlanConfig {
   int32_t max_num_tokens = 0;  // new ones, of a step
   int32_t max_seq_len = 0;     // of one sequence
   int32_t num_multiprocessors = 132;
-  // KV is split at absolute positions, and merged in order: a row is the same to the bit whatever
-  // the batch, as long as its sequence brings as many new tokens.
+  // A row is the same to the bit whatever the batch, and however many new tokens its sequence
+  // brings in a step: nothing is decoded; every row goes the way of several new tokens, which sums
+  // over its KV in one order, in tiles at absolute positions. That reads a sequence's KV with no
+  // more blocks than it has KV heads: slower where there are few sequences, and long ones.
   bool batch_invariant = false;
   // The grids are as large as any plan within the maxima needs, rather than as this step's plan
   // does.
@@ -28,8 +30,8 @@ struct AttentionPlanConfig {
 };
 
 // One thread block's work. Sequences with one new token are decoded: their KV is split over several
-// blocks, which leave partial results, and the last to finish merges them. The others' new tokens,
-// times the heads that share a KV head, are cut into tiles of rows.
+// blocks, which leave partial results, and the last to finish merges them (unless batch_invariant).
+// The others' new tokens, times the heads that share a KV head, are cut into tiles of rows.
 struct DecodeItem {
   int32_t seq;
   int32_t begin;    // first token of the KV; a multiple of 16
@@ -83,6 +85,7 @@ class AttentionPlan {
   int32_t tile_rows() const;
 
  private:
+  bool is_decoded(int32_t new_tokens) const { return new_tokens == 1 && !config_.batch_invariant; }
   int32_t split_size(const std::vector<int32_t>& lens) const;
 
   AttentionPlanConfig config_;
@@ -106,11 +109,12 @@ struct AttentionParams {
 };
 
 // Causal attention; see fastpage/ops.h for what it computes. q, out: [num_tokens][num_heads *
-// head_dim], of one type; block_tables: int32, row i is sequence i's, with as many rows as the plan
-// has sequences and blocks for the longest of them. With fixed_grid all three have the sizes of the
-// plan's maxima: rows and sequences behind those of the plan in the buffer are padding, neither
-// read nor written. head_dim: a multiple of 16 up to 128, or 256. plan_buffer, workspace, counters:
-// on the device, see AttentionPlan. Rows without a token before or at their own come out as zeros.
+// head_dim], of one type, the cache's (float8: bfloat16 or float16; float32 is slow); block_tables:
+// int32, row i is sequence i's, with as many rows as the plan has sequences and blocks for the
+// longest of them. With fixed_grid all three have the sizes of the plan's maxima: rows and
+// sequences behind those of the plan in the buffer are padding, neither read nor written. head_dim:
+// a multiple of 16 up to 128, or 256. plan_buffer, workspace, counters: on the device, see
+// AttentionPlan. Rows without a token before or at their own come out as zeros.
 void paged_attention(const Rows& q, const KvCache& cache, const Rows& block_tables,
                      const AttentionPlan& plan, const int32_t* plan_buffer, float* workspace,
                      uint32_t* counters, const AttentionParams& params, const Rows& out,

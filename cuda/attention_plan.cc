@@ -8,9 +8,8 @@ namespace fastpage::cuda {
 
 namespace {
 
-constexpr int32_t kGranule = 64;         // four warps times 16 tokens
-constexpr int32_t kSmallestSplit = 128;  // below it, a block costs more than it reads
-constexpr int32_t kInvariantSplit = 1024;
+constexpr int32_t kGranule = 64;                 // four warps times 16 tokens
+constexpr int32_t kSmallestSplit = 128;          // below it, a block costs more than it reads
 constexpr int32_t kBlocksPerMultiprocessor = 2;  // of decode, that run at once (shared memory)
 
 void check(bool ok, const char* name, const std::string& what) {
@@ -49,11 +48,9 @@ AttentionPlan::AttentionPlan(const AttentionPlanConfig& config) : config_(config
   check(c.max_seq_len > 0, "max_seq_len", "must be positive");
   check(c.num_multiprocessors > 0, "num_multiprocessors", "must be positive");
   // Enough for the shares that fill the device, and one end of a sequence each.
-  const int64_t invariant = int64_t{c.max_num_seqs} * ceil_div(c.max_seq_len, kInvariantSplit);
-  max_decode_items_ = static_cast<int32_t>(c.batch_invariant ? std::min<int64_t>(invariant, 1 << 16)
-                                                             : c.max_num_seqs + wanted_splits(c));
+  max_decode_items_ = c.batch_invariant ? 0 : c.max_num_seqs + wanted_splits(c);
   const int64_t group = c.num_heads / c.num_kv_heads;
-  if (!c.decode_only) {
+  if (!c.decode_only || c.batch_invariant) {
     max_prefill_items_ = ceil_div(int64_t{c.max_num_tokens} * group, tile_rows()) +
                          std::min(c.max_num_seqs, c.max_num_tokens);
   }
@@ -81,13 +78,12 @@ int64_t AttentionPlan::workspace_size() const {
 }
 
 int64_t AttentionPlan::num_counters() const {
-  return int64_t{config_.max_num_seqs} * blocks_per_split(config_);
+  return config_.batch_invariant ? 0 : int64_t{config_.max_num_seqs} * blocks_per_split(config_);
 }
 
 // The smallest number of tokens that cuts `lens` into no more splits than the device runs at once;
 // if there are more sequences than that, the longest are still cut to an average block's share.
 int32_t AttentionPlan::split_size(const std::vector<int32_t>& lens) const {
-  if (config_.batch_invariant) return kInvariantSplit;
   int64_t limit = wanted_splits(config_);
   const auto num_seqs = static_cast<int64_t>(lens.size());
   if (num_seqs >= limit) limit += num_seqs;
@@ -124,7 +120,7 @@ void AttentionPlan::plan(Span<const int32_t> query_start_loc, Span<const int32_t
     check(seq_lens[i] >= tokens && seq_lens[i] <= c.max_seq_len, "seq_lens",
           "holds " + std::to_string(seq_lens[i]) + " for " + std::to_string(tokens) +
               " new tokens; max_seq_len is " + std::to_string(c.max_seq_len));
-    if (tokens == 1) decode_lens.push_back(seq_lens[i]);
+    if (is_decoded(tokens)) decode_lens.push_back(seq_lens[i]);
   }
   check(query_start_loc[0] == 0, "query_start_loc", "must begin with 0");
   check(query_start_loc[num_seqs] <= c.max_num_tokens, "query_start_loc",
@@ -139,7 +135,7 @@ void AttentionPlan::plan(Span<const int32_t> query_start_loc, Span<const int32_t
   for (int32_t i = 0; i < num_seqs; ++i) {
     const int32_t tokens = query_start_loc[i + 1] - query_start_loc[i];
     const int32_t len = seq_lens[i];
-    if (tokens == 1) {
+    if (is_decoded(tokens)) {
       const int32_t splits = std::max(1, ceil_div(len, split));
       buffer[layout_.first_partial + i] = partial;
       buffer[layout_.num_partials + i] = splits;
@@ -149,7 +145,7 @@ void AttentionPlan::plan(Span<const int32_t> query_start_loc, Span<const int32_t
       }
       if (splits > 1) partial += splits;
     }
-    const int32_t tiles = tokens > 1 ? ceil_div(tokens * group, tile_rows()) : 0;
+    const int32_t tiles = is_decoded(tokens) ? 0 : ceil_div(tokens * group, tile_rows());
     for (int32_t t = 0; t < tiles; ++t) {
       const int64_t last = std::min<int64_t>(tokens, ceil_div(int64_t{t + 1} * tile_rows(), group));
       prefill_.push_back({len - tokens + last, {i, t}});

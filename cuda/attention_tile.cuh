@@ -26,6 +26,8 @@ struct AttentionArgs {
   KvCache cache;
   const int32_t* block_tables;
   int64_t block_table_stride;
+  int32_t tiles_per_block;  // of 16 tokens
+  uint32_t inverse;         // 2^32 / tiles_per_block, rounded up
   int32_t num_heads;
   int32_t group;  // heads that share a KV head
   AttentionParams params;
@@ -35,6 +37,14 @@ struct AttentionArgs {
   float* partial_stats;  // [partial][num_heads][2]: greatest score, sum of weights
   uint32_t* counters;    // [max_num_seqs][KV heads and groups of 16 heads]
 };
+
+// Which of a sequence's blocks the tile-th 16 tokens are in: tile / tiles_per_block, exact as long
+// as the product of the two is below 2^32.
+__device__ __forceinline__ int32_t block_index(const AttentionArgs& args, int32_t tile) {
+  return args.tiles_per_block == 1
+             ? tile
+             : static_cast<int32_t>(__umulhi(static_cast<uint32_t>(tile), args.inverse));
+}
 
 constexpr float kLog2E = 1.44269504088896340736f;
 
@@ -83,27 +93,27 @@ __device__ __forceinline__ int value_column(int n, int pair, int i) {
   return n / 2 * 16 + (pair * 2 + i) * 2 + n % 2;
 }
 
-// Fragments of keys for 16 tokens from `tile` on and 32 of head_dim from 32 * step on:
+// Steps of 16 of head_dim that one ldmatrix brings for 16 tokens.
+template <typename C>
+constexpr int kKeySteps = kIsFloat8<C> ? 2 : 1;
+
+// Fragments of keys for 16 tokens from `tile` on, of head_dim from 16 * kKeySteps * step on:
 // b[k step][tokens 0-7, 8-15][register].
 template <typename T, typename C, int kDim>
-__device__ __forceinline__ void load_keys(const char* tile, int step, uint32_t (&b)[2][2][2]) {
+__device__ __forceinline__ void load_keys(const char* tile, int step,
+                                          uint32_t (&b)[kKeySteps<C>][2][2]) {
   constexpr int kStride = TileShape<C, kDim>::kStride;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int token = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
   uint32_t x[4];
-  if constexpr (kIsFloat8<C>) {
-    ldmatrix(x, tile + token * kStride + step * 32 + half * 16);
+  ldmatrix(x, tile + token * kStride + step * 32 + half * 16);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kIsFloat8<C>) {
       b[i % 2][i / 2][0] = Widen<T>::even(x[i]);
       b[i % 2][i / 2][1] = Widen<T>::even(x[i] >> 8);
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      ldmatrix(x, tile + token * kStride + step * 64 + k * 32 + half * 16);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) b[k][i / 2][i % 2] = x[i];
+    } else {
+      b[0][i / 2][i % 2] = x[i];
     }
   }
 }
@@ -133,89 +143,95 @@ __device__ __forceinline__ void load_values(const char* tile, int step, uint32_t
   }
 }
 
-// What scores go through before the softmax, for rows whose heads and positions are given.
+// What scores go through before the softmax.
 struct ScoreRule {
   float scale;  // with that of the keys
   float soft_cap;
   int32_t window;
 };
+struct RowRule {
+  int32_t position;
+  float slope;
+};
 
-// scores[n][0..1] of row 0, [2..3] of row 1, tokens from `first` on: scaled, capped, biased and in
-// units of log 2; hidden ones -inf. `end`: behind the last token there is.
-template <int kFragments>
-__device__ __forceinline__ void finish_scores(float (&scores)[kFragments][4], const ScoreRule& rule,
-                                              const float (&slopes)[2],
-                                              const int32_t (&positions)[2], int32_t first,
-                                              int32_t end, bool has_slopes, bool needs_mask) {
-  const int pair = static_cast<int>(threadIdx.x % 4);
+// scores[n][0..1] of row 0, [2..3] of row 1, tokens from `first` on: capped, biased, and hidden
+// ones -inf. Returns the positive factor that brings them into units of log 2. `end`: behind the
+// last token there is. row(i): position and slope of row i; asked for only if they are needed.
+template <int kFragments, typename Row>
+__device__ __forceinline__ float finish_scores(float (&scores)[kFragments][4],
+                                               const ScoreRule& rule, int32_t first, int32_t end,
+                                               bool has_slopes, bool needs_mask, Row row) {
+  const int pair = fresh_thread() % 4;
+  float factor = rule.scale * kLog2E;
   if (rule.soft_cap > 0.0f) {
-    const float inverse = rule.scale / rule.soft_cap, cap = rule.soft_cap * kLog2E;
+    const float inverse = rule.scale / rule.soft_cap;
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[n][i] = cap * tanhf(scores[n][i] * inverse);
+      for (int i = 0; i < 4; ++i) scores[n][i] = tanhf(scores[n][i] * inverse);
     }
-  } else {
-    const float scale = rule.scale * kLog2E;
-#pragma unroll
-    for (int n = 0; n < kFragments; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) scores[n][i] *= scale;
-    }
+    factor = rule.soft_cap * kLog2E;
   }
-  if (has_slopes) {
+  if (!has_slopes && !needs_mask) return factor;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const RowRule r = row(i);
+    const int32_t begin = rule.window > 0 ? r.position - rule.window : -1;  // last one too early
+    const int32_t visible = min(r.position, end - 1);
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int32_t token = first + n * 8 + pair * 2 + i % 2;
-        scores[n][i] += slopes[i / 2] * kLog2E * static_cast<float>(token - positions[i / 2]);
+      for (int e = 2 * i; e < 2 * i + 2; ++e) {
+        const int32_t token = first + n * 8 + pair * 2 + e % 2;
+        if (has_slopes) {
+          const float bias = r.slope * kLog2E * static_cast<float>(token - r.position);
+          scores[n][e] = scores[n][e] * factor + bias;
+        }
+        if (token > visible || token <= begin) scores[n][e] = -INFINITY;
       }
     }
   }
-  if (!needs_mask) return;
-#pragma unroll
-  for (int n = 0; n < kFragments; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int32_t token = first + n * 8 + pair * 2 + i % 2, position = positions[i / 2];
-      const bool hidden =
-          token > position || token >= end || (rule.window > 0 && position - token >= rule.window);
-      if (hidden) scores[n][i] = -INFINITY;
-    }
-  }
+  return has_slopes ? 1.0f : factor;
 }
 
-// Of two rows: the greatest score so far and this lane's part of the sum of weights.
-struct SoftmaxState {
-  float greatest[2] = {-INFINITY, -INFINITY};
+// Of two rows: what weights are relative to (a power of two; -inf: nothing was seen yet), and this
+// lane's part of the sum of weights.
+struct alignas(16) SoftmaxState {
+  float base[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
 };
 
-// Turns scores into weights relative to the new greatest; what came before is to be multiplied by
-// `correction`.
+// A base stays as long as no score is further above it: weights are at most 2^8, and most tiles
+// need no correction.
+constexpr float kMostAboveBase = 8.0f;
+
+// Turns scores (times `factor`: in units of log 2) into weights relative to the base; what came
+// before is to be multiplied by `correction`.
 template <int kFragments>
-__device__ __forceinline__ void update_softmax(float (&scores)[kFragments][4], SoftmaxState* state,
-                                               float (&correction)[2]) {
+__device__ __forceinline__ void update_softmax(float (&scores)[kFragments][4], float factor,
+                                               SoftmaxState* state, float (&correction)[2]) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    float greatest = state->greatest[row];
+    float greatest = -INFINITY;
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
       greatest = fmaxf(greatest, fmaxf(scores[n][2 * row], scores[n][2 * row + 1]));
     }
     greatest = fmaxf(greatest, __shfl_xor_sync(kFullWarp, greatest, 1));
-    greatest = fmaxf(greatest, __shfl_xor_sync(kFullWarp, greatest, 2));
+    greatest = fmaxf(greatest, __shfl_xor_sync(kFullWarp, greatest, 2)) * factor;
+    correction[row] = 1.0f;
+    if (greatest > state->base[row] + kMostAboveBase) {
+      correction[row] = exp2_fast(state->base[row] - greatest);
+      state->base[row] = greatest;
+    }
     // Nothing seen yet: the difference of two infinities is no number.
-    const float base = greatest == -INFINITY ? 0.0f : greatest;
-    correction[row] = exp2_fast(state->greatest[row] - base);
-    state->greatest[row] = greatest;
+    const float base = state->base[row] == -INFINITY ? 0.0f : state->base[row];
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
 #pragma unroll
       for (int i = 2 * row; i < 2 * row + 2; ++i) {
-        scores[n][i] = exp2_fast(scores[n][i] - base);
+        scores[n][i] = exp2_fast(fmaf(scores[n][i], factor, -base));
         sum += scores[n][i];
       }
     }
@@ -272,8 +288,9 @@ void with_attention_types(DType dtype, const KvCache& cache, Fn fn) {
   });
 }
 
-// In decode_attention.cu and prefill_attention.cu.
+// In decode_attention.cu, prefill_attention.cu and float32_attention.cu.
 void launch_decode(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream);
 void launch_prefill(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream);
+void launch_float32(const AttentionArgs& args, int64_t num_rows, Stream stream);
 
 }  // namespace fastpage::cuda

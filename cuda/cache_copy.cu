@@ -16,22 +16,36 @@ __device__ __forceinline__ int64_t slot_offset(const KvCache& cache, int32_t slo
   return block * cache.block_stride + (slot - block * cache.block_size) * cache.token_stride;
 }
 
-// A vector of new values to the cache; into float8, the quotient by `scale` is what is rounded.
-template <typename T>
-__device__ __forceinline__ void store_cached_vector(T* to, const Vector<T>& x, float) {
-  store_vector(to, x);
-}
-template <typename T>
-__device__ __forceinline__ void store_cached_vector(Float8* to, const Vector<T>& x, float scale) {
-  union {
-    uint2 words;
-    Float8 elements[8];
-  } y;
+// The vectors of T that become one of the cache.
+template <typename T, typename C>
+struct Item {
+  static constexpr int kSize = Vector<C>::kSize;
+  static constexpr int kParts = kSize / Vector<T>::kSize;
+  Vector<T> parts[kParts];
+};
+
+template <typename T, typename C>
+__device__ __forceinline__ Item<T, C> load_item(const T* from) {
+  Item<T, C> x;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    y.elements[i] = from_float<Float8>(to_float(x.elements[i]) / scale);
+  for (int i = 0; i < x.kParts; ++i) x.parts[i] = load_vector(from + i * Vector<T>::kSize);
+  return x;
+}
+
+// New values to the cache; into float8, the quotient by `scale` is what is rounded.
+template <typename T, typename C>
+__device__ __forceinline__ void store_item(C* to, const Item<T, C>& x, float scale) {
+  Vector<C> y;
+  if constexpr (sizeof(T) == sizeof(C)) {
+    y.words = x.parts[0].words;
+  } else {
+    constexpr int kEach = Vector<T>::kSize;
+#pragma unroll
+    for (int i = 0; i < x.kSize; ++i) {
+      y.elements[i] = from_float<C>(to_float(x.parts[i / kEach].elements[i % kEach]) / scale);
+    }
   }
-  store_global(reinterpret_cast<uint2*>(to), y.words);
+  store_vector(to, y);
 }
 
 __device__ __forceinline__ float head_scale(const float* scales, int head) {
@@ -49,10 +63,12 @@ struct CacheWrite {
 
 constexpr int kWriteThreads = 128;
 
-// A thread takes eight elements of k and of v of two tokens: four loads before the first store.
+// A thread takes 16 bytes of the cache, of k and of v, of two tokens: all loads are before the
+// first store.
 template <typename T, typename C>
 __global__ void __launch_bounds__(kWriteThreads) reshape_and_cache_kernel(CacheWrite w) {
-  const int per_head = w.cache.head_dim / 8;
+  constexpr int kSize = Item<T, C>::kSize;
+  const int per_head = w.cache.head_dim / kSize;
   const int per_row = w.cache.num_kv_heads * per_head;
   const int64_t row = int64_t{blockIdx.x} * 2;
   const bool has_second = row + 1 < w.rows;
@@ -60,24 +76,24 @@ __global__ void __launch_bounds__(kWriteThreads) reshape_and_cache_kernel(CacheW
       slot_offset(w.cache, load_global(w.slot_mapping + row)),
       has_second ? slot_offset(w.cache, load_global(w.slot_mapping + row + 1)) : -1};
   for (int i = threadIdx.x; i < per_row; i += kWriteThreads) {
-    const T* const k = static_cast<const T*>(w.k) + row * w.k_stride + i * 8;
-    const T* const v = static_cast<const T*>(w.v) + row * w.v_stride + i * 8;
-    Vector<T> keys[2], values[2];
+    const T* const k = static_cast<const T*>(w.k) + row * w.k_stride + i * kSize;
+    const T* const v = static_cast<const T*>(w.v) + row * w.v_stride + i * kSize;
+    Item<T, C> keys[2], values[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (slot[r] < 0) continue;
-      keys[r] = load_vector(k + r * w.k_stride);
-      values[r] = load_vector(v + r * w.v_stride);
+      keys[r] = load_item<T, C>(k + r * w.k_stride);
+      values[r] = load_item<T, C>(v + r * w.v_stride);
     }
     const int head = i / per_head;
-    const int64_t within = head * w.cache.head_stride + (i - head * per_head) * 8;
+    const int64_t within = head * w.cache.head_stride + (i - head * per_head) * kSize;
     const float k_scale = head_scale(w.cache.k_scale, head);
     const float v_scale = head_scale(w.cache.v_scale, head);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (slot[r] < 0) continue;
-      store_cached_vector(static_cast<C*>(w.cache.k) + slot[r] + within, keys[r], k_scale);
-      store_cached_vector(static_cast<C*>(w.cache.v) + slot[r] + within, values[r], v_scale);
+      store_item<T, C>(static_cast<C*>(w.cache.k) + slot[r] + within, keys[r], k_scale);
+      store_item<T, C>(static_cast<C*>(w.cache.v) + slot[r] + within, values[r], v_scale);
     }
   }
 }
@@ -106,30 +122,32 @@ struct alignas(sizeof(T) * kWidth) Few {
   T elements[kWidth];
 };
 
-// kWidth elements that lie together; into the cache, float8 ones are divided by the scale first.
-template <typename T, int kWidth>
-__device__ __forceinline__ void store_few(T* to, const float (&x)[kWidth], float) {
-  Few<T, kWidth> y;
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) y.elements[i] = from_float<T>(x[i]);
-  store_global(reinterpret_cast<Few<T, kWidth>*>(to), y);
-}
+// kWidth elements that lie together; into float8, the quotients by `scale` are what is rounded.
 template <typename T, typename C, int kWidth>
-__device__ __forceinline__ void store_cached(C* to, const float (&x)[kWidth], float scale) {
+__device__ __forceinline__ void store_few(C* to, const float (&x)[kWidth], float scale) {
   Few<C, kWidth> y;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    // As if it had been written to memory as T in between.
-    y.elements[i] = from_float<C>(to_float(from_float<T>(x[i])) / scale);
+    if constexpr (sizeof(T) == sizeof(C)) {
+      y.elements[i] = from_float<C>(x[i]);
+    } else {
+      // As if it had been written to memory as T in between.
+      y.elements[i] = from_float<C>(to_float(from_float<T>(x[i])) / scale);
+    }
   }
   store_global(reinterpret_cast<Few<C, kWidth>*>(to), y);
 }
 
+// 16 bytes at a time, if they are that many.
 template <typename T, int kWidth>
 __device__ __forceinline__ void load_few(const T* from, float (&x)[kWidth]) {
-  const auto y = load_global(reinterpret_cast<const Few<T, kWidth>*>(from));
+  constexpr int kEach = kWidth < Vector<T>::kSize ? kWidth : Vector<T>::kSize;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) x[i] = to_float(y.elements[i]);
+  for (int i = 0; i < kWidth; i += kEach) {
+    const auto y = load_global(reinterpret_cast<const Few<T, kEach>*>(from + i));
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) x[i + e] = to_float(y.elements[e]);
+  }
 }
 
 // Each product rounded: left to the compiler, one kernel might fuse what another does not.
@@ -186,17 +204,20 @@ __device__ __forceinline__ void rotate_item(const RotaryWrite& w, const T* head,
 
 constexpr int kRotaryThreads = 256;
 
-// A block takes a token: the heads of q, and those of k and v if there is a cache.
-template <typename T, typename C, int kWidth, bool kNeox>
+// A block takes a token: the heads of q, and those of k and v if there is a cache. kWidth,
+// kCacheWidth: elements of an item of q, and of k.
+template <typename T, typename C, int kWidth, int kCacheWidth, bool kNeox>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryWrite w) {
   const int64_t row = blockIdx.x;
   const int32_t position = min(max(load_global(w.positions + row), 0), w.max_position - 1);
   const float* const cos = w.cos_sin + position * w.cos_sin_stride;
   const float* const sin = cos + w.rotary_dim / 2;
-  const int per_head = kNeox ? (w.head_dim - w.rotary_dim / 2) / kWidth : w.head_dim / kWidth;
+  // NeoX: a pair of items is one.
+  const int items = kNeox ? w.head_dim - w.rotary_dim / 2 : w.head_dim;
 
   const T* const q = static_cast<const T*>(w.q) + row * w.q_stride;
   T* const rotated = static_cast<T*>(w.rotated_q) + row * w.rotated_stride;
+  const int per_head = items / kWidth;
   for (int i = threadIdx.x; i < w.num_heads * per_head; i += kRotaryThreads) {
     const int head = i / per_head;
     const int64_t first = int64_t{head} * w.head_dim;
@@ -209,43 +230,49 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryWrite w) {
   if (slot < 0) return;
   const T* const k = static_cast<const T*>(w.k) + row * w.k_stride;
   C* const keys = static_cast<C*>(w.cache.k) + slot;
-  for (int i = threadIdx.x; i < w.cache.num_kv_heads * per_head; i += kRotaryThreads) {
-    const int head = i / per_head;
+  const int per_key = items / kCacheWidth;
+  for (int i = threadIdx.x; i < w.cache.num_kv_heads * per_key; i += kRotaryThreads) {
+    const int head = i / per_key;
     const float scale = head_scale(w.cache.k_scale, head);
     C* const to = keys + head * w.cache.head_stride;
-    rotate_item<T, kWidth, kNeox>(
-        w, k + int64_t{head} * w.head_dim, i - head * per_head, cos, sin,
-        [&](int at, const float (&x)[kWidth]) { store_cached<T>(to + at, x, scale); });
+    rotate_item<T, kCacheWidth, kNeox>(
+        w, k + int64_t{head} * w.head_dim, i - head * per_key, cos, sin,
+        [&](int at, const float (&x)[kCacheWidth]) { store_few<T>(to + at, x, scale); });
   }
   const T* const v = static_cast<const T*>(w.v) + row * w.v_stride;
   C* const values = static_cast<C*>(w.cache.v) + slot;
-  constexpr int kSize = Vector<T>::kSize;
+  constexpr int kSize = Item<T, C>::kSize;
   const int per_value = w.head_dim / kSize;
   for (int i = threadIdx.x; i < w.cache.num_kv_heads * per_value; i += kRotaryThreads) {
     const int head = i / per_value;
-    store_cached_vector(values + head * w.cache.head_stride + (i - head * per_value) * kSize,
-                        load_vector(v + i * kSize), head_scale(w.cache.v_scale, head));
+    store_item<T, C>(values + head * w.cache.head_stride + (i - head * per_value) * kSize,
+                     load_item<T, C>(v + i * kSize), head_scale(w.cache.v_scale, head));
   }
 }
 
 template <typename T, typename C>
 void launch_rotary(const char* name, const RotaryWrite& w, ops::RotaryStyle style, int64_t rows,
                    Stream stream) {
-  constexpr int kWide = 16 / static_cast<int>(sizeof(T));
+  constexpr int kWide = Vector<T>::kSize, kCacheWide = Vector<C>::kSize;
   const bool neox = style == ops::RotaryStyle::kNeox;
-  const int half = w.rotary_dim / 2;
-  // As many of the table's floats are read at once as there are elements in a vector.
-  const bool table_fits = reinterpret_cast<uintptr_t>(w.cos_sin) % (kWide * sizeof(float)) == 0 &&
-                          w.cos_sin_stride % kWide == 0;
-  const bool wide = neox ? half % kWide == 0 && table_fits : w.rotary_dim % kWide == 0;
+  // The table is read in vectors, too.
+  const bool table_fits =
+      reinterpret_cast<uintptr_t>(w.cos_sin) % 16 == 0 && w.cos_sin_stride % 4 == 0;
+  const auto fits = [&](int width) {
+    return neox ? w.rotary_dim / 2 % width == 0 && table_fits : w.rotary_dim % width == 0;
+  };
   const dim3 grid(static_cast<unsigned>(rows));
   const auto run = [&](auto kernel) { launch(name, kernel, grid, kRotaryThreads, 0, stream, w); };
-  // Whole vectors, or else pairs: of single elements (NeoX), of two that lie together.
+  // Whole vectors of the cache, or of T, or else pairs: of single elements (NeoX), of two that lie
+  // together.
   if (neox) {
-    wide ? run(rotary_kernel<T, C, kWide, true>) : run(rotary_kernel<T, C, 1, true>);
-  } else {
-    wide ? run(rotary_kernel<T, C, kWide, false>) : run(rotary_kernel<T, C, 2, false>);
+    if (fits(kCacheWide)) return run(rotary_kernel<T, C, kWide, kCacheWide, true>);
+    if (fits(kWide)) return run(rotary_kernel<T, C, kWide, kWide, true>);
+    return run(rotary_kernel<T, C, 1, 1, true>);
   }
+  if (fits(kCacheWide)) return run(rotary_kernel<T, C, kWide, kCacheWide, false>);
+  if (fits(kWide)) return run(rotary_kernel<T, C, kWide, kWide, false>);
+  run(rotary_kernel<T, C, 2, 2, false>);
 }
 
 RotaryWrite rotary_write(const Rows& q, const int32_t* positions, const Rows& cos_sin,
@@ -281,8 +308,7 @@ void check_new_tokens(const Rows& k, const Rows& v, const KvCache& cache) {
   check_rows(k, k.rows, cols);
   check_rows(v, k.rows, cols);
   check(v.dtype == k.dtype, "v", "must be of the type of k");
-  check(cache.dtype == DType::kUInt8 || cache.dtype == k.dtype, "k",
-        "must be of the type of the cache");
+  check_cached_type(k, cache);
   check_vectorized(k);
   check_vectorized(v);
 }
@@ -290,13 +316,11 @@ void check_new_tokens(const Rows& k, const Rows& v, const KvCache& cache) {
 // fn(Type<T>, Type<C>) for new tokens of `dtype` and a cache.
 template <typename Fn>
 void with_cache_types(DType dtype, const KvCache& cache, Fn fn) {
-  with_half_type(dtype, "k", [&](auto type) {
-    if (cache.dtype == DType::kUInt8) {
-      fn(type, Type<Float8>{});
-    } else {
-      fn(type, type);
-    }
-  });
+  if (cache.dtype == DType::kUInt8) {
+    with_half_type(dtype, "k", [&](auto type) { fn(type, Type<Float8>{}); });
+  } else {
+    with_float_type(dtype, "k", [&](auto type) { fn(type, type); });
+  }
 }
 
 // ---- whole blocks

@@ -2,16 +2,18 @@
 //
 // A block of four warps takes a part of one sequence's KV, for the (up to 16) heads that share a KV
 // head: they are the 16 rows of the MMAs. Every warp is on its own: it takes every fourth tile of
-// 16 tokens, keeps kStages of them (keys and values) in shared memory, of which all but the one it
-// works on are still on their way, and has a softmax of its own; there is no barrier until the end,
-// when the four are merged, in order. Which warp gets a tile depends on its position alone.
+// 16 tokens, keeps up to three stages of them (keys and values) in shared memory, of which all but
+// the one it works on are still on their way, and has a softmax of its own; there is no barrier
+// until the end, when the four are merged, in order. Which warp gets a tile depends on its position
+// alone.
 //
 // Bytes in flight, which is what decides: an H100 moves 3 TB/s with some 700 ns to an answer,
-// so 2.1 MB must be on their way, 16 KB per multiprocessor, and more like 40 under load. bf16,
-// head_dim 128: a stage of a warp is 8 KB; of 3 stages 2 are in flight; 4 warps and 2 blocks (106
-// KB each) give 128 KB. head_dim 64: 56 KB a block, 3 blocks, 96 KB. head_dim 256: 16 KB a stage, 2
-// stages, 1 block of 140 KB: 64 KB. float8 halves a stage, and there is room for more blocks: 80 to
-// 128 KB.
+// so 2.1 MB must be on their way, 16 KB per multiprocessor, and more like 40 under load. There are
+// as many stages as a block's shared memory holds, up to 3. With 227 KB, bf16, head_dim 128: a
+// stage of a warp is 8 KB; of 3 stages 2 are in flight; 4 warps and 2 blocks (106 KB each) give 128
+// KB. head_dim 64: 56 KB a block, 3 blocks, 96 KB. head_dim 256: 16 KB a stage, 1 block of 206 KB:
+// 128 KB. float8 halves a stage, and there is room for more blocks. With 99 KB there are 3 stages
+// up to head_dim 64, 2 at 128, 1 at 256, where only the other warps' tiles are on their way.
 //
 // Arithmetic is far from the limit: a tile (8 KB) takes some 250 warp instructions, and at 3 TB/s a
 // multiprocessor gets one every 630 cycles, in which it issues 2,520.
@@ -24,20 +26,21 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kDecodeThreads = kWarps * 32;
 constexpr int kTile = 16;  // tokens
+constexpr int kMaxStages = 3;
 
 template <typename C, int kDim>
 struct DecodeShape {
   using Tile = TileShape<C, kDim>;
-  static constexpr int kStages = kDim * static_cast<int>(sizeof(C)) > 256 ? 2 : 3;
   static constexpr int kTileBytes = kTile * Tile::kStride;  // of keys, and of values
-  static constexpr int kWarpBytes = kStages * 2 * kTileBytes;
+  static constexpr int kStageBytes = 2 * kTileBytes;
   static constexpr int kQueryStride = TileShape<Half, kDim>::kStride;
   static constexpr int kQueryBytes = kTile * kQueryStride;
   // The warps' results, at the end, where the tiles were.
   static constexpr int kResultBytes = kWarps * kTile * (kDim + 2) * 4;
-  static constexpr int kTilesBytes =
-      kWarps * kWarpBytes > kResultBytes ? kWarps * kWarpBytes : kResultBytes;
-  static constexpr int kBytes = kQueryBytes + kTilesBytes;
+  static constexpr int bytes(int stages) {
+    const int tiles = kWarps * stages * kStageBytes;
+    return kQueryBytes + (tiles > kResultBytes ? tiles : kResultBytes);
+  }
 };
 
 struct Work {
@@ -109,27 +112,30 @@ struct TileReader {
   int32_t first_tile;
   int32_t num_tiles;
   char* memory;
-  int32_t blocks = 0;  // lane i: the block of the i-th tile from `known` on
+  int32_t stages;
+  int32_t next_stage = 0;  // that is filled
+  int32_t blocks = 0;      // lane i: the block of the i-th of these 32 tiles
 
   // Tile i of this warp to its stage.
   __device__ void fetch(int i) {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    const int32_t per_block = args.cache.block_size / kTile;
     if (i % 32 == 0) {
       const int32_t tile = first_tile + (i + lane) * kWarps;
       const bool there = i + lane < num_tiles;
-      blocks = there ? load_global(block_table + tile / per_block) : 0;
+      blocks = there ? load_global(block_table + block_index(args, tile)) : 0;
     }
     if (i < num_tiles) {
       const int32_t tile = first_tile + i * kWarps;
       // A block id out of range is never followed.
       const int32_t block =
           min(max(__shfl_sync(kFullWarp, blocks, i % 32), 0), args.cache.num_blocks - 1);
-      const int64_t offset = block * args.cache.block_stride +
-                             tile % per_block * kTile * args.cache.token_stride + head_offset;
+      const int32_t first = tile * kTile - block_index(args, tile) * args.cache.block_size;
+      const int64_t offset =
+          block * args.cache.block_stride + first * args.cache.token_stride + head_offset;
       const int valid = end - tile * kTile;
       const int vectors = args.cache.head_dim * static_cast<int>(sizeof(C)) / 16;
-      char* const to = memory + i % Shape::kStages * 2 * Shape::kTileBytes;
+      char* const to = memory + next_stage * Shape::kStageBytes;
+      next_stage = next_stage + 1 == stages ? 0 : next_stage + 1;
       fetch_rows<C, kDim, 32, kTile>(to, static_cast<const C*>(args.cache.k) + offset,
                                      args.cache.token_stride, valid, vectors, lane);
       fetch_rows<C, kDim, 32, kTile>(to + Shape::kTileBytes,
@@ -137,6 +143,17 @@ struct TileReader {
                                      args.cache.token_stride, valid, vectors, lane);
     }
     cp_async_commit();  // empty groups, too: waits count them
+  }
+
+  // For the oldest tile that is on its way.
+  __device__ void wait() const {
+    if (stages == 3) {
+      cp_async_wait<2>();
+    } else if (stages == 2) {
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
   }
 };
 
@@ -150,22 +167,23 @@ __device__ __forceinline__ void attend_tile(const char* queries, const char* key
   const int lane = static_cast<int>(threadIdx.x % 32);
   float scores[2][4] = {};
 #pragma unroll
-  for (int step = 0; step < kDim / 32; ++step) {
-    uint32_t b[2][2][2];
+  for (int step = 0; step < kDim / 16 / kKeySteps<C>; ++step) {
+    uint32_t b[kKeySteps<C>][2][2];
     load_keys<T, C, kDim>(keys, step, b);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < kKeySteps<C>; ++k) {
       uint32_t a[4];
-      ldmatrix(a, queries + lane % 16 * Shape::kQueryStride + step * 64 + k * 32 + lane / 16 * 16);
+      ldmatrix(a, queries + lane % 16 * Shape::kQueryStride + (step * kKeySteps<C> + k) * 32 +
+                      lane / 16 * 16);
 #pragma unroll
       for (int n = 0; n < 2; ++n) mma_16x8x16<T>(scores[n], a, b[k][n][0], b[k][n][1]);
     }
   }
-  const int32_t positions[2] = {work.position, work.position};
   const bool needs_mask = first < work.begin || first + kTile > work.end;
-  finish_scores(scores, rule, slopes, positions, first, work.end, has_slopes, needs_mask);
+  const float factor = finish_scores(scores, rule, first, work.end, has_slopes, needs_mask,
+                                     [&](int i) { return RowRule{work.position, slopes[i]}; });
   float correction[2];
-  update_softmax(scores, state, correction);
+  update_softmax(scores, factor, state, correction);
   if (__any_sync(kFullWarp, correction[0] != 1.0f || correction[1] != 1.0f)) {
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
@@ -249,7 +267,7 @@ __device__ __forceinline__ void merge_partials(const AttentionArgs& args, const 
 }
 
 template <typename T, typename C, int kDim>
-__global__ void __launch_bounds__(kDecodeThreads) decode_kernel(AttentionArgs args) {
+__global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(AttentionArgs args, int stages) {
   using Shape = DecodeShape<C, kDim>;
   Work work;
   if (!find_work(args, &work)) return;
@@ -271,7 +289,8 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_kernel(AttentionArgs ar
                              work.end,
                              first_tile,
                              num_tiles,
-                             tiles + warp * Shape::kWarpBytes};
+                             tiles + warp * stages * Shape::kStageBytes,
+                             stages};
 
   const float k_scale =
       kIsFloat8<C> ? kv_scale(args.cache.k_scale, work.kv_head) * Widen<T>::kFactor : 1.0f;
@@ -289,15 +308,16 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_kernel(AttentionArgs ar
 
   SoftmaxState state;
   float sums[kDim / 8][4] = {};
-#pragma unroll
-  for (int i = 0; i < Shape::kStages - 1; ++i) reader.fetch(i);
+  for (int i = 0; i < stages - 1; ++i) reader.fetch(i);
+  int stage = 0;
   for (int i = 0; i < num_tiles; ++i) {
-    reader.fetch(i + Shape::kStages - 1);
-    cp_async_wait<Shape::kStages - 1>();
+    reader.fetch(i + stages - 1);
+    reader.wait();
     __syncwarp();
-    attend_tile<T, C, kDim>(queries, reader.memory + i % Shape::kStages * 2 * Shape::kTileBytes,
+    attend_tile<T, C, kDim>(queries, reader.memory + stage * Shape::kStageBytes,
                             (first_tile + i * kWarps) * kTile, work, rule, slopes, has_slopes,
                             &state, sums);
+    stage = stage + 1 == stages ? 0 : stage + 1;
     __syncwarp();  // the stage is filled again by the next fetch
   }
   cp_async_wait<0>();
@@ -311,7 +331,7 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_kernel(AttentionArgs ar
   for (int row = 0; row < 2; ++row) {
     const int at = warp * kTile + group + 8 * row;
     const float sum = sum_of_quad(state.sum[row]);
-    if (pair == 0) stats[at] = float2{state.greatest[row], sum};
+    if (pair == 0) stats[at] = float2{state.base[row], sum};
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
@@ -344,11 +364,14 @@ void launch_decode(DType dtype, const AttentionArgs& args, int32_t num_items, St
   with_attention_types(dtype, args.cache, [&](auto t, auto c, auto dim) {
     using C = typename decltype(c)::type;
     constexpr int kDim = decltype(dim)::value;
+    using Shape = DecodeShape<C, kDim>;
     const int parts = (args.group + kTile - 1) / kTile;
+    int stages = kMaxStages;
+    while (stages > 1 && Shape::bytes(stages) > max_shared_bytes()) --stages;
     launch("paged_attention (decode)", decode_kernel<typename decltype(t)::type, C, kDim>,
            dim3(static_cast<unsigned>(num_items),
                 static_cast<unsigned>(args.cache.num_kv_heads * parts)),
-           kDecodeThreads, DecodeShape<C, kDim>::kBytes, stream, args);
+           kDecodeThreads, Shape::bytes(stages), stream, args, stages);
   });
 }
 

@@ -52,14 +52,23 @@ struct NormArgs {
   float eps;
 };
 
-// kLanes threads normalize a group, which they keep in shared memory in between.
+// Floats of shared memory that kLanes threads need for a group: whole rounds of kWidth each.
+template <int kWidth, int kLanes>
+__host__ __device__ __forceinline__ int kept_size(int group) {
+  return (group + kWidth * kLanes - 1) / (kWidth * kLanes) * kWidth * kLanes;
+}
+
+// kLanes threads normalize a group, which they keep in shared memory in between: each its own
+// elements, kLanes apart, so that neighbours are in different banks.
 template <typename T, int kWidth, int kLanes>
 __global__ void __launch_bounds__(kThreads) norm_kernel(NormArgs a) {
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const int part = static_cast<int>(threadIdx.x) / kLanes;
   const int64_t index = int64_t{blockIdx.x} * (kThreads / kLanes) + part;
   if (index >= a.num_groups) return;  // whole warps
-  float* const values = reinterpret_cast<float*>(dynamic_shared()) + part * a.group;
+  float* const values =
+      reinterpret_cast<float*>(dynamic_shared()) + part * kept_size<kWidth, kLanes>(a.group) + lane;
+  const auto at = [&](int i, int e) { return i - lane * kWidth + e * kLanes; };
   const int64_t row = index / a.groups_per_row;
   const int64_t first = index % a.groups_per_row * a.group;  // column
   const T* const x = static_cast<const T*>(a.x) + row * a.x_stride + first;
@@ -79,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormArgs a) {
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
       const float value = to_float(in.elements[e]);
-      values[i + e] = value;
+      values[at(i, e)] = value;
       sum = __fadd_rn(sum, a.is_layer ? value : __fmul_rn(value, value));
     }
   }
@@ -91,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormArgs a) {
     for (int i = lane * kWidth; i < a.group; i += kLanes * kWidth) {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        const float difference = values[i + e] - mean;
+        const float difference = values[at(i, e)] - mean;
         sum += difference * difference;
       }
     }
@@ -104,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormArgs a) {
     Few<T, kWidth> out;
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
-      float value = (values[i + e] - mean) * factor;
+      float value = (values[at(i, e)] - mean) * factor;
       if (a.weight != nullptr) value *= load_global(a.weight + of_weight + i + e);
       if (a.bias != nullptr) value += load_global(a.bias + of_weight + i + e);
       out.elements[e] = from_float<T>(value);
@@ -115,16 +124,15 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormArgs a) {
 
 template <typename T, int kWidth>
 void launch_norm(const NormArgs& a, Stream stream) {
-  const auto run = [&](auto kernel, int lanes) {
-    const int per_block = kThreads / lanes;
+  const auto run = [&](auto kernel, int per_block, int kept) {
     const auto blocks = static_cast<unsigned>((a.num_groups + per_block - 1) / per_block);
-    const size_t shared = size_t{sizeof(float)} * static_cast<size_t>(a.group * per_block);
+    const auto shared = sizeof(float) * static_cast<size_t>(kept * per_block);
     launch("norm", kernel, dim3(blocks), kThreads, shared, stream, a);
   };
   if (a.group <= 512) {
-    run(norm_kernel<T, kWidth, 32>, 32);
+    run(norm_kernel<T, kWidth, 32>, kThreads / 32, kept_size<kWidth, 32>(a.group));
   } else {
-    run(norm_kernel<T, kWidth, kThreads>, kThreads);
+    run(norm_kernel<T, kWidth, kThreads>, 1, kept_size<kWidth, kThreads>(a.group));
   }
 }
 
@@ -195,8 +203,7 @@ void norm(const Rows& x, const Rows* residual, const ops::NormParams& params, co
   check(y.dtype == x.dtype, y.name, "must be of the type of x");
   check(params.group > 0 && x.cols % params.group == 0, "group",
         "must divide the columns of x, " + std::to_string(x.cols));
-  check(params.group * static_cast<int64_t>(sizeof(float)) <= (160 << 10), "group",
-        "is more than a multiprocessor's shared memory holds");
+  check(params.group <= (1 << 20), "group", "is more than 1048576");
   NormArgs a{};
   a.x = x.data;
   a.y = y.data;

@@ -118,6 +118,14 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// threadIdx.x, read again: what is computed from it is not kept in registers from one use to the
+// next.
+__device__ __forceinline__ int fresh_thread() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(16) char memory[];
   return memory;

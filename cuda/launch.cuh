@@ -12,12 +12,21 @@ inline void check(bool ok, const char* name, const std::string& what) {
   if (!ok) throw InvalidArgument(std::string(name) + " " + what);
 }
 
+inline void check_shared_bytes(const char* name, size_t bytes, int most) {
+  check(bytes <= static_cast<size_t>(most), name,
+        "needs " + std::to_string(bytes) +
+            " bytes of shared memory a block for this: the device has " + std::to_string(most));
+}
+
 #ifdef FASTPAGE_CUDA_EMULATION
 
+inline int max_shared_bytes() { return emulation::max_shared; }
+
 template <typename... Params, typename... Args>
-void launch(const char*, void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
-            Stream, const Args&... args) {
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
+            size_t shared_bytes, Stream, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  check_shared_bytes(name, shared_bytes, max_shared_bytes());
   emulation::launch(kernel, grid, dim3(threads), shared_bytes, args...);
 }
 
@@ -29,11 +38,21 @@ inline void check_cuda(cudaError_t error, const char* what) {
               cudaGetErrorName(error) + ")");
 }
 
+// What a block of the current device may have, of shared memory.
+inline int max_shared_bytes() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "cudaDeviceGetAttribute");
+  return bytes;
+}
+
 template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
             size_t shared_bytes, Stream stream, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > (48 << 10)) {
+    check_shared_bytes(name, shared_bytes, max_shared_bytes());
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
@@ -93,9 +112,11 @@ inline void check_cache(const KvCache& cache) {
       cache.block_size > 0 && cache.block_size % 16 == 0, "cache",
       "has blocks of " + std::to_string(cache.block_size) + " tokens: a multiple of 16 is needed");
   const bool is_float8 = cache.dtype == DType::kUInt8;
-  check(is_float8 || cache.dtype == DType::kBFloat16 || cache.dtype == DType::kFloat16, "cache",
+  check(is_float8 || cache.dtype == DType::kBFloat16 || cache.dtype == DType::kFloat16 ||
+            cache.dtype == DType::kFloat32,
+        "cache",
         std::string("is ") + dtype_name(cache.dtype) +
-            ": bfloat16, float16 or uint8 (float8 bits) is needed");
+            ": float32, bfloat16, float16 or uint8 (float8 bits) is needed");
   check(is_float8 || (cache.k_scale == nullptr && cache.v_scale == nullptr), "k_scale",
         "is for float8 caches only");
   const auto size = static_cast<int64_t>(dtype_size(cache.dtype));
@@ -106,6 +127,17 @@ inline void check_cache(const KvCache& cache) {
   check(reinterpret_cast<uintptr_t>(cache.k) % 16 == 0 &&
             reinterpret_cast<uintptr_t>(cache.v) % 16 == 0,
         "cache", "must have heads that begin and end on 16 bytes");
+}
+
+// What is computed with a cache, or goes into it.
+inline void check_cached_type(const Rows& x, const KvCache& cache) {
+  if (cache.dtype == DType::kUInt8) {
+    check(x.dtype == DType::kBFloat16 || x.dtype == DType::kFloat16, x.name,
+          std::string("is ") + dtype_name(x.dtype) +
+              ": with a float8 cache, bfloat16 or float16 is needed");
+  } else {
+    check(x.dtype == cache.dtype, x.name, "must be of the type of the cache");
+  }
 }
 
 // 16 bytes as elements of T.

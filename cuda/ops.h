@@ -39,8 +39,8 @@ struct Rows {
 };
 
 // One layer's paged KV cache: [num_blocks][block_size][num_kv_heads][head_dim] in any order of
-// strides (elements), the last dimension contiguous, every row of head_dim on 16 bytes. bfloat16,
-// float16, or uint8: float8 e4m3 bits, which stand for value / scale of their head.
+// strides (elements), the last dimension contiguous, every row of head_dim on 16 bytes. float32,
+// bfloat16, float16, or uint8: float8 e4m3 bits, which stand for value / scale of their head.
 struct KvCache {
   void* k = nullptr;
   void* v = nullptr;
@@ -113,8 +113,8 @@ void logprobs(const Rows& logits, const int32_t* tokens, int32_t k, float* works
 
 // ---- the cache
 
-// Writes keys and values of new tokens. k, v: [rows][num_kv_heads * head_dim], bfloat16 or float16
-// as the cache, or either for float8; slot_mapping: [rows], block id * block_size + offset, a
+// Writes keys and values of new tokens. k, v: [rows][num_kv_heads * head_dim], of the cache's type,
+// or bfloat16 or float16 for float8; slot_mapping: [rows], block id * block_size + offset, a
 // negative one is skipped.
 void reshape_and_cache(const Rows& k, const Rows& v, const int32_t* slot_mapping,
                        const KvCache& cache, Stream stream);

@@ -1,4 +1,4 @@
-// The attention op: checks, and the two launches that a plan may need.
+// The attention op: checks, and the launches that a plan may need.
 #include "cuda/attention_tile.cuh"
 
 namespace fastpage::cuda {
@@ -46,13 +46,16 @@ void paged_attention(const Rows& q, const KvCache& cache, const Rows& block_tabl
   check_sizes(q, cache, block_tables, plan);
   check_rows(out, q.rows, q.cols);
   check(out.dtype == q.dtype, "out", "must be of the type of q");
-  check(cache.dtype == DType::kUInt8 || cache.dtype == q.dtype, "q",
-        "must be of the type of the cache");
+  check_cached_type(q, cache);
   check_vectorized(q);
   check_vectorized(out);
   check(reinterpret_cast<uintptr_t>(plan_buffer) % 16 == 0, "plan_buffer",
         "must begin on 16 bytes");
   check(reinterpret_cast<uintptr_t>(workspace) % 8 == 0, "workspace", "must begin on 8 bytes");
+  check(int64_t{config.max_seq_len} * cache.block_size < (int64_t{1} << 40), "cache",
+        "has blocks of " + std::to_string(cache.block_size) +
+            " tokens: with max_seq_len that is too many");
+  check(params.scale > 0.0f, "scale", "must be positive");
   check(params.sliding_window >= 0, "sliding_window", "must not be negative");
   check(params.soft_cap >= 0.0f, "soft_cap", "must not be negative");
 
@@ -64,6 +67,9 @@ void paged_attention(const Rows& q, const KvCache& cache, const Rows& block_tabl
   args.cache = cache;
   args.block_tables = block_tables.as<const int32_t>();
   args.block_table_stride = block_tables.stride;
+  args.tiles_per_block = cache.block_size / 16;
+  args.inverse =
+      static_cast<uint32_t>(((int64_t{1} << 32) + args.tiles_per_block - 1) / args.tiles_per_block);
   args.num_heads = config.num_heads;
   args.group = config.num_heads / config.num_kv_heads;
   args.params = params;
@@ -72,6 +78,7 @@ void paged_attention(const Rows& q, const KvCache& cache, const Rows& block_tabl
   args.partial_stats = workspace;
   args.partial_sums = workspace + int64_t{plan.max_decode_items()} * config.num_heads * 2;
   args.counters = counters;
+  if (q.dtype == DType::kFloat32) return launch_float32(args, q.rows, stream);
   launch_decode(q.dtype, args,
                 config.fixed_grid ? plan.max_decode_items() : plan.num_decode_items(), stream);
   launch_prefill(q.dtype, args,

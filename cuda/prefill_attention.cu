@@ -17,11 +17,16 @@ struct PrefillShape {
   using Tile = TileShape<C, kDim>;
   static constexpr int kFragments = kDim <= 128 ? 2 : 1;  // of 16 rows, each warp's
   static constexpr int kRows = kWarps * 16 * kFragments;
-  static constexpr int kTokens = kDim <= 128 ? 64 : 32;
+  // float8 is widened in registers: at 128 there are none left for the scores of 64 tokens.
+  static constexpr int kTokens = kDim <= (kIsFloat8<C> ? 96 : 128) ? 64 : 32;
   static constexpr int kQueryStride = TileShape<Half, kDim>::kStride;
   static constexpr int kQueryBytes = kRows * kQueryStride;
   static constexpr int kTileBytes = kTokens * Tile::kStride;
-  static constexpr int kBytes = kQueryBytes + 2 * kTileBytes;
+  static constexpr int kRulesAt = kQueryBytes + 2 * kTileBytes;
+  static constexpr int kStatesAt = kRulesAt + kRows * static_cast<int>(sizeof(RowRule));
+  static constexpr int kStateBytes =
+      kFragments * kPrefillThreads * static_cast<int>(sizeof(SoftmaxState));
+  static constexpr int kBytes = kStatesAt + kStateBytes;
 };
 
 struct Work {
@@ -81,130 +86,119 @@ __device__ __forceinline__ void load_queries(const AttentionArgs& args, const Wo
   }
 }
 
-// Keys or values of the tile of tokens from `first` on, 16 at a time: those lie in one block.
+// Positions and slopes of the tile's rows.
+__device__ __forceinline__ void fill_rules(const AttentionArgs& args, const Work& work, int rows,
+                                           RowRule* to) {
+  const float* const slopes = args.params.alibi_slopes;
+  for (int row = threadIdx.x; row < rows; row += kPrefillThreads) {
+    const int32_t pair = min(work.first_pair + row, work.num_pairs - 1);
+    const int32_t token = pair / args.group;
+    const int32_t head = work.kv_head * args.group + (pair - token * args.group);
+    to[row] = RowRule{work.context + token, slopes != nullptr ? load_global(slopes + head) : 0.0f};
+  }
+}
+
+// Keys or values of the tile of tokens from `first` on, four threads a token.
 template <typename C, int kDim>
 __device__ __forceinline__ void fetch_tile(const AttentionArgs& args, const Work& work,
                                            const void* cache, int32_t first, int32_t end,
                                            char* to) {
+  using Tile = TileShape<C, kDim>;
   constexpr int kPerVector = 16 / static_cast<int>(sizeof(C));
+  constexpr int kThreads = 4;  // of a token
+  constexpr int kAtOnce = kPrefillThreads / kThreads;
   const int32_t* const table = args.block_tables + work.seq * args.block_table_stride;
+  const int thread = fresh_thread();
+  const int vector = thread % kThreads;
+  const int head_vectors = args.cache.head_dim / kPerVector;
 #pragma unroll
-  for (int part = 0; part < PrefillShape<C, kDim>::kTokens / 16; ++part) {
-    const int32_t token = first + 16 * part;
-    const int32_t index = token / args.cache.block_size;
+  for (int part = 0; part < PrefillShape<C, kDim>::kTokens; part += kAtOnce) {
+    const int row = part + thread / kThreads;
+    const int32_t token = first + row;
+    const int32_t index = block_index(args, token / 16);
     int32_t block = token < end ? load_global(table + index) : 0;
-    block = min(max(block, 0), args.cache.num_blocks - 1);
+    block = min(max(block, 0), args.cache.num_blocks - 1);  // never followed out of the cache
     const C* const from = static_cast<const C*>(cache) + block * args.cache.block_stride +
                           (token - index * args.cache.block_size) * args.cache.token_stride +
-                          work.kv_head * args.cache.head_stride;
-    fetch_rows<C, kDim, kPrefillThreads, 16>(
-        to + part * 16 * TileShape<C, kDim>::kStride, from, args.cache.token_stride, end - token,
-        args.cache.head_dim / kPerVector, static_cast<int>(threadIdx.x));
+                          work.kv_head * args.cache.head_stride + vector * kPerVector;
+    char* const line = to + row * Tile::kStride + vector * 16;
+#pragma unroll
+    for (int i = 0; i < Tile::kVectors; i += kThreads) {
+      if (Tile::kVectors % kThreads != 0 && vector + i >= Tile::kVectors) continue;
+      const bool there = token < end && vector + i < head_vectors;
+      cp_async_16(line + i * 16, from + i * kPerVector, there);
+    }
   }
 }
 
+// What one warp has of the tile's rows.
 template <typename T, typename C, int kDim>
-__global__ void __launch_bounds__(kPrefillThreads) prefill_kernel(AttentionArgs args) {
+struct WarpRows {
   using Shape = PrefillShape<C, kDim>;
-  constexpr int kFragments = Shape::kFragments;
-  constexpr int kColumns = Shape::kTokens / 8;  // fragments of scores
-  Work work;
-  if (!find_work(args, Shape::kRows, &work)) return;
-  char* const queries = dynamic_shared();
-  char* const keys = queries + Shape::kQueryBytes;
-  char* const values = keys + Shape::kTileBytes;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int group = lane / 4;
+  static constexpr int kFragments = Shape::kFragments;
+  static constexpr int kColumns = Shape::kTokens / 8;  // fragments of scores
+  using Scores = float[kFragments][kColumns][4];
 
-  // The tile's first and last token see [begin, end) together.
-  const int32_t last_pair = min(work.first_pair + Shape::kRows, work.num_pairs) - 1;
-  const int32_t first_position = work.context + work.first_pair / args.group;
-  const int32_t end = work.context + last_pair / args.group + 1;
-  const int32_t window = args.params.sliding_window;
-  const int32_t begin = window > 0 ? max(0, first_position + 1 - window) : 0;
-  const int32_t first_tile = begin / Shape::kTokens;
-  const int32_t end_tile = (end + Shape::kTokens - 1) / Shape::kTokens;
-
-  fetch_tile<C, kDim>(args, work, args.cache.k, first_tile * Shape::kTokens, end, keys);
-  cp_async_commit();
-  load_queries<T, C, kDim>(args, work, queries);
-
-  const float k_scale =
-      kIsFloat8<C> ? kv_scale(args.cache.k_scale, work.kv_head) * Widen<T>::kFactor : 1.0f;
-  const ScoreRule rule{args.params.scale * k_scale, args.params.soft_cap, window};
-  const bool has_slopes = args.params.alibi_slopes != nullptr;
-  int32_t positions[kFragments][2];
-  float slopes[kFragments][2];
-#pragma unroll
-  for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t pair = work.first_pair + (warp * kFragments + f) * 16 + group + 8 * i;
-      const int32_t token = pair / args.group;
-      positions[f][i] = work.context + token;
-      const int32_t head = work.kv_head * args.group + (pair - token * args.group);
-      slopes[f][i] = has_slopes ? load_global(args.params.alibi_slopes + head) : 0.0f;
-    }
-  }
-
-  SoftmaxState states[kFragments];
   float sums[kFragments][kDim / 8][4] = {};
-  for (int32_t tile = first_tile; tile < end_tile; ++tile) {
-    const int32_t first = tile * Shape::kTokens;
-    cp_async_wait<0>();
-    __syncthreads();  // keys (and, at first, queries) are there; nobody reads the values any more
-    fetch_tile<C, kDim>(args, work, args.cache.v, first, end, values);
-    cp_async_commit();
+  SoftmaxState* states;  // [kFragments][kPrefillThreads]; in shared memory: registers are short
 
-    float scores[kFragments][kColumns][4] = {};
+  // scores = queries times keys.
+  static __device__ __forceinline__ void score(const char* queries, const char* keys,
+                                               Scores& scores) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const char* const line = queries + lane % 16 * Shape::kQueryStride + lane / 16 * 16;
+    constexpr int kSteps = kKeySteps<C>;
 #pragma unroll
-    for (int step = 0; step < kDim / 32; ++step) {
-      uint32_t a[kFragments][2][4];
+    for (int step = 0; step < kDim / 16 / kSteps; ++step) {
+      uint32_t a[kFragments][kSteps][4];
 #pragma unroll
       for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int row = (warp * kFragments + f) * 16 + lane % 16;
-          ldmatrix(a[f][k],
-                   queries + row * Shape::kQueryStride + step * 64 + k * 32 + lane / 16 * 16);
+        for (int k = 0; k < kSteps; ++k) {
+          ldmatrix(a[f][k], line + f * 16 * Shape::kQueryStride + (step * kSteps + k) * 32);
         }
       }
 #pragma unroll
       for (int n = 0; n < kColumns / 2; ++n) {
-        uint32_t b[2][2][2];
+        uint32_t b[kSteps][2][2];
         load_keys<T, C, kDim>(keys + n * 16 * Shape::Tile::kStride, step, b);
 #pragma unroll
-        for (int f = 0; f < kFragments; ++f) {
+        for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
+          for (int f = 0; f < kFragments; ++f) {
             mma_16x8x16<T>(scores[f][2 * n], a[f][k], b[k][0][0], b[k][0][1]);
             mma_16x8x16<T>(scores[f][2 * n + 1], a[f][k], b[k][1][0], b[k][1][1]);
           }
         }
       }
     }
-    cp_async_wait<0>();
-    __syncthreads();  // values are there; nobody reads the keys any more
-    if (tile + 1 < end_tile) {
-      fetch_tile<C, kDim>(args, work, args.cache.k, first + Shape::kTokens, end, keys);
-    }
-    cp_async_commit();
+  }
 
-    // Whether any row of the tile may not see all of its tokens.
-    const bool needs_mask =
-        first + Shape::kTokens - 1 > first_position || (window > 0 && end - 1 - first >= window);
+  // Turns scores into weights, and corrects the sums so far.
+  template <typename Rule>
+  __device__ __forceinline__ void weigh(Scores& scores, const ScoreRule& rule, int32_t first,
+                                        int32_t end, bool has_slopes, bool needs_mask,
+                                        Rule rule_of) {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
-      finish_scores(scores[f], rule, slopes[f], positions[f], first, end, has_slopes, needs_mask);
+      const float factor = finish_scores(scores[f], rule, first, end, has_slopes, needs_mask,
+                                         [&](int i) { return rule_of(f * 16 + i * 8); });
       float correction[2];
-      update_softmax(scores[f], &states[f], correction);
+      SoftmaxState* const kept = states + f * kPrefillThreads + fresh_thread();
+      SoftmaxState state = *kept;
+      update_softmax(scores[f], factor, &state, correction);
+      *kept = state;
+      if (!__any_sync(kFullWarp, correction[0] != 1.0f || correction[1] != 1.0f)) continue;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[f][n][i] *= correction[i / 2];
       }
     }
+  }
+
+  // sums += weights times values.
+  __device__ __forceinline__ void add(const Scores& weights, const char* values) {
 #pragma unroll
     for (int part = 0; part < kColumns / 2; ++part) {
       uint32_t a[kFragments][4];
@@ -212,7 +206,7 @@ __global__ void __launch_bounds__(kPrefillThreads) prefill_kernel(AttentionArgs 
       for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float* const pair = &scores[f][2 * part + i / 2][i % 2 * 2];
+          const float* const pair = &weights[f][2 * part + i / 2][i % 2 * 2];
           a[f][i] = pack<T>(pair[0], pair[1]);
         }
       }
@@ -230,29 +224,103 @@ __global__ void __launch_bounds__(kPrefillThreads) prefill_kernel(AttentionArgs 
       }
     }
   }
-  cp_async_wait<0>();
 
-  // Rows go out through where the queries were, each warp's own, in whole vectors.
-  const float v_scale =
-      kIsFloat8<C> ? kv_scale(args.cache.v_scale, work.kv_head) * Widen<T>::kFactor : 1.0f;
-  __syncthreads();
+  // The results, as rows of T.
+  __device__ __forceinline__ void write(char* to, float v_scale) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
-  for (int f = 0; f < kFragments; ++f) {
+    for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float weights = sum_of_quad(states[f].sum[i]);
-      const float factor = weights > 0.0f ? v_scale / weights : 0.0f;
-      T* const row = reinterpret_cast<T*>(queries + ((warp * kFragments + f) * 16 + group + 8 * i) *
-                                                        Shape::kQueryStride);
+      for (int i = 0; i < 2; ++i) {
+        const float weights = sum_of_quad(states[f * kPrefillThreads + threadIdx.x].sum[i]);
+        const float factor = weights > 0.0f ? v_scale / weights : 0.0f;
+        T* const row = reinterpret_cast<T*>(to + (f * 16 + lane / 4 + 8 * i) * Shape::kQueryStride);
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
+        for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          row[value_column<C>(n, lane % 4, e)] = from_float<T>(sums[f][n][2 * i + e] * factor);
+          for (int e = 0; e < 2; ++e) {
+            row[value_column<C>(n, lane % 4, e)] = from_float<T>(sums[f][n][2 * i + e] * factor);
+          }
         }
       }
     }
   }
+};
+
+template <typename T, typename C, int kDim>
+__global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionArgs args) {
+  using Shape = PrefillShape<C, kDim>;
+  Work work;
+  if (!find_work(args, Shape::kRows, &work)) return;
+  char* const queries = dynamic_shared();
+  char* const keys = queries + Shape::kQueryBytes;
+  char* const values = keys + Shape::kTileBytes;
+  RowRule* const rules = reinterpret_cast<RowRule*>(queries + Shape::kRulesAt);
+  const int first_row = static_cast<int>(threadIdx.x) / 32 * Shape::kRows / kWarps;  // the warp's
+
+  // The tile's first and last token see [begin, end) together.
+  const int32_t last_pair = min(work.first_pair + Shape::kRows, work.num_pairs) - 1;
+  const int32_t end = work.context + last_pair / args.group + 1;
+  const int32_t window = args.params.sliding_window;
+  const int32_t first_position = work.context + work.first_pair / args.group;
+  const int32_t begin = window > 0 ? max(0, first_position + 1 - window) : 0;
+  const int32_t first_tile = begin / Shape::kTokens;
+  const int32_t end_tile = (end + Shape::kTokens - 1) / Shape::kTokens;
+
+  fetch_tile<C, kDim>(args, work, args.cache.k, first_tile * Shape::kTokens, end, keys);
+  cp_async_commit();
+  load_queries<T, C, kDim>(args, work, queries);
+  fill_rules(args, work, Shape::kRows, rules);
+  __syncthreads();
+  // Of the warp's rows; where there are none, nothing is computed.
+  const bool has_rows = work.first_pair + first_row < work.num_pairs;
+  const int32_t lowest = rules[first_row].position;
+  const int32_t highest = has_rows ? rules[first_row + Shape::kRows / kWarps - 1].position : -1;
+
+  const float k_scale =
+      kIsFloat8<C> ? kv_scale(args.cache.k_scale, work.kv_head) * Widen<T>::kFactor : 1.0f;
+  const ScoreRule rule{args.params.scale * k_scale, args.params.soft_cap, window};
+  const bool has_slopes = args.params.alibi_slopes != nullptr;
+
+  WarpRows<T, C, kDim> rows;
+  rows.states = reinterpret_cast<SoftmaxState*>(queries + Shape::kStatesAt);
+#pragma unroll
+  for (int f = 0; f < Shape::kFragments; ++f) {
+    rows.states[f * kPrefillThreads + threadIdx.x] = SoftmaxState{};
+  }
+  for (int32_t tile = first_tile; tile < end_tile; ++tile) {
+    const int32_t first = tile * Shape::kTokens;
+    cp_async_wait<0>();
+    __syncthreads();  // keys are there; nobody reads the values any more
+    fetch_tile<C, kDim>(args, work, args.cache.v, first, end, values);
+    cp_async_commit();
+
+    // A tile that none of a warp's rows may see would change nothing.
+    const bool is_seen =
+        first <= highest && (window == 0 || lowest - window < first + Shape::kTokens - 1);
+    float scores[Shape::kFragments][Shape::kTokens / 8][4] = {};
+    if (is_seen) rows.score(queries + first_row * Shape::kQueryStride, keys, scores);
+    cp_async_wait<0>();
+    __syncthreads();  // values are there; nobody reads the keys any more
+    if (tile + 1 < end_tile) {
+      fetch_tile<C, kDim>(args, work, args.cache.k, first + Shape::kTokens, end, keys);
+    }
+    cp_async_commit();
+    if (!is_seen) continue;
+
+    const bool needs_mask =
+        first + Shape::kTokens - 1 > lowest || (window > 0 && highest - window >= first);
+    rows.weigh(scores, rule, first, end, has_slopes, needs_mask,
+               [&](int row) { return rules[first_row + fresh_thread() % 32 / 4 + row]; });
+    rows.add(scores, values);
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  // Rows go out through where the queries were, each warp's own, in whole vectors.
+  const float v_scale =
+      kIsFloat8<C> ? kv_scale(args.cache.v_scale, work.kv_head) * Widen<T>::kFactor : 1.0f;
+  rows.write(queries + first_row * Shape::kQueryStride, v_scale);
   __syncthreads();
   T* const out = static_cast<T*>(args.out);
   for (int i = threadIdx.x; i < Shape::kRows * kDim / 8; i += kPrefillThreads) {

@@ -152,6 +152,8 @@ void cp_async_wait() {
   }
 }
 
+inline int fresh_thread() { return static_cast<int>(threadIdx.x); }
+
 inline char* dynamic_shared() { return emulation::block->shared(); }
 
 template <typename T>

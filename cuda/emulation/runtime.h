@@ -108,7 +108,7 @@ struct Warp {
 };
 
 constexpr size_t kStackBytes = 256 << 10;
-constexpr size_t kMaxShared = 227 << 10;  // of sm_90
+inline int max_shared = 227 << 10;  // of sm_90
 constexpr size_t kGuard = 1024;
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
 
@@ -122,7 +122,6 @@ class Block {
     if (size.y != 1 || size.z != 1 || size.x == 0 || size.x % 32 != 0 || size.x > 1024) {
       fail("a block must be of 32 to 1024 threads, whole warps, in x");
     }
-    if (shared_bytes > kMaxShared) fail("too much shared memory");
     fibers_.resize(size.x);
     warps_.resize(size.x / 32);
     for (Fiber& f : fibers_) f.stack.reset(new char[kStackBytes]);  // untouched memory is free
@@ -385,6 +384,9 @@ inline float __uint_as_float(unsigned bits) {
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __expf(float x) { return std::exp(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(uint64_t{a} * b >> 32);
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }

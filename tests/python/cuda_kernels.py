@@ -7,10 +7,11 @@ for a GPU: the emulation does not stand in for it then.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,8 @@ import pytest
 import torch
 
 from fastpage import _C
+
+SHARED_MEMORY = 227 << 10  # of a block, as on sm_90
 
 # How emulated threads take turns: what a kernel computes must not depend on it.
 SCHEDULES = [("ascending", True, 0), ("descending", False, 0), ("random", True, 1)]
@@ -69,6 +72,17 @@ class Kernels:
             for a, b in zip(results[0], result, strict=True):
                 same = torch.equal(a.view(torch.uint8), b.view(torch.uint8))
                 assert same, f"{schedule} and {SCHEDULES[0]} differ"
+
+    @contextlib.contextmanager
+    def shared_memory(self, bytes_: int) -> Iterator[None]:
+        """Blocks may have no more than this; on the emulation only."""
+        if self.is_gpu:
+            pytest.skip("a GPU has what it has")
+        self.ops.set_max_shared(bytes_)
+        try:
+            yield
+        finally:
+            self.ops.set_max_shared(SHARED_MEMORY)
 
     def random(self, *shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Any:
         generator = torch.Generator().manual_seed(seed)

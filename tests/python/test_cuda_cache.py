@@ -9,6 +9,7 @@ import torch
 from cuda_kernels import Kernels, from_float8, relative_error, rotated, to_float8
 
 HALF_TYPES = [torch.bfloat16, torch.float16]
+TYPES = [*HALF_TYPES, torch.float32]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("rows", "heads", "head_dim", "block_size"),
     [(1, 1, 64, 16), (5, 3, 80, 16), (34, 8, 128, 32), (3, 2, 256, 48), (0, 2, 96, 16)],
@@ -92,7 +93,7 @@ def test_reshape_and_cache_float8(cuda: Kernels, dtype: torch.dtype) -> None:
         assert same(cache, want)
 
 
-@pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32])
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("style", ["neox", "interleaved"])
 @pytest.mark.parametrize(
     ("head_dim", "rotary_dim"), [(64, 64), (80, 32), (80, 20), (128, 128), (96, 6)]
@@ -124,10 +125,15 @@ def test_rotary_tables_may_begin_anywhere(cuda: Kernels) -> None:
     assert all(same(out, results[0]) for out in results)
 
 
-@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize(
+    ("dtype", "float8"),
+    [(dtype, float8) for dtype in HALF_TYPES for float8 in (False, True)]
+    + [(torch.float32, False)],
+)
 @pytest.mark.parametrize("style", ["neox", "interleaved"])
-@pytest.mark.parametrize("float8", [False, True])
-@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(128, 128), (80, 32), (64, 10)])
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim"), [(128, 128), (80, 32), (80, 80), (64, 24), (64, 10)]
+)
 def test_rotary_and_cache(
     cuda: Kernels, dtype: torch.dtype, style: str, float8: bool, head_dim: int, rotary_dim: int
 ) -> None:

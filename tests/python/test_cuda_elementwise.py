@@ -108,6 +108,9 @@ def test_errors_name_the_argument(cuda: Kernels) -> None:
     ops = cuda.ops
     with pytest.raises(ValueError, match="group must divide"):
         ops.norm(x, x, "rms", 1e-6, group=48)
+    long = torch.zeros(1, 60000, device=cuda.device)
+    with pytest.raises(ValueError, match="norm needs 241664 bytes of shared memory"):
+        ops.norm(long, long, "rms", 1e-6)
     with pytest.raises(ValueError, match="kind must be rms or layer"):
         ops.norm(x, x, "batch", 1e-6)
     with pytest.raises(ValueError, match="out is 1 x 64, not 2 x 64"):
