@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from fakes import load_alphabet
 from grpc_harness import collect, serve, text_request
+from waiting import PATIENCE
 
 from fastpage import LLM, SamplingParams
 from fastpage.engine.args import EngineArgs, parse_cpus
@@ -31,7 +32,7 @@ def serve_command(*options: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "fastpage.serving.grpc.cli", *options],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 
@@ -96,7 +97,7 @@ def test_demo_without_a_model_that_can_be_served(tmp_path: Path) -> None:
     model.write_bytes(b"junk")
     demo = Path(__file__).parents[2] / "examples" / "demo.py"
     done = subprocess.run(
-        [sys.executable, str(demo), str(model)], capture_output=True, text=True, timeout=60
+        [sys.executable, str(demo), str(model)], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 2
@@ -130,7 +131,9 @@ def test_ctrl_c_before_the_server_listens() -> None:
         "lifecycle._seconds_since_process_start = lambda: signal.raise_signal(signal.SIGINT);"
         "from fastpage.serving.grpc import cli; cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", interrupted], capture_output=True, timeout=PATIENCE
+    )
     assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
@@ -236,7 +239,7 @@ def test_requests_are_refused_alone() -> None:
             texts, _, _ = await collect(client.stub.Generate(text_request("a")))
             assert texts == {0: "bcdef"}
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_bytes_that_are_no_request() -> None:
@@ -250,7 +253,7 @@ def test_bytes_that_are_no_request() -> None:
             texts, _, _ = await collect(client.stub.Generate(text_request("a")))
             assert texts == {0: "bcdef"}
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_a_long_chat_is_read_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +273,7 @@ def test_a_long_chat_is_read_off_the_event_loop(monkeypatch: pytest.MonkeyPatch)
         assert threads
         assert threading.current_thread() not in threads
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_a_request_of_unreasonable_size() -> None:
@@ -280,7 +283,7 @@ def test_a_request_of_unreasonable_size() -> None:
                 await collect(client.stub.Generate(text_request("a" * (5 << 20))))
             assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 # ---------------------------------------------------------------- fastpage-chat
@@ -300,7 +303,7 @@ def test_a_request_of_unreasonable_size() -> None:
 )
 def test_chat_client_errors(arguments: list[str | bytes], code: int, words: str) -> None:
     command = [sys.executable, "-m", "fastpage.serving.chat", "--address", "127.0.0.1:1"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == code
     assert words in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import sys
 import threading
 import time
@@ -9,6 +10,7 @@ import weakref
 
 import numpy as np
 import pytest
+from waiting import PATIENCE
 
 from fastpage import _C
 
@@ -622,7 +624,7 @@ def test_calls_from_other_threads_while_a_step_runs():
     runner.gate.clear()
     stepper = threading.Thread(target=engine.step)
     stepper.start()
-    assert runner.inside.wait(10)
+    assert runner.inside.wait(PATIENCE)
     second = engine.add_request([3], params())
     assert engine.abort(first)
     assert engine.stats().scheduler.num_waiting == 1
@@ -637,9 +639,9 @@ def test_wait_for_work_and_wake():
     engine = make_engine(CountingRunner())
     assert not engine.wait_for_work(0)
     threading.Timer(0.02, engine.wake).start()
-    assert not engine.wait_for_work(60)
+    assert not engine.wait_for_work(math.inf)
     threading.Timer(0.02, lambda: engine.add_request([1], params())).start()
-    assert engine.wait_for_work(60)
+    assert engine.wait_for_work(math.inf)
 
 
 def test_threads_add_and_abort_while_another_steps():
