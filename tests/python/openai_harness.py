@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import openai
-from fakes import load_alphabet
+from fakes import Gate, load_alphabet
 from waiting import PATIENCE, is_idle, until
 
 from fastpage import AsyncEngine
@@ -106,7 +106,6 @@ async def serve(loaded: LoadedModel, options: HttpOptions | None = None) -> Asyn
     client = Client(url, engine)
     try:
         yield client
-        await client.wait_until_idle()
     finally:
         await client.openai.close()
         await engine.shutdown()
@@ -123,7 +122,9 @@ def run(
 
     async def main() -> None:
         async with serve(load_alphabet(before_step, **options), http) as client:
-            await asyncio.wait_for(test(client), PATIENCE)
+            with Gate.opened_at_the_end(before_step):
+                await asyncio.wait_for(test(client), PATIENCE)
+                await client.wait_until_idle()
 
     asyncio.run(main())
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cuda_kernels import Kernels
 from paging import PagedSequences, relative_error, run_in_chunks
+from small_decoder import VOCAB, load_random_weights, small_spec
 
 from fastpage import _C
 from fastpage.engine.args import EngineArgs
@@ -19,21 +20,9 @@ from fastpage.errors import InvalidArgument
 from fastpage.executors.cuda import CudaExecutor
 from fastpage.executors.torch import TorchExecutor, TorchRunner
 from fastpage.models import DecoderSpec, RotarySpec, decoder
-from fastpage.models.rotary import cos_sin_table
 
-NUM_BLOCKS, VOCAB, MAX_LEN = 12, 67, 120
-SPEC = DecoderSpec(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    norm_eps=1e-5,
-    max_position_embeddings=MAX_LEN,
-    rotary=RotarySpec(dim=16),
-)
+NUM_BLOCKS, MAX_LEN = 12, 120
+SPEC = small_spec(head_dim=16, max_model_len=MAX_LEN)
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, 100).tolist()
 
 
@@ -46,17 +35,7 @@ def cuda() -> Kernels:
 
 
 def load(executor: Any, spec: DecoderSpec = SPEC) -> Any:
-    random = np.random.default_rng(0)
-    for buffer in executor.program.buffers:
-        if buffer.kind != "weight":
-            continue
-        values = random.standard_normal(buffer.shape, np.float32) * 0.3
-        if buffer.name == "rotary.cos_sin":
-            assert spec.rotary
-            values = cos_sin_table(spec.rotary, MAX_LEN)
-        executor.load_weight(buffer.name, values)
-    executor.finish_loading()
-    return executor
+    return load_random_weights(executor, executor.program, spec, scale=0.3)
 
 
 def new_executor(cuda: Kernels, spec: DecoderSpec = SPEC, **options: Any) -> Any:

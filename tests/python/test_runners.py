@@ -6,44 +6,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_decoder import VOCAB, load_random_weights, small_spec
 
 from fastpage import _C
-from fastpage.models import DecoderSpec, RotarySpec, decoder
-from fastpage.models.rotary import cos_sin_table
+from fastpage.models import decoder
 
 reference = pytest.importorskip("fastpage.executors.torch")
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-NUM_BLOCKS, VOCAB, MAX_LEN = 9, 67, 100
+NUM_BLOCKS, MAX_LEN = 9, 100
 
-SPEC = DecoderSpec(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    norm_eps=1e-5,
-    max_position_embeddings=MAX_LEN,
-    rotary=RotarySpec(dim=8),
-)
-
-
+SPEC = small_spec(head_dim=8, max_model_len=MAX_LEN)
 PROGRAM = decoder(SPEC)
 
 
 def load(executor: Any) -> Any:
-    random = np.random.default_rng(0)
-    for buffer in PROGRAM.buffers:
-        if buffer.kind != "weight":
-            continue
-        values = random.standard_normal(buffer.shape, np.float32)
-        if buffer.name == "rotary.cos_sin":
-            values = cos_sin_table(SPEC.rotary, MAX_LEN)
-        executor.load_weight(buffer.name, values)
-    executor.finish_loading()
-    return executor
+    return load_random_weights(executor, PROGRAM, SPEC)
 
 
 def make_runner(kind: str, max_steps_in_flight: int, num_host_blocks: int) -> _C.ModelRunner:
