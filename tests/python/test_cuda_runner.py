@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -216,16 +217,24 @@ def test_a_step_waits_for_nothing(cuda: Kernels, monkeypatch: pytest.MonkeyPatch
         assert not is_launching
         return real(self)
 
-    def execute(batch: _C.InputBatch, real: Any = runner.execute) -> None:
+    @contextlib.contextmanager
+    def launching() -> Iterator[None]:
         nonlocal is_launching
-        calls["execute"] += 1
         is_launching = True
         if cuda.is_gpu:
             torch.cuda.set_sync_debug_mode("error")
-        with NoWaiting():
+        try:
+            with NoWaiting():
+                yield
+        finally:
+            is_launching = False
+            if cuda.is_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+
+    def execute(batch: _C.InputBatch, real: Any = runner.execute) -> None:
+        calls["execute"] += 1
+        with launching():
             real(batch)
-        torch.cuda.set_sync_debug_mode("default") if cuda.is_gpu else None
-        is_launching = False
 
     monkeypatch.setattr(FutureTokens, "write", count_write)
     monkeypatch.setattr(Received, "wait", wait)

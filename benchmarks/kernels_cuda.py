@@ -10,13 +10,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastpage import _C
+from fastpage.executors.cuda import CudaExecutor
+from fastpage.executors.device_sampler import DeviceSampler
+from fastpage.models import DecoderSpec, RotarySpec, decoder
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16
 
@@ -195,6 +201,91 @@ class Bench:
                 "<= 3 passes" if top_k else "",
             )
 
+    # ---- whole steps
+
+    def decode_steps(self, batch: int, length: int, layers: int = 8) -> None:
+        """Of a model with so many of Llama 3 8B's layers, and a small vocabulary: as they come, as
+        a CUDA graph, and the latter with sampling, to the arrival of the tokens."""
+        spec = DecoderSpec(
+            vocab_size=32000,
+            hidden_size=HEADS * HEAD_DIM,
+            intermediate_size=14336,
+            num_layers=layers,
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            norm_eps=1e-5,
+            max_position_embeddings=length,
+            rotary=RotarySpec(dim=HEAD_DIM),
+        )
+        blocks_each = -(-length // BLOCK)
+        executor = CudaExecutor(decoder(spec), num_kv_blocks=batch * blocks_each)
+        for buffer in executor.program.buffers:
+            if buffer.kind == "weight":
+                weight = torch.randn(buffer.shape, device="cuda") * 0.02
+                executor.load_weight(buffer.name, weight)
+        executor.finish_loading()
+        one_each = np.arange(batch, dtype=np.int32)
+        tables = np.arange(batch * blocks_each, dtype=np.int32).reshape(batch, -1)
+        step = {
+            "token_ids": one_each,
+            "positions": np.full(batch, length - 1, np.int32),
+            "slot_mapping": tables[:, -1] * BLOCK + (length - 1) % BLOCK,
+            "query_start_loc": np.arange(batch + 1, dtype=np.int32),
+            "seq_lens": np.full(batch, length, np.int32),
+            "block_tables": tables,
+            "logits_indices": one_each,
+        }
+        matrices = [b for b in executor.program.buffers if b.kind == "weight" and len(b.shape) == 2]
+        read = 2 * sum(math.prod(b.shape) for b in matrices if "embed" not in b.name)
+        read += 2 * 2 * layers * batch * length * KV_HEADS * HEAD_DIM
+        name = f"decode step, {layers} layers, {batch} x {length} tokens, {read / 1e6:.0f} MB"
+        self.step(f"{name}, as it comes", read, lambda: executor.launch(step))
+        executor.warm_up(
+            max_num_seqs=batch,
+            max_num_batched_tokens=batch,
+            max_model_len=length,
+            graph_sizes=[batch],
+        )
+        self.step("    as a CUDA graph", read, lambda: executor.launch(step))
+        sampler = DeviceSampler(_C.cuda, spec.vocab_size, executor.device)
+        arrays = sampling_of(batch)
+        self.step(
+            "    with sampling, waited for",
+            read,
+            lambda: sampler.launch(executor.launch(step), arrays).wait(0),
+        )
+
+    def step(self, name: str, read: int, run: Callable[[], Any], runs: int = 30) -> None:
+        """By the clock, as the CPU's part counts: mean of so many in a row."""
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(runs):
+            run()
+        torch.cuda.synchronize()
+        seconds = (time.perf_counter() - start) / runs
+        self.add(name, seconds, "copy", read / seconds / self.copy)
+
+
+def sampling_of(rows: int) -> dict[str, Any]:
+    """top_k 50, top_p 0.9: what SamplingArrays has of it."""
+    none, ints = np.zeros(0, np.int32), np.zeros(rows, np.int32)
+    return {
+        "logits_rows": np.arange(rows, dtype=np.int32),
+        "temperature": np.ones(rows, np.float32),
+        "top_k": ints + 50,
+        "top_p": np.full(rows, 0.9, np.float32),
+        "min_p": np.zeros(rows, np.float32),
+        "seeds": np.arange(rows, dtype=np.int64),
+        "positions": np.zeros(rows, np.int64),
+        "num_logprobs": ints - 1,
+        "prompt_logits_rows": none,
+        "prompt_tokens": none,
+        "prompt_num_logprobs": none,
+    }
+
 
 def graphed(launch: Callable[[], Any]) -> Callable[[], Any]:
     """Without the time to launch it."""
@@ -230,6 +321,8 @@ def main() -> None:
         bench.reshape_and_cache(tokens)
     bench.blocks()
     bench.sample()
+    for batch, length in ((1, 1024), (32, 1024), (256, 512)):
+        bench.decode_steps(batch, length)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(
