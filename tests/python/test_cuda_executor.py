@@ -64,7 +64,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_logits_are_those_of_torch(cuda: Kernels, name: str, dtype: str) -> None:
     """In chunks, through scattered blocks, against the reference in fp32."""
     spec = SPECS[name]
@@ -72,7 +72,8 @@ def test_logits_are_those_of_torch(cuda: Kernels, name: str, dtype: str) -> None
     chunks = (1, 40, 1, 1, 57)
     want = run_in_chunks(reference, TOKENS, chunks, NUM_BLOCKS, 16)
     got = run_in_chunks(new_executor(cuda, spec, dtype=dtype), TOKENS, chunks, NUM_BLOCKS, 16)
-    assert relative_error(got, want) < (1e-2 if dtype == "float16" else 6e-2)
+    limit = {"float16": 1e-2, "bfloat16": 6e-2, "float32": 1e-5}[dtype]
+    assert relative_error(got, want) < limit
 
 
 def test_several_sequences_in_a_step(cuda: Kernels) -> None:
@@ -156,10 +157,14 @@ def test_an_engine_generates(cuda: Kernels) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda c: new_executor(c, dtype="float32"), "dtype float32: CUDA kernels need"),
+        (lambda c: new_executor(c, dtype="float8"), "unknown dtype 'float8'"),
+        (
+            lambda c: new_executor(c, dtype="float32", kv_cache_dtype="float8_e4m3"),
+            "kv_cache_dtype float8_e4m3: with float32 CUDA kernels need float32",
+        ),
         (
             lambda c: new_executor(c, kv_cache_dtype="int8"),
-            "kv_cache_dtype int8: CUDA kernels need",
+            "kv_cache_dtype int8: with float16 CUDA kernels need float16 or float8_e4m3",
         ),
     ],
 )

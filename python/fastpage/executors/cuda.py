@@ -31,11 +31,11 @@ _log = logging.getLogger(__name__)
 
 
 class CudaExecutor(TorchExecutor):
-    """Same calls as TorchExecutor, in bfloat16 or float16.
+    """Same calls as TorchExecutor, in bfloat16, float16 or (right rather than fast) float32.
 
     head_dim: a multiple of 16 up to 128, or 256.
-    kv_cache_dtype: that of activations, or "float8_e4m3". kernels: fastpage._C.cuda; what has its
-    functions may stand in for it.
+    kv_cache_dtype: that of activations, or "float8_e4m3" beside 16 bits. kernels:
+    fastpage._C.cuda; what has its functions may stand in for it.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class CudaExecutor(TorchExecutor):
         if kernels is None:
             require_gpu()
             kernels = _C.cuda
-        if dtype not in ("bfloat16", "float16"):
-            raise InvalidArgument(f"dtype {dtype}: CUDA kernels need bfloat16 or float16")
-        if kv_cache_dtype not in (None, dtype, "float8_e4m3"):
+        cached = (dtype,) if dtype == "float32" else (dtype, "float8_e4m3")
+        if kv_cache_dtype is not None and kv_cache_dtype not in cached:
             raise InvalidArgument(
-                f"kv_cache_dtype {kv_cache_dtype}: CUDA kernels need {dtype} or float8_e4m3"
+                f"kv_cache_dtype {kv_cache_dtype}: with {dtype} CUDA kernels need "
+                f"{' or '.join(cached)}"
             )
         super().__init__(
             program, device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype, **options
