@@ -61,6 +61,7 @@ class LLM:
             )
         # Whoever hands in a list wants all of it done.
         kwargs.setdefault("max_num_waiting", 1 << 20)
+        kwargs.setdefault("max_num_waiting_tokens", 0)
         self._loaded = load_model(EngineArgs(model=model, **kwargs))
         self._core = self._loaded.engine
         self._processor = OutputProcessor(self._loaded.tokenizer)

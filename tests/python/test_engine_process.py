@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_process import ENDLESS, is_alive, write_endless_model
+from server_process import ENDLESS, is_alive, write_endless_model, write_tiny_model
 from waiting import PATIENCE, until
 
-from fastpage import LLM, AsyncEngine, EngineArgs, SamplingParams
+from fastpage import _C, LLM, AsyncEngine, EngineArgs, SamplingParams
 from fastpage.engine.core import EngineDied
+from fastpage.engine.loading import load_model
 from fastpage.engine.observer import EngineObserver
 from fastpage.engine.process_core import ProcessCore
 from fastpage.errors import CheckpointError, ModelError, ResourceExhausted
@@ -132,6 +133,25 @@ def test_the_queue_is_bounded_in_tokens_too(endless_model: Path) -> None:
                 stream.abort()
 
     run(main())
+
+
+@pytest.mark.parametrize("blocks", [32, 64])
+def test_by_default_16_caches_full_of_prompts_may_wait(tmp_path: Path, blocks: int) -> None:
+    tiny = str(write_tiny_model(tmp_path / "tiny.gguf"))
+    settings = {"num_kv_blocks": blocks, "max_model_len": 512, "threads": 1}
+    params = _C.SamplingParams(max_tokens=2)
+    loaded = load_model(EngineArgs(model=tiny, **settings))
+    waiting = 0
+    with pytest.raises(ResourceExhausted, match="max_num_waiting_tokens"):
+        while True:
+            loaded.engine.add_request([5] * 256, params)
+            waiting += 256
+    assert waiting == 16 * blocks * loaded.info.block_size
+
+    # A list of prompts is to be done, however long it is.
+    llm = LLM(tiny, **settings)
+    for _ in range(2 * waiting // 256):
+        llm._core.add_request([5] * 256, params)
 
 
 def test_a_model_that_cannot_be_loaded_is_an_error_here(tmp_path: Path) -> None:

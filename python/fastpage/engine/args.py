@@ -187,11 +187,11 @@ class EngineArgs:
         metavar="N",
         type=int,
     )
-    max_num_waiting_tokens: int = _arg(
-        0,
+    max_num_waiting_tokens: int | None = _arg(
+        None,
         "Memory and batching",
         "most prompt tokens of the sequences in the queue; more are refused, but for one request "
-        "alone; 0: no limit of its own",
+        "alone; 0: no limit of its own (default: 16 times what the KV cache holds)",
         metavar="TOKENS",
         type=int,
     )

@@ -36,6 +36,10 @@ _DEFAULT_CACHE_SHARE = 0.4
 _DEFAULT_CACHE_LIMIT = 4 << 30
 # On a GPU nobody else needs what is left, but for a step's activations, logits and graphs.
 _GPU_CACHE_SHARE = 0.8
+# The KV cache is filled that many times with what may wait for it: who comes last waits as long as
+# that takes, and the queue's memory (some 40 bytes a token, most of them in the front end) is a
+# fraction of the cache's.
+_DEFAULT_CACHES_WAITING = 16
 # Of the KV cache: a slot, block * block_size + offset, is an int32.
 _MOST_SLOTS = 2**31 - 1
 
@@ -377,6 +381,12 @@ def _load_cuda_runner(
     return new_runner(executor, info.num_threads, 2 if info.async_scheduling else 1)
 
 
+def _max_num_waiting_tokens(args: EngineArgs, info: ModelInfo) -> int:
+    if args.max_num_waiting_tokens is not None:
+        return args.max_num_waiting_tokens
+    return min(_DEFAULT_CACHES_WAITING * info.num_kv_blocks * info.block_size, _MOST_SLOTS)
+
+
 def _engine_config(args: EngineArgs, info: ModelInfo) -> _C.EngineConfig:
     scheduler = _C.SchedulerConfig(
         num_blocks=info.num_kv_blocks,
@@ -386,7 +396,7 @@ def _engine_config(args: EngineArgs, info: ModelInfo) -> _C.EngineConfig:
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
         max_num_waiting=args.max_num_waiting,
-        max_num_waiting_tokens=args.max_num_waiting_tokens,
+        max_num_waiting_tokens=_max_num_waiting_tokens(args, info),
         long_prefill_token_threshold=args.long_prefill_token_threshold,
         max_num_partial_prefills=args.max_num_partial_prefills,
         enable_prefix_caching=args.enable_prefix_caching,
