@@ -21,6 +21,7 @@ import pytest
 from server_process import (
     ENDLESS,
     ENDLESS_OPTIONS,
+    HTTP,
     ServerProcess,
     is_alive,
     write_endless_model,
@@ -29,7 +30,6 @@ from waiting import PATIENCE, eventually
 
 from fastpage import LLM, SamplingParams
 
-OPENAI = "fastpage.serving.openai.cli"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -42,7 +42,7 @@ def is_ready(server: ServerProcess) -> bool:
 
 
 def start(model: Path, *options: str) -> ServerProcess:
-    server = ServerProcess(OPENAI, model, *options)
+    server = ServerProcess(HTTP, model, *options)
     eventually("the server is ready", lambda: is_ready(server))
     return server
 
@@ -256,7 +256,7 @@ def test_a_command_line_that_is_wrong(endless: Path) -> None:
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid:8000"),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", OPENAI, "--model", str(endless), *options],
+            [sys.executable, "-m", HTTP, "--model", str(endless), *options],
             capture_output=True,
             text=True,
             timeout=PATIENCE,
