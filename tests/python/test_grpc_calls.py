@@ -15,6 +15,7 @@ from google.protobuf import struct_pb2
 from grpc_harness import Client, collect, run, serve, text_request
 from waiting import PATIENCE, until
 
+from fastpage.engine.prompts import chat_text
 from fastpage.serving.grpc import calls
 from fastpage.serving.grpc.service import FastpageService
 from fastpage.v1 import fastpage_pb2 as pb
@@ -230,6 +231,19 @@ def test_options_of_the_chat_template() -> None:
                 assert error.value.details().startswith(word)
 
     asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
+
+
+def test_a_message_to_go_on_with_is_rendered_without_a_new_ones_beginning() -> None:
+    """Some templates ask for it before they come to the end."""
+    template = "{{ 'new' if add_generation_prompt else 'old' }} {{ messages[0].content }} <end>"
+    tokenizer, messages = letter_tokenizer(template), [{"role": "assistant", "content": "hi"}]
+    for options, text in (
+        ({}, "new hi <end>"),
+        ({"add_generation_prompt": False}, "old hi <end>"),
+        ({"continue_final_message": True}, "old hi"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, "old hi"),
+    ):
+        assert chat_text(messages, tokenizer, **options) == text
 
 
 def test_truncated_prompts_and_tokens_without_text() -> None:

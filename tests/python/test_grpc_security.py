@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import ssl
@@ -102,7 +103,7 @@ class Authority:
         return grpc.aio.secure_channel(address, credentials, OWN_CONNECTION)
 
 
-def test_tls(tmp_path: Path) -> None:
+def test_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         ours, other = Authority(tmp_path / "ours"), Authority(tmp_path / "other")
         cert, key = ours.issue("server")
@@ -111,21 +112,35 @@ def test_tls(tmp_path: Path) -> None:
             assert await ask(other.trusting_channel(address)) == "UNAVAILABLE"
             assert await ask(plain(address)) == "UNAVAILABLE"
 
-            # Half of a renewal changes nothing, the whole of it counts for new connections.
+            # Half of a renewal changes nothing, the whole of it counts for new connections, and
+            # both are said.
             old = ours.trusting_channel(address)
             assert (await pb_grpc.FastpageStub(old).GenerateUnary(text_request("a"))).outputs
-            new_cert, new_key = other.issue("server")
             later = time.time_ns() + 10**9
-            cert.write_bytes(new_cert.read_bytes())
-            os.utime(cert, ns=(later, later))
+            new_cert, new_key = other.issue("server")
+            for file in new_cert, new_key:
+                os.utime(file, ns=(later, later))
+            new_cert.replace(cert)
+            assert caplog.messages == []
             assert await ask(ours.trusting_channel(address)) == "bcdef"
-            key.write_bytes(new_key.read_bytes())
-            os.utime(key, ns=(later, later))
+            assert set(caplog.messages) == {
+                f"the new TLS files are not used: --tls-cert {cert} and --tls-key {key} are no "
+                "certificate and its key in PEM (the key without a password)"
+            }
+            caplog.clear()
+            new_key.replace(key)
             assert await ask(other.trusting_channel(address)) == "bcdef"
             assert await ask(ours.trusting_channel(address)) == "UNAVAILABLE"
             assert await ask(old) == "bcdef"
+            assert caplog.messages == ["TLS certificates read again"]
 
-    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
+            caplog.clear()
+            cert.unlink()
+            assert await ask(other.trusting_channel(address)) == "bcdef"
+            assert caplog.messages and "not used" in caplog.messages[0]
+
+    with caplog.at_level(logging.INFO, logger="fastpage.serving.grpc"):
+        asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_files_that_are_replaced_while_they_are_first_read(tmp_path: Path) -> None:
