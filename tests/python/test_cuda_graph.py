@@ -72,14 +72,20 @@ def test_work_runs_on_the_current_stream(cuda: Kernels) -> None:
     x = cuda.random(64, 4096, dtype=torch.bfloat16, seed=1)
     out = torch.empty_like(x)
     cuda.ops.activate(x, "relu", out)  # to load a kernel may wait for the whole device
-    out.zero_()
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
-        cuda.ops.activate(x, "relu", out)
-    assert not stream.query()
-    assert not out.any()
+    stream, awake = torch.cuda.Stream(), torch.cuda.Event()
+    cycles = 200_000_000
+    while True:
+        out.zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(cycles)
+            awake.record()
+            cuda.ops.activate(x, "relu", out)
+        is_written = bool(out.any())
+        if not awake.query():
+            break
+        cycles *= 2  # this process was held up for longer than the wait took
+    assert not is_written
     stream.synchronize()
     assert torch.equal(out, x.relu())
 

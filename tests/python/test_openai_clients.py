@@ -148,7 +148,7 @@ def test_half_sent_requests_end(monkeypatch: pytest.MonkeyPatch) -> None:
             writer.write(b"GET /health HTTP/1.1\r\n\r\n")
             assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
             await reader.readexactly(len(b'{"status":"ready"}'))
-            clock.put_forward(too_long)
+            clock.put_forward(2 * too_long)
         writer.close()
 
     limits = Limits(request_timeout_seconds=PATIENCE)
