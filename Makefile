@@ -124,24 +124,27 @@ googletest:
 sanitize: $(DEV_DONE) googletest  ## C++ tests under ASan + UBSan, the threaded ones under TSan
 	@mkdir -p build
 	$(call build_and_ctest,build/asan,$(GXX),-DFASTPAGE_SANITIZE=address$(comma)undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo)
-	$(call build_and_ctest,build/tsan,$(GXX),-DFASTPAGE_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo,-L '^(thread_pool|executor|runner|engine|channel_test|channel_peers)')
+	$(call build_and_ctest,build/tsan,$(GXX),-DFASTPAGE_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo,-L '^(thread_pool|executor|runner|engine|channel)')
 comma := ,
 
 # What it finds to be of interest stays in build/fuzz/corpus for the next run; an input that breaks
-# something in build/fuzz. SECONDS: how long.
+# something in build/fuzz. SECONDS: how long each, FUZZERS: which.
 SECONDS ?= 60
-fuzz: $(DEV_DONE)  ## libFuzzer over the scheduler, under ASan + UBSan, for SECONDS=60
+FUZZERS ?= scheduler replay channel
+fuzz: $(DEV_DONE)  ## libFuzzer over the scheduler, its logs and the engine channel, under ASan + UBSan, each for SECONDS=60
 ifeq ($(CLANGXX),)
 	@echo "error: no clang++ found (Debian: apt-get install clang)" >&2; exit 1
 else
-	@mkdir -p build/fuzz/corpus
+	@mkdir -p $(FUZZERS:%=build/fuzz/corpus/%)
 	@$(VENV)/bin/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_CXX_COMPILER=$(CLANGXX) \
 	  -DFASTPAGE_FUZZ=ON -DFASTPAGE_WERROR=ON -DFASTPAGE_SANITIZE=address$(comma)undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  > build/fuzz.log || { cat build/fuzz.log; exit 1; }
-	@$(VENV)/bin/cmake --build build/fuzz -j $(JOBS) --target scheduler_fuzz -- --quiet
-	@build/fuzz/tests/cpp/fuzz/scheduler_fuzz build/fuzz/corpus -max_total_time=$(SECONDS) -max_len=4096 \
-	  -artifact_prefix=build/fuzz/ 2> build/fuzz.log || { tail -n 40 build/fuzz.log; exit 1; }
-	@grep '^Done' build/fuzz.log
+	@$(VENV)/bin/cmake --build build/fuzz -j $(JOBS) --target $(FUZZERS:%=%_fuzz) -- --quiet
+	@for name in $(FUZZERS); do \
+	  build/fuzz/tests/cpp/fuzz/$${name}_fuzz build/fuzz/corpus/$$name -max_total_time=$(SECONDS) -max_len=4096 -len_control=10 \
+	    -artifact_prefix=build/fuzz/ 2> build/fuzz.log || { tail -n 40 build/fuzz.log; exit 1; }; \
+	  echo "$$name: $$(grep '^Done' build/fuzz.log)"; \
+	done
 endif
 
 # Checkpoints, tokenizers and configurations that are broken, ROUNDS times 9,700 of them.

@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <chrono>
 
-#include "channel/messages.h"
-#include "channel/socket_io.h"
+#include "channel/front_end.h"
 #include "channel_fixture.h"
 #include "random_requests.h"
 
@@ -301,6 +300,15 @@ TEST_F(FrontEndThatDoesNotRead, HoldsUpTheEngineUntilItDies) {
 TEST_F(FrontEndThatDoesNotRead, HoldsUpTheEngineUntilTheServerIsStopped) {
   f_.server->stop();
   f_.finish();
+}
+
+// Or the step thread would wait for its own next send().
+TEST(ChannelPeers, NobodyWaitsForWhatIsHeld) {
+  FrontEnd front_end;
+  front_end.hold("a frame", FrontEnd::Clock::now() + std::chrono::hours(1));
+  bool has_waited = false;
+  front_end.wait_until_read(0, [&] { return has_waited = true; });
+  EXPECT_FALSE(has_waited);
 }
 
 // Its requests are not read either, or the answers would pile up.

@@ -9,24 +9,13 @@
 namespace fastpage {
 namespace {
 
-Request random_engine_request(Choices* choices, int32_t max_length) {
-  SequenceRequest sequences = random_request(choices, max_length);
-  Request request;
-  request.prompt_token_ids = std::move(sequences.prompt_token_ids);
-  request.params = std::move(sequences.params);
-  request.params.seed = sequences.seed;
-  request.priority = sequences.priority;
-  request.cache_salt = std::move(sequences.cache_salt);
-  return request;
-}
-
 // Such as the engine takes.
 std::vector<Request> random_requests(uint64_t seed, int n) {
   Fixture f;
   SeededChoices choices(seed);
   std::vector<Request> requests;
   while (static_cast<int>(requests.size()) < n) {
-    const Request request = random_engine_request(&choices, 24);
+    const Request request = to_request(random_request(&choices, 24));
     try {
       f.engine.add_request(request);
     } catch (const InvalidArgument&) {

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <random>
 #include <sstream>
 #include <string>
 #include <vector>
 
-#include "fastpage/scheduler.h"
+#include "fastpage/engine.h"
 
 namespace fastpage {
 
@@ -126,6 +128,53 @@ inline SequenceRequest random_request(Choices* choices, int32_t max_length) {
   request.seed = choices->below(~uint64_t{0});
   request.priority = choices->between(-2, 2);
   if (choices->one_in(8)) request.cache_salt = "tenant";
+  return request;
+}
+
+inline Request to_request(SequenceRequest sequences) {
+  Request request;
+  request.prompt_token_ids = std::move(sequences.prompt_token_ids);
+  request.params = std::move(sequences.params);
+  request.params.seed = sequences.seed;
+  request.priority = sequences.priority;
+  request.cache_salt = std::move(sequences.cache_salt);
+  return request;
+}
+
+// ---- what no caller should say, and some do
+
+inline int32_t any_int(Choices* choices) {
+  constexpr int32_t kMin = std::numeric_limits<int32_t>::min();
+  constexpr int32_t kMax = std::numeric_limits<int32_t>::max();
+  if (choices->one_in(6)) return choices->of({kMin, -2, -1, 0, 65, 1025, 1 << 20, kMax - 1, kMax});
+  return choices->between(0, 12);
+}
+
+inline float any_float(Choices* choices) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  return choices->of({1.0f, 0.0f, -1.0f, 0.5f, 2.0f, NAN, kInfinity, -kInfinity, 1e30f, 1e-40f});
+}
+
+inline std::vector<int32_t> any_ints(Choices* choices, int32_t max_size) {
+  std::vector<int32_t> out(choices->between(0, max_size));
+  for (int32_t& each : out) each = any_int(choices);
+  return out;
+}
+
+inline SequenceRequest absurd_request(Choices* choices) {
+  SequenceRequest request = random_request(choices, 24);
+  SamplingParams& params = request.params;
+  for (int32_t SamplingParams::* field :
+       {&SamplingParams::n, &SamplingParams::best_of, &SamplingParams::beam_width,
+        &SamplingParams::max_tokens, &SamplingParams::min_tokens, &SamplingParams::logprobs,
+        &SamplingParams::prompt_logprobs}) {
+    if (choices->one_in(8)) params.*field = any_int(choices);
+  }
+  if (choices->one_in(4)) params.temperature = any_float(choices);
+  if (choices->one_in(4)) params.length_penalty = any_float(choices);
+  if (choices->one_in(8)) request.prompt_token_ids = any_ints(choices, 6);
+  if (choices->one_in(8)) params.stop_token_ids = any_ints(choices, 20);
+  if (choices->one_in(8)) request.priority = any_int(choices);
   return request;
 }
 

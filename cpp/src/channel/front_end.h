@@ -33,7 +33,10 @@ struct FrontEnd {
   template <typename Stopping>
   void wait_until_read(size_t max_unsent_bytes, Stopping stopping) {
     std::unique_lock<std::mutex> lock(mutex);
-    changed.wait(lock, [&] { return out.size() <= max_unsent_bytes || gone || stopping(); });
+    changed.wait(lock, [&] {
+      // What is held may wait for the next send().
+      return out.size() <= max_unsent_bytes || held_until.has_value() || gone || stopping();
+    });
   }
   void notify();  // `stopping` may say something else
   void close();

@@ -2,51 +2,14 @@
 // checked by the driver of the property tests, outputs included; the other half are hostile: wrong
 // steps, wrong counts, ids out of range, absurd settings, NaN. A call may refuse its arguments with
 // a fastpage::Error, and nothing else may come of it.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <limits>
 #include <sstream>
 
 #include "fastpage/replay.h"
+#include "fuzz/fuzz.h"
 #include "scheduler_driver.h"
 
 namespace fastpage {
 namespace {
-
-class Bytes : public Choices {
- public:
-  Bytes(const uint8_t* data, size_t size) : data_(data), end_(data + size) {}
-  bool empty() const { return data_ == end_; }
-  uint64_t below(uint64_t n) override {
-    uint64_t value = 0;
-    for (uint64_t left = n - 1; left > 0 && data_ != end_; left >>= 8)
-      value = value << 8 | *data_++;
-    return value % n;
-  }
-
- private:
-  const uint8_t* data_;
-  const uint8_t* end_;
-};
-
-int32_t any_int(Choices* choices) {
-  constexpr int32_t kMin = std::numeric_limits<int32_t>::min();
-  constexpr int32_t kMax = std::numeric_limits<int32_t>::max();
-  if (choices->one_in(6)) return choices->of({kMin, -2, -1, 0, 65, 1025, 1 << 20, kMax - 1, kMax});
-  return choices->between(0, 12);
-}
-
-float any_float(Choices* choices) {
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  return choices->of({1.0f, 0.0f, -1.0f, 0.5f, 2.0f, NAN, kInfinity, -kInfinity, 1e30f, 1e-40f});
-}
-
-std::vector<int32_t> any_ints(Choices* choices, int32_t max_size) {
-  std::vector<int32_t> out(choices->between(0, max_size));
-  for (int32_t& each : out) each = any_int(choices);
-  return out;
-}
 
 SchedulerConfig absurd_config(Choices* choices) {
   SchedulerConfig config = random_config(choices);
@@ -63,23 +26,6 @@ SchedulerConfig absurd_config(Choices* choices) {
   if (choices->one_in(4)) config.swap_cost_per_block = any_float(choices);
   if (choices->one_in(4)) config.eos_token_ids = any_ints(choices, 3);
   return config;
-}
-
-SequenceRequest absurd_request(Choices* choices) {
-  SequenceRequest request = random_request(choices, 24);
-  SamplingParams& params = request.params;
-  for (int32_t SamplingParams::* field :
-       {&SamplingParams::n, &SamplingParams::best_of, &SamplingParams::beam_width,
-        &SamplingParams::max_tokens, &SamplingParams::min_tokens, &SamplingParams::logprobs,
-        &SamplingParams::prompt_logprobs}) {
-    if (choices->one_in(8)) params.*field = any_int(choices);
-  }
-  if (choices->one_in(4)) params.temperature = any_float(choices);
-  if (choices->one_in(4)) params.length_penalty = any_float(choices);
-  if (choices->one_in(8)) request.prompt_token_ids = any_ints(choices, 6);
-  if (choices->one_in(8)) params.stop_token_ids = any_ints(choices, 20);
-  if (choices->one_in(8)) request.priority = any_int(choices);
-  return request;
 }
 
 SchedulerConfig small_config() {
@@ -233,16 +179,11 @@ void drive(Bytes* bytes) {
 }  // namespace fastpage
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  fastpage::Bytes bytes(data, size);
-  try {
-    if (bytes.one_in(2)) {
-      fastpage::drive(&bytes);
+  return fastpage::fuzz(data, size, [](fastpage::Bytes* bytes) {
+    if (bytes->one_in(2)) {
+      fastpage::drive(bytes);
     } else {
-      fastpage::be_hostile(&bytes);
+      fastpage::be_hostile(bytes);
     }
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "%s\n", e.what());
-    std::abort();
-  }
-  return 0;
+  });
 }
