@@ -24,8 +24,7 @@ from fastpage.tokenizer import Tokenizer
 
 # What scripts written for vLLM may pass and fastpage has no use for.
 _WITHOUT_EFFECT = {
-    "gpu_memory_utilization": "the KV cache is in CPU memory: see kv_cache_memory",
-    "enforce_eager": "nothing is compiled or captured",
+    "gpu_memory_utilization": "see kv_cache_memory",
     "trust_remote_code": "code from a checkpoint is never run",
     "disable_log_stats": "nothing is logged",
 }

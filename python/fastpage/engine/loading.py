@@ -365,19 +365,20 @@ def _load_cuda_runner(
     options: dict[str, Any],
     progress: Callable[[int, int], None] | None,
 ) -> _C.ModelRunner:
-    from fastpage.executors.cuda import CudaExecutor
+    from fastpage.executors.cuda import CudaExecutor, naming_what_to_reduce
     from fastpage.executors.cuda_runner import new_runner
     from fastpage.executors.decode_graphs import default_sizes
 
-    executor = CudaExecutor(model.program, dtype=info.dtype, **options)
-    model.load_weights(checkpoint, executor, progress=progress)
     sizes = args.cudagraph_capture_sizes or default_sizes(info.max_num_seqs)
-    executor.warm_up(
-        max_num_seqs=info.max_num_seqs,
-        max_num_batched_tokens=info.max_num_batched_tokens,
-        max_model_len=info.max_model_len,
-        graph_sizes=[] if args.enforce_eager else sizes,
-    )
+    with naming_what_to_reduce():
+        executor = CudaExecutor(model.program, dtype=info.dtype, **options)
+        model.load_weights(checkpoint, executor, progress=progress)
+        executor.warm_up(
+            max_num_seqs=info.max_num_seqs,
+            max_num_batched_tokens=info.max_num_batched_tokens,
+            max_model_len=info.max_model_len,
+            graph_sizes=[] if args.enforce_eager else sizes,
+        )
     return new_runner(executor, info.num_threads, 2 if info.async_scheduling else 1)
 
 

@@ -6,8 +6,9 @@ there, too, and brings the tokens.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from fastpage import _C
 from fastpage._C import InputBatch, Op, Program
-from fastpage.errors import InvalidArgument
+from fastpage.errors import InvalidArgument, ResourceExhausted
 from fastpage.executors.attention_plans import GrowingPlans, PlannedAttention, attention_shape
 from fastpage.executors.decode_graphs import (
     DecodeGraphs,
@@ -283,6 +284,18 @@ def free_bytes() -> int:
     """Of the GPU's memory."""
     require_gpu()
     return torch.cuda.mem_get_info()[0]
+
+
+@contextlib.contextmanager
+def naming_what_to_reduce() -> Iterator[None]:
+    """Memory of the GPU that runs out as a model is loaded is ResourceExhausted."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceExhausted(
+            f"{str(error).splitlines()[0]} Give a smaller kv_cache_memory, max_num_batched_tokens "
+            "or max_num_seqs, or enforce_eager"
+        ) from None
 
 
 def _largest_step(max_num_seqs: int, max_num_tokens: int, max_seq_len: int) -> StepArrays:

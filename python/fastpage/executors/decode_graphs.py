@@ -203,6 +203,8 @@ class _Recorder:
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 launch()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise FastpageError(
                 f"a decode step could not be captured into a CUDA graph: {error}; enforce_eager "
