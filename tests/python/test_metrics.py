@@ -552,7 +552,7 @@ def test_an_engine_process_that_is_killed(smollm2_gguf: Path) -> None:
     class Death(EngineObserver):
         """What the metrics say while it is dead; it may be back before anybody looks again."""
 
-        def engine_died(self, why: str) -> None:
+        def engine_died(self, error: EngineDied) -> None:
             assert not metrics.engine_up
             steps.append(metrics.total("num_steps"))
 

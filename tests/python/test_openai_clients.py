@@ -149,6 +149,7 @@ def test_half_sent_requests_end(monkeypatch: pytest.MonkeyPatch) -> None:
             assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
             await reader.readexactly(len(b'{"status":"ready"}'))
             clock.put_forward(2 * too_long)
+            await asyncio.sleep(0.01)  # what is due now comes first
         writer.close()
 
     limits = Limits(request_timeout_seconds=PATIENCE)
