@@ -303,13 +303,14 @@ class StuckExporter(SpanExporter):
 
     def __init__(self) -> None:
         self.released = threading.Event()
+        self.gave_up = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        self.released.wait()
+        self.shutdown()
         return SpanExportResult.FAILURE
 
     def shutdown(self) -> None:
-        self.released.wait()
+        self.gave_up |= not self.released.wait(PATIENCE)
 
 
 def test_a_collector_that_is_not_there_holds_nothing_up() -> None:
@@ -321,6 +322,7 @@ def test_a_collector_that_is_not_there_holds_nothing_up() -> None:
 
     exporter = StuckExporter()
     asyncio.run(main(exporter))
+    assert not exporter.gave_up
     exporter.released.set()
     with socket.socket() as nobody_listens:
         nobody_listens.bind(("127.0.0.1", 0))
