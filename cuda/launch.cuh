@@ -96,6 +96,13 @@ inline void check_rows(const Rows& x, int64_t rows, int64_t cols) {
             std::to_string(rows) + " x " + std::to_string(cols));
 }
 
+// Rows of logits. The limit is what the sampler can sum up in 64 bits, and in shared memory.
+inline void check_vocabulary(const Rows& logits) {
+  check(logits.dtype == DType::kFloat32, logits.name, "must be float32");
+  check(logits.cols > 0 && logits.cols <= (1 << 22), logits.name,
+        "must have between 1 and 4194304 columns");
+}
+
 // Every row on 16 bytes, and whole vectors of them.
 inline bool is_vectorized(const Rows& x) {
   const int64_t size = static_cast<int64_t>(dtype_size(x.dtype));

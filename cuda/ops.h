@@ -66,7 +66,7 @@ void activate(const Rows& x, ops::Activation activation, const Rows& y, Stream s
 // ids: [y.rows]; table and y of one type.
 void embed(const int32_t* ids, const Rows& table, const Rows& y, Stream stream);
 
-// ---- sampling. logits: float32 [rows][vocab_size <= 262144]; the arrays below are on the device.
+// ---- sampling. logits: float32 [rows][vocab_size <= 4194304]; the arrays below are on the device.
 
 // What is asked for, a row each.
 struct SamplingRows {

@@ -4,9 +4,12 @@
 // threshold: masses are summed in fixed point here (2^-45, which no order of additions changes) and
 // in fp32 there, so that a token whose place is within some 1e-6 of top_p may be on either side.
 //
-// A block takes a row and reads it twice: for the greatest logits, one a thread, of which the k-th
-// is a bound below which no logit is among the first k, and for those above that bound. What is
-// left is few, unless neither top_k nor min_p is asked for.
+// A block takes a row, of which it keeps as much in shared memory as fits: all of it up to some
+// 50,000 tokens with 227 KB. top_k or min_p: it is read for the greatest logits, one a thread, of
+// which the k-th is a bound below which no logit is among the first k, and for those above that
+// bound, of which there are few. Else it is read for the greatest logit and for the sum of weights;
+// with top_p, whose threshold may be anywhere, that reading also finds which 1 / 2048 of the
+// weights' range it is in, the next one lists those weights, and a fourth sums up what is above it.
 #include "cuda/launch.cuh"
 
 namespace fastpage::cuda {
@@ -27,19 +30,57 @@ struct SampleArgs {
   float* values;    // [rows][vocab_size]
   int32_t* ids;     // [rows][vocab_size]
   int32_t* tokens;  // [rows]
+  int32_t num_kept;
+};
+
+struct Bin {
+  int index;                 // -1: there is none
+  unsigned long long above;  // of the amounts, those above it
 };
 
 // What a block shares.
 struct Shared {
-  unsigned long long bins[kBins];
+  uint32_t bins[kBins][2];   // of 64 bits, the lower half first
   float greatest[kThreads];  // of each thread's logits
   int32_t counts[kWarps];
   int32_t size;
   uint32_t key;
+  Bin bin;
   double target;
   int32_t first;
-  float sums[1];  // of each chunk
+  float sums[1];  // of each chunk; behind them, the logits that are kept
 };
+
+__host__ __device__ __forceinline__ int num_chunks(int32_t n) { return (n + kChunk - 1) / kChunk; }
+
+// A row's logits.
+struct Row {
+  const float* logits;
+  float* kept;       // the first of them, in shared memory
+  int32_t num_kept;  // all, or a multiple of kChunk
+
+  __device__ float operator()(int32_t i) const {
+    return i < num_kept ? kept[i] : load_global(logits + i);
+  }
+};
+
+// There is no 64-bit addition to shared memory but a loop of compare and swap.
+__device__ __forceinline__ void add_to_bin(Shared* shared, uint32_t bin,
+                                           unsigned long long amount) {
+  const uint32_t low = static_cast<uint32_t>(amount);
+  const uint32_t sum = atomicAdd(&shared->bins[bin][0], low) + low;
+  const uint32_t high = static_cast<uint32_t>(amount >> 32) + (sum < low);
+  if (high != 0) atomicAdd(&shared->bins[bin][1], high);
+}
+__device__ __forceinline__ unsigned long long bin_amount(const Shared& shared, int bin) {
+  return static_cast<unsigned long long>(shared.bins[bin][1]) << 32 | shared.bins[bin][0];
+}
+__device__ __forceinline__ void clear_bins(Shared* shared) {
+  for (int i = threadIdx.x; i < kBins; i += kThreads) {
+    shared->bins[i][0] = shared->bins[i][1] = 0;
+  }
+  __syncthreads();
+}
 
 // philox_uniform() of core/sampling/philox.h, which is no device code: std::array is not.
 __device__ double uniform_of(uint64_t seed, uint64_t position) {
@@ -70,6 +111,37 @@ __device__ __forceinline__ float value_of(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
+// The highest bin such that its amount and those above it, and `above`, reach `target`.
+__device__ Bin find_bin(Shared* shared, unsigned long long above, unsigned long long target) {
+  __syncthreads();  // all amounts are there
+  if (threadIdx.x < 32) {
+    // Lane 0 has the highest bins.
+    constexpr int kEach = kBins / 32;
+    const int lane = static_cast<int>(threadIdx.x);
+    const int top = kBins - 1 - lane * kEach;
+    unsigned long long sum = 0;
+    for (int i = 0; i < kEach; ++i) sum += bin_amount(*shared, top - i);
+    unsigned long long before = sum;
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+      const unsigned long long other = __shfl_up_sync(kFullWarp, before, by);
+      if (lane >= by) before += other;
+    }
+    before += above - sum;  // all that is above this lane's bins
+    const bool reaches = before < target && before + sum >= target;
+    if (__ballot_sync(kFullWarp, reaches) == 0 && lane == 0) shared->bin = Bin{-1, 0};
+    if (reaches) {
+      int bin = top;
+      while (before + bin_amount(*shared, bin) < target) before += bin_amount(*shared, bin--);
+      shared->bin = Bin{bin, before};
+    }
+  }
+  __syncthreads();
+  const Bin bin = shared->bin;
+  __syncthreads();
+  return bin;
+}
+
 // The greatest key such that the amounts of those at or above it reach `target`; 0 if they never
 // do. for_each(fn) calls fn(key, amount) for the thread's share.
 template <typename ForEach>
@@ -79,42 +151,14 @@ __device__ uint32_t select_key(Shared* shared, unsigned long long target, ForEac
   for (int round = 0; round < 3; ++round) {
     const int shift = round == 0 ? 21 : round == 1 ? 10 : 0;
     const uint32_t digit_mask = round == 2 ? 0x3ffu : 0x7ffu;
-    for (int i = threadIdx.x; i < kBins; i += kThreads) shared->bins[i] = 0;
-    __syncthreads();
+    clear_bins(shared);
     for_each([&](uint32_t key, unsigned long long amount) {
-      if ((key & mask) == prefix) atomicAdd(&shared->bins[key >> shift & digit_mask], amount);
+      if ((key & mask) == prefix) add_to_bin(shared, key >> shift & digit_mask, amount);
     });
-    __syncthreads();
-    if (threadIdx.x < 32) {
-      // Lane 0 has the highest bins.
-      constexpr int kEach = kBins / 32;
-      const int lane = static_cast<int>(threadIdx.x);
-      const int top = kBins - 1 - lane * kEach;
-      unsigned long long sum = 0;
-      for (int i = 0; i < kEach; ++i) sum += shared->bins[top - i];
-      unsigned long long before = sum;
-#pragma unroll
-      for (int by = 1; by < 32; by *= 2) {
-        const unsigned long long other = __shfl_up_sync(kFullWarp, before, by);
-        if (lane >= by) before += other;
-      }
-      before += above - sum;  // all that is above this lane's bins
-      const bool reaches = before < target && before + sum >= target;
-      if (__ballot_sync(kFullWarp, reaches) == 0 && lane == 0) shared->first = -1;
-      __syncwarp();  // all lanes have read their bins, of which bins[0] is written to
-      if (reaches) {
-        int bin = top;
-        while (before + shared->bins[bin] < target) before += shared->bins[bin--];
-        shared->first = bin;
-        shared->bins[0] = before;  // read below; nobody needs the bins any more
-      }
-    }
-    __syncthreads();
-    const int bin = shared->first;
-    above = shared->bins[0];
-    __syncthreads();
-    if (bin < 0) return 0;
-    prefix |= static_cast<uint32_t>(bin) << shift;
+    const Bin bin = find_bin(shared, above, target);
+    if (bin.index < 0) return 0;
+    above = bin.above;
+    prefix |= static_cast<uint32_t>(bin.index) << shift;
     mask |= digit_mask << shift;
   }
   return prefix;
@@ -127,33 +171,41 @@ __device__ __forceinline__ float greatest_of_block(Shared* shared, float mine) {
 #pragma unroll
   for (int bits = 16; bits > 0; bits /= 2)
     best = fmaxf(best, __shfl_xor_sync(kFullWarp, best, bits));
-  if (threadIdx.x % 32 == 0) shared->bins[threadIdx.x / 32] = __float_as_uint(best);
+  if (threadIdx.x % 32 == 0) shared->bins[threadIdx.x / 32][0] = __float_as_uint(best);
   __syncthreads();
   for (int i = 0; i < kWarps; ++i) {
-    best = fmaxf(best, __uint_as_float(static_cast<uint32_t>(shared->bins[i])));
+    best = fmaxf(best, __uint_as_float(shared->bins[i][0]));
   }
   __syncthreads();
   return best;
 }
 
 // The lowest id with this logit.
-__device__ int32_t find_first(Shared* shared, const float* logits, int32_t n, float value) {
+__device__ int32_t find_first(Shared* shared, const Row& row, int32_t n, float value) {
   if (threadIdx.x == 0) shared->first = n;
   __syncthreads();
   for (int i = threadIdx.x; i < n; i += kThreads) {
-    if (load_global(logits + i) == value) atomicMin(&shared->first, i);
+    if (row(i) == value) atomicMin(&shared->first, i);
   }
   __syncthreads();
   return shared->first;
 }
 
-// This thread's greatest logit; a NaN is none.
-__device__ __forceinline__ float greatest_of_thread(const float* logits, int32_t n) {
+// This thread's greatest logit; a NaN is none. Those that are to be kept are, from here on.
+__device__ __forceinline__ float keep_and_find_greatest(const Row& row, int32_t n) {
   float best = -INFINITY;
-#pragma unroll kBatch
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    const float x = load_global(logits + i);
-    best = x > best ? x : best;
+  for (int32_t first = threadIdx.x; first < n; first += kThreads * kBatch) {
+    float x[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int32_t i = first + b * kThreads;
+      x[b] = i < n ? load_global(row.logits + i) : -INFINITY;
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      best = x[b] > best ? x[b] : best;
+      if (first + b * kThreads < row.num_kept) row.kept[first + b * kThreads] = x[b];
+    }
   }
   return best;
 }
@@ -167,7 +219,7 @@ struct Lists {
   __device__ int32_t begin() const { return static_cast<int32_t>(threadIdx.x) / 32 * part; }
 };
 
-__device__ void list_from(Shared* shared, const float* logits, int32_t n, float bound,
+__device__ void list_from(Shared* shared, const Row& row, int32_t n, float bound,
                           const Lists& lists) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x) / 32;
   const int32_t begin = lists.begin(), end = min(n, begin + lists.part);
@@ -178,7 +230,7 @@ __device__ void list_from(Shared* shared, const float* logits, int32_t n, float 
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int32_t i = first + 32 * b + lane;
-      x[b] = i < end ? load_global(logits + i) : -INFINITY;
+      x[b] = i < end ? row(i) : -INFINITY;
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
@@ -227,9 +279,9 @@ __device__ int32_t compact(Shared* shared, float bound, const Lists& lists) {
 }
 
 // The tokens whose logits are at least the k-th greatest, and at least `bound`, at the front of the
-// lists; returns their number. shared->greatest holds what greatest_of_thread() gave.
-__device__ int32_t keep_top_k(Shared* shared, const float* logits, int32_t n, int32_t k,
-                              float bound, const Lists& lists) {
+// lists; returns their number. shared->greatest holds what keep_and_find_greatest() gave.
+__device__ int32_t keep_top_k(Shared* shared, const Row& row, int32_t n, int32_t k, float bound,
+                              const Lists& lists) {
   const float lowest = -3.402823466e38f;
   bound = fmaxf(bound, lowest);
   if (k <= kThreads / 2) {
@@ -239,7 +291,7 @@ __device__ int32_t keep_top_k(Shared* shared, const float* logits, int32_t n, in
     });
     bound = fmaxf(bound, value_of(key));
   }
-  list_from(shared, logits, n, bound, lists);
+  list_from(shared, row, n, bound, lists);
   int32_t total = 0;
   for (int i = 0; i < kWarps; ++i) total += shared->counts[i];
   if (total > k) {
@@ -268,17 +320,22 @@ __device__ __forceinline__ float exp2_of_negative(float x) {
   return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
 }
 
-// sums[c] = the sum over chunk c of f(i), a warp a chunk.
-template <typename F>
-__device__ void sum_chunks(Shared* shared, int32_t n, F f) {
+// sums[c] = the sum over chunk c of weigh(i, load(i)), a warp a chunk.
+template <typename Load, typename Weigh>
+__device__ void sum_chunks(Shared* shared, int32_t n, Load load, Weigh weigh) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x) / 32;
-  const int chunks = (n + kChunk - 1) / kChunk;
   __syncthreads();
-  for (int chunk = warp; chunk < chunks; chunk += kWarps) {
+  for (int chunk = warp; chunk < num_chunks(n); chunk += kWarps) {
     float sum = 0.0f;
-    for (int i = 0; i < kChunk; i += 32) {
-      const int32_t at = chunk * kChunk + i + lane;
-      if (at < n) sum = __fadd_rn(sum, f(at));
+    for (int32_t first = chunk * kChunk + lane; first < min(n, chunk * kChunk + kChunk);
+         first += 32 * kBatch) {
+      float x[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) x[b] = first + 32 * b < n ? load(first + 32 * b) : 0.0f;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (first + 32 * b < n) sum = __fadd_rn(sum, weigh(first + 32 * b, x[b]));
+      }
     }
 #pragma unroll
     for (int half = 16; half > 0; half /= 2) {
@@ -291,36 +348,131 @@ __device__ void sum_chunks(Shared* shared, int32_t n, F f) {
 
 __device__ __forceinline__ double sum_of_chunks(const Shared& shared, int32_t n) {
   double total = 0.0;
-  for (int i = 0; i < (n + kChunk - 1) / kChunk; ++i) total += shared.sums[i];
+  for (int i = 0; i < num_chunks(n); ++i) total += shared.sums[i];
   return total;
+}
+
+// Masses in fixed point: n weights of 1 fit into 63 bits.
+struct MassUnit {
+  float unit;
+
+  __device__ explicit MassUnit(int32_t n)
+      : unit(__uint_as_float(static_cast<uint32_t>(127 + min(45, 31 + __clz(n - 1))) << 23)) {}
+  __device__ unsigned long long of(float weight) const {
+    return static_cast<unsigned long long>(weight * unit);
+  }
+  // At least 1: what is asked for is never nothing.
+  __device__ unsigned long long target(double mass) const {
+    const auto target = static_cast<unsigned long long>(mass * static_cast<double>(unit));
+    return target > 0 ? target : 1;
+  }
+};
+
+// Weights below it are so few that all others together reach `mass` of `total`.
+__device__ __forceinline__ float lowest_threshold(int32_t n, double mass, double total) {
+  return static_cast<float>((total - mass) / static_cast<double>(n) / 2);
 }
 
 // The greatest weight t such that all weights >= t together reach `mass` of `total`.
 __device__ float mass_threshold(Shared* shared, const float* weights, int32_t n, double mass,
                                 double total) {
-  const auto low = static_cast<float>((total - mass) / static_cast<double>(n) / 2);
-  constexpr double kUnit = 35184372088832.0;  // 2^45: 2^18 weights of 1 fit
-  const auto target = static_cast<unsigned long long>(mass * kUnit);
-  const uint32_t key = select_key(shared, target > 0 ? target : 1, [&](auto count) {
+  const float low = lowest_threshold(n, mass, total);
+  const MassUnit unit(n);
+  const uint32_t key = select_key(shared, unit.target(mass), [&](auto count) {
     for (int32_t i = threadIdx.x; i < n; i += kThreads) {
       const float w = load_global(weights + i);
-      if (w >= low && w > 0.0f) {
-        count(__float_as_uint(w), static_cast<unsigned long long>(static_cast<double>(w) * kUnit));
-      }
+      if (w >= low && w > 0.0f) count(__float_as_uint(w), unit.of(w));
     }
   });
   return key == 0 ? low : __uint_as_float(key);
 }
 
-// The first weight >= threshold at which the running sum exceeds the target.
-__device__ int32_t draw(Shared* shared, const float* weights, int32_t n, float threshold,
-                        double uniform) {
+// The weights of a whole row.
+struct RowWeights {
+  const Row& row;
+  float greatest;
+  float scale;
+
+  __device__ float of(float logit) const {
+    return exp2_of_negative(__fmul_rn(__fadd_rn(logit, -greatest), scale));
+  }
+  __device__ float operator()(int32_t i) const { return of(row(i)); }
+};
+
+// Lists the weights of one bin, in any order; returns their number.
+__device__ int32_t list_bin(Shared* shared, const RowWeights& weights, int32_t n, uint32_t lowest,
+                            int shift, int bin, float* list) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x == 0) shared->size = 0;
+  __syncthreads();
+  for (int32_t first = warp * 32 * kBatch; first < n; first += kThreads * kBatch) {
+    float x[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int32_t i = first + 32 * b + lane;
+      x[b] = i < n ? weights(i) : 0.0f;
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const uint32_t key = __float_as_uint(x[b]);
+      const bool is_there = key >= lowest && (key - lowest) >> shift == static_cast<uint32_t>(bin);
+      const unsigned there = __ballot_sync(kFullWarp, is_there);
+      int32_t to = 0;
+      if (there != 0 && lane == 0) to = atomicAdd(&shared->size, __popc(there));
+      to = __shfl_sync(kFullWarp, to, 0) + __popc(there & ((1u << lane) - 1));
+      if (is_there) store_global(list + to, x[b]);
+    }
+  }
+  __syncthreads();
+  return shared->size;
+}
+
+// Sums up the chunks of a row's weights that are at least the threshold which mass_threshold()
+// would give for top_p < 1; returns it. `list`: room for n.
+__device__ float sum_top_p(Shared* shared, const RowWeights& weights, int32_t n, float top_p,
+                           float* list) {
+  const auto logit = [&](int32_t i) { return weights.row(i); };
+  const MassUnit unit(n);
+  // The greatest weight is 1: no threshold is below this, whatever the total. Bins from there to 1.
+  const uint32_t lowest = __float_as_uint(fmaxf(lowest_threshold(n, top_p, 1.0), 0x1p-126f));
+  const int shift = max(0, 21 - __clz(static_cast<int>(0x3f800000u - lowest)));
+  clear_bins(shared);
+  sum_chunks(shared, n, logit, [&](int32_t, float x) {
+    const float w = weights.of(x);
+    const uint32_t key = __float_as_uint(w);
+    if (key >= lowest) add_to_bin(shared, (key - lowest) >> shift, unit.of(w));
+    return w;
+  });
+  const double total = sum_of_chunks(*shared, n);
+  const double mass = top_p * total;
+  const unsigned long long target = unit.target(mass);
+  const Bin bin = find_bin(shared, 0, target);
+  float threshold = lowest_threshold(n, mass, total);
+  if (bin.index >= 0) {
+    const int32_t size = list_bin(shared, weights, n, lowest, shift, bin.index, list);
+    const uint32_t key = select_key(shared, target - bin.above, [&](auto count) {
+      for (int32_t i = threadIdx.x; i < size; i += kThreads) {
+        const float w = load_global(list + i);
+        count(__float_as_uint(w), unit.of(w));
+      }
+    });
+    threshold = __uint_as_float(key);
+  }
+  sum_chunks(shared, n, logit, [&](int32_t, float x) {
+    const float w = weights.of(x);
+    return w >= threshold ? w : 0.0f;
+  });
+  return threshold;
+}
+
+// The first weight at which the running sum exceeds the target; shared->sums are the chunks'.
+template <typename Weight>
+__device__ int32_t draw(Shared* shared, int32_t n, double uniform, Weight weight_of) {
   if (threadIdx.x == 0) {
-    const int chunks = (n + kChunk - 1) / kChunk;
     const double target = uniform * sum_of_chunks(*shared, n);
     double below = 0.0;
     int chunk = 0;
-    for (int c = 0; c < chunks; ++c) {
+    for (int c = 0; c < num_chunks(n); ++c) {
       const float sum = shared->sums[c];
       if (sum <= 0.0f) continue;
       chunk = c;
@@ -337,8 +489,8 @@ __device__ int32_t draw(Shared* shared, const float* weights, int32_t n, float t
   const int32_t begin = shared->first * kChunk + lane * 32;
   const double target = shared->target;
   const auto weight = [&](int32_t i) {
-    const float w = i < n ? load_global(weights + i) : 0.0f;
-    return w > 0.0f && w >= threshold ? w : 0.0f;
+    const float w = i < n ? weight_of(i) : 0.0f;
+    return w > 0.0f ? w : 0.0f;
   };
   double mine = 0.0;
   int32_t last = -1;
@@ -371,37 +523,29 @@ __device__ int32_t draw(Shared* shared, const float* weights, int32_t n, float t
   return __shfl_sync(kFullWarp, last, winner);
 }
 
-__global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
-  Shared* const shared = reinterpret_cast<Shared*>(dynamic_shared());
-  const int64_t row = blockIdx.x;
-  const int32_t n = a.vocab_size;
-  const float* const logits = a.logits + row * a.stride;
-  const Lists lists{a.values + row * n, a.ids + row * n, (n + kThreads - 1) / kThreads * 32};
-  const float greatest = greatest_of_block(shared, greatest_of_thread(logits, n));
-  const float temperature = load_global(a.rows.temperature + row);
-  if (greatest == -INFINITY || greatest == INFINITY || temperature == 0.0f) {
-    const int32_t token = greatest == -INFINITY ? -1 : find_first(shared, logits, n, greatest);
-    if (threadIdx.x == 0) store_global(a.tokens + row, token);
-    return;
+// Of all tokens; `uniform` as of the row. The token is thread 0's.
+__device__ int32_t draw_of_all(Shared* shared, const RowWeights& weights, int32_t n, float top_p,
+                               double uniform, float* list) {
+  float threshold = 0.0f;
+  if (top_p < 1.0f) {
+    threshold = sum_top_p(shared, weights, n, top_p, list);
+  } else {
+    sum_chunks(
+        shared, n, [&](int32_t i) { return weights.row(i); },
+        [&](int32_t, float x) { return weights.of(x); });
   }
-  const int32_t top_k = load_global(a.rows.top_k + row);
-  const float min_p = load_global(a.rows.min_p + row), top_p = load_global(a.rows.top_p + row);
-  const bool has_top_k = top_k > 0 && top_k < n;
-  const bool all = !has_top_k && min_p <= 0.0f;
-  int32_t size = n;
-  if (!all) {
-    float bound = -INFINITY;
-    if (min_p > 0.0f) {
-      const float log_p = static_cast<float>(log(static_cast<double>(min_p)));
-      bound = __fadd_rn(greatest, __fmul_rn(temperature, log_p));
-    }
-    size = keep_top_k(shared, logits, n, has_top_k ? top_k : n, bound, lists);
-  }
-  // As on the CPU, the list of everything is the vocabulary itself.
-  const float* const from = size == n ? logits : lists.values;
-  const float scale = __fmul_rn(1.0f / fmaxf(temperature, 1e-30f), 1.44269504f);
-  sum_chunks(shared, size, [&](int32_t i) {
-    const float w = exp2_of_negative(__fmul_rn(__fadd_rn(load_global(from + i), -greatest), scale));
+  return draw(shared, n, uniform, [&](int32_t i) {
+    const float w = weights(i);
+    return w >= threshold ? w : 0.0f;
+  });
+}
+
+// Of those listed, whose logits become weights.
+__device__ int32_t draw_of_listed(Shared* shared, const RowWeights& weights, int32_t size,
+                                  float top_p, double uniform, const Lists& lists) {
+  const auto listed = [&](int32_t i) { return load_global(lists.values + i); };
+  sum_chunks(shared, size, listed, [&](int32_t i, float x) {
+    const float w = weights.of(x);
     store_global(lists.values + i, w);
     return w;
   });
@@ -409,82 +553,48 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleArgs a) {
   if (top_p < 1.0f) {
     const double total = sum_of_chunks(*shared, size);
     threshold = mass_threshold(shared, lists.values, size, top_p * total, total);
-    sum_chunks(shared, size, [&](int32_t i) {
-      const float w = load_global(lists.values + i);
-      return w >= threshold ? w : 0.0f;
-    });
+    sum_chunks(shared, size, listed, [&](int32_t, float w) { return w >= threshold ? w : 0.0f; });
   }
-  const double uniform = uniform_of(static_cast<uint64_t>(load_global(a.rows.seeds + row)),
-                                    static_cast<uint64_t>(load_global(a.rows.positions + row)));
-  const int32_t index = draw(shared, lists.values, size, threshold, uniform);
-  if (threadIdx.x == 0) {
-    store_global(a.tokens + row, size == n ? index : load_global(lists.ids + index));
-  }
+  const int32_t index = draw(shared, size, uniform, [&](int32_t i) {
+    const float w = listed(i);
+    return w >= threshold ? w : 0.0f;
+  });
+  return threadIdx.x == 0 && index >= 0 ? load_global(lists.ids + index) : -1;
 }
 
-// ---- what changes logits
-
-struct ProcessArgs {
-  float* logits;
-  int64_t stride;
-  int32_t vocab_size;
-  LogitsRows rows;
-};
-
-// A block a row. Every step is over before the next begins; counts are zero before and after.
-__global__ void __launch_bounds__(kThreads) process_kernel(ProcessArgs a) {
-  const int64_t row = blockIdx.x;
+__global__ void __launch_bounds__(kThreads, 1) sample_kernel(SampleArgs a) {
+  Shared* const shared = reinterpret_cast<Shared*>(dynamic_shared());
+  const int64_t at = blockIdx.x;
   const int32_t n = a.vocab_size;
-  float* const logits = a.logits + row * a.stride;
-  const LogitsRows& r = a.rows;
-  if (r.allowed != nullptr) {
-    const uint32_t* const bits = r.allowed + row * ((n + 31) / 32);
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-      if (!(load_global(bits + i / 32) >> (i % 32) & 1)) store_global(logits + i, -INFINITY);
-    }
-    __syncthreads();
+  const Row row{a.logits + at * a.stride, shared->sums + num_chunks(n), a.num_kept};
+  const Lists lists{a.values + at * n, a.ids + at * n, (n + kThreads - 1) / kThreads * 32};
+  const float greatest = greatest_of_block(shared, keep_and_find_greatest(row, n));
+  const float temperature = load_global(a.rows.temperature + at);
+  if (greatest == -INFINITY || greatest == INFINITY || temperature == 0.0f) {
+    const int32_t token = greatest == -INFINITY ? -1 : find_first(shared, row, n, greatest);
+    if (threadIdx.x == 0) store_global(a.tokens + at, token);
+    return;
   }
-  if (r.bias_start != nullptr) {
-    const int32_t end = load_global(r.bias_start + row + 1);
-    for (int32_t i = load_global(r.bias_start + row) + threadIdx.x; i < end; i += kThreads) {
-      const int32_t token = load_global(r.bias_ids + i);
-      if (token < 0 || token >= n) continue;
-      store_global(logits + token, load_global(logits + token) + load_global(r.bias + i));
+  const int32_t top_k = load_global(a.rows.top_k + at);
+  const float min_p = load_global(a.rows.min_p + at), top_p = load_global(a.rows.top_p + at);
+  const bool has_top_k = top_k > 0 && top_k < n;
+  const float scale = __fmul_rn(1.0f / fmaxf(temperature, 1e-30f), 1.44269504f);
+  const RowWeights weights{row, greatest, scale};
+  const double uniform = uniform_of(static_cast<uint64_t>(load_global(a.rows.seeds + at)),
+                                    static_cast<uint64_t>(load_global(a.rows.positions + at)));
+  int32_t token;
+  if (has_top_k || min_p > 0.0f) {
+    float bound = -INFINITY;
+    if (min_p > 0.0f) {
+      const float log_p = static_cast<float>(log(static_cast<double>(min_p)));
+      bound = __fadd_rn(greatest, __fmul_rn(temperature, log_p));
     }
-    __syncthreads();
+    const int32_t size = keep_top_k(shared, row, n, has_top_k ? top_k : n, bound, lists);
+    token = draw_of_listed(shared, weights, size, top_p, uniform, lists);
+  } else {
+    token = draw_of_all(shared, weights, n, top_p, uniform, lists.values);
   }
-  if (r.token_start == nullptr) return;
-  int32_t* const counts = r.counts + row * n;
-  const int32_t begin = load_global(r.token_start + row),
-                end = load_global(r.token_start + row + 1);
-  const int32_t output = begin + load_global(r.num_prompt_tokens + row);
-  const auto for_tokens = [&](int32_t first, auto fn) {
-    for (int32_t i = first + threadIdx.x; i < end; i += kThreads) {
-      const int32_t token = load_global(r.tokens + i);
-      if (token >= 0 && token < n) fn(token);
-    }
-    __syncthreads();
-  };
-  const float repetition = load_global(r.repetition_penalty + row);
-  if (repetition != 1.0f) {
-    for_tokens(begin, [&](int32_t token) {
-      if (atomicExch(counts + token, 1) != 0) return;  // once, however often it occurs
-      const float x = load_global(logits + token);
-      store_global(logits + token, x > 0.0f ? x / repetition : x * repetition);
-    });
-    for_tokens(begin, [&](int32_t token) { store_global(counts + token, 0); });
-  }
-  const float frequency = load_global(r.frequency_penalty + row);
-  const float presence = load_global(r.presence_penalty + row);
-  if (frequency == 0.0f && presence == 0.0f) return;
-  for_tokens(output, [&](int32_t token) { atomicAdd(counts + token, 1); });
-  for_tokens(output, [&](int32_t token) {
-    const int32_t count = atomicExch(counts + token, 0);
-    if (count == 0) return;
-    const float x =
-        __fadd_rn(load_global(logits + token), -__fmul_rn(frequency, static_cast<float>(count)));
-    store_global(logits + token, __fadd_rn(x, -presence));
-  });
+  if (threadIdx.x == 0) store_global(a.tokens + at, token);
 }
 
 // ---- log probabilities
@@ -500,23 +610,29 @@ struct LogprobArgs {
   int32_t* out_ids;     // [rows][1 + k]
   float* out_logprobs;  // [rows][1 + k]
   int32_t* out_ranks;   // [rows]
+  int32_t num_kept;
 };
 
-__global__ void __launch_bounds__(kThreads) logprob_kernel(LogprobArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) logprob_kernel(LogprobArgs a) {
   Shared* const shared = reinterpret_cast<Shared*>(dynamic_shared());
   const int64_t row = blockIdx.x;
   const int32_t n = a.vocab_size;
-  const float* const logits = a.logits + row * a.stride;
+  const Row logits{a.logits + row * a.stride, shared->sums + num_chunks(n), a.num_kept};
   const Lists lists{a.values + row * n, a.ids + row * n, (n + kThreads - 1) / kThreads * 32};
   const float largest = 3.402823466e38f;
   // +inf is certain: as the largest number, of which there are few enough.
-  const float greatest = fminf(greatest_of_block(shared, greatest_of_thread(logits, n)), largest);
+  const float greatest =
+      fminf(greatest_of_block(shared, keep_and_find_greatest(logits, n)), largest);
   const auto logit = [&](int32_t i) {
-    const float x = load_global(logits + i);
+    const float x = logits(i);
     return x > largest ? largest : x > -INFINITY ? x : -INFINITY;  // NaN: impossible
   };
-  sum_chunks(shared, n, [&](int32_t i) {
-    return exp2_of_negative(__fmul_rn(__fadd_rn(logit(i), -greatest), 1.44269504f));
+  const int32_t token = load_global(a.tokens + row);
+  const float chosen = token >= 0 && token < n ? logit(token) : -INFINITY;
+  int32_t above = 0;  // of this thread's logits
+  sum_chunks(shared, n, logit, [&](int32_t, float x) {
+    above += x > chosen;
+    return exp2_of_negative(__fmul_rn(__fadd_rn(x, -greatest), 1.44269504f));
   });
   const double log_sum = log(sum_of_chunks(*shared, n));
   const auto logprob = [&](float x) {
@@ -524,8 +640,6 @@ __global__ void __launch_bounds__(kThreads) logprob_kernel(LogprobArgs a) {
                           : static_cast<float>(static_cast<double>(x) - greatest - log_sum);
   };
 
-  const int32_t token = load_global(a.tokens + row);
-  const float chosen = token >= 0 && token < n ? logit(token) : -INFINITY;
   int32_t* const out_ids = a.out_ids + row * (1 + a.k);
   float* const out_logprobs = a.out_logprobs + row * (1 + a.k);
   if (threadIdx.x == 0) {
@@ -534,8 +648,6 @@ __global__ void __launch_bounds__(kThreads) logprob_kernel(LogprobArgs a) {
     store_global(out_logprobs, logprob(chosen));
   }
   __syncthreads();
-  int32_t above = 0;
-  for (int32_t i = threadIdx.x; i < n; i += kThreads) above += logit(i) > chosen;
   if (above > 0) atomicAdd(&shared->first, above);
   __syncthreads();
   if (threadIdx.x == 0) store_global(a.out_ranks + row, 1 + shared->first);
@@ -579,14 +691,16 @@ __global__ void __launch_bounds__(kThreads) logprob_kernel(LogprobArgs a) {
   }
 }
 
+// Without logits that are kept.
 size_t shared_bytes(int32_t vocab_size) {
-  return sizeof(Shared) + sizeof(float) * static_cast<size_t>((vocab_size + kChunk - 1) / kChunk);
+  return sizeof(Shared) + sizeof(float) * static_cast<size_t>(num_chunks(vocab_size));
 }
 
-void check_logits(const Rows& logits) {
-  check(logits.dtype == DType::kFloat32, logits.name, "must be float32");
-  check(logits.cols > 0 && logits.cols <= (1 << 18), logits.name,
-        "must have between 1 and 262144 columns");
+// How many of a row's logits are kept in shared memory: all, or whole chunks.
+int32_t num_kept(int32_t vocab_size) {
+  const auto room = static_cast<int32_t>(
+      (static_cast<size_t>(max_shared_bytes()) - shared_bytes(vocab_size)) / sizeof(float));
+  return vocab_size <= room ? vocab_size : room / kChunk * kChunk;
 }
 
 }  // namespace
@@ -595,7 +709,7 @@ int64_t sampling_workspace_size(int64_t rows, int64_t vocab_size) { return 2 * r
 
 void sample(const Rows& logits, const SamplingRows& rows, float* workspace, int32_t* tokens,
             Stream stream) {
-  check_logits(logits);
+  check_vocabulary(logits);
   const auto n = static_cast<int32_t>(logits.cols);
   const SampleArgs a{logits.as<const float>(),
                      logits.stride,
@@ -603,21 +717,15 @@ void sample(const Rows& logits, const SamplingRows& rows, float* workspace, int3
                      rows,
                      workspace,
                      reinterpret_cast<int32_t*>(workspace + logits.rows * n),
-                     tokens};
+                     tokens,
+                     num_kept(n)};
   launch("sample", sample_kernel, dim3(static_cast<unsigned>(logits.rows)), kThreads,
-         shared_bytes(n), stream, a);
-}
-
-void process_logits(const Rows& logits, const LogitsRows& rows, Stream stream) {
-  check_logits(logits);
-  const ProcessArgs a{logits.as<float>(), logits.stride, static_cast<int32_t>(logits.cols), rows};
-  launch("process_logits", process_kernel, dim3(static_cast<unsigned>(logits.rows)), kThreads, 0,
-         stream, a);
+         shared_bytes(n) + sizeof(float) * static_cast<size_t>(a.num_kept), stream, a);
 }
 
 void logprobs(const Rows& logits, const int32_t* tokens, int32_t k, float* workspace,
               int32_t* out_ids, float* out_logprobs, int32_t* out_ranks, Stream stream) {
-  check_logits(logits);
+  check_vocabulary(logits);
   check(k >= 0 && k <= logits.cols, "k", "must be between 0 and the vocabulary's size");
   const auto n = static_cast<int32_t>(logits.cols);
   const LogprobArgs a{logits.as<const float>(),
@@ -629,9 +737,10 @@ void logprobs(const Rows& logits, const int32_t* tokens, int32_t k, float* works
                       reinterpret_cast<int32_t*>(workspace + logits.rows * n),
                       out_ids,
                       out_logprobs,
-                      out_ranks};
+                      out_ranks,
+                      num_kept(n)};
   launch("logprobs", logprob_kernel, dim3(static_cast<unsigned>(logits.rows)), kThreads,
-         shared_bytes(n), stream, a);
+         shared_bytes(n) + sizeof(float) * static_cast<size_t>(a.num_kept), stream, a);
 }
 
 }  // namespace fastpage::cuda

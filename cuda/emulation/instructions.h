@@ -159,6 +159,7 @@ inline char* dynamic_shared() { return emulation::block->shared(); }
 template <typename T>
 T load_global(const T* p) {
   emulation::check_global(p, sizeof(T), sizeof(T));
+  emulation::bytes_loaded += sizeof(T);
   return *p;
 }
 template <typename T>

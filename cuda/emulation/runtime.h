@@ -84,6 +84,8 @@ inline void check_global(const void* p, size_t bytes, size_t alignment) {
   }
 }
 
+inline int64_t bytes_loaded = 0;  // from global memory, by load_global
+
 struct Copy {
   void* to;
   const void* from;

@@ -476,6 +476,7 @@ PYBIND11_MODULE(fastpage_cuda_emulation, m) {
   m.doc() = "The functions of fastpage._C.cuda, over CPU tensors (cuda/emulation)";
   bind_cuda_ops(m);
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("late_copies"), py::arg("seed"));
+  m.def("bytes_loaded", [] { return cuda::emulation::bytes_loaded; });
   m.def("set_max_shared", [](int bytes) { cuda::emulation::max_shared = bytes; }, py::arg("bytes"));
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_kernels import Kernels
+from cuda_kernels import SCHEDULES, Kernels
 
 from fastpage import _C
 
@@ -82,6 +82,37 @@ def test_the_draws_of_the_cpu(cuda: Kernels, vocab: int, scale: float) -> None:
     assert got == want
 
 
+@pytest.mark.parametrize("shared_memory", [26 << 10, 64 << 10])
+def test_rows_longer_than_shared_memory(cuda: Kernels, shared_memory: int) -> None:
+    logits = cuda.random(len(SETTINGS), 20011, dtype=torch.float32, seed=3, scale=2.0).cpu()
+    with cuda.shared_memory(shared_memory):
+        got, want = draw(cuda, logits, SETTINGS)
+    assert got == want
+
+
+def test_more_tokens_than_2_to_the_18(cuda: Kernels) -> None:
+    settings = [{"top_p": 0.9}, {"top_k": 40, "top_p": 0.8}]
+    logits = torch.zeros(2, (1 << 18) + 77)
+    logits[1] = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(4))
+    got, want = draw(cuda, logits, settings)
+    assert got == want
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 5.0])
+def test_top_p_alone_reads_a_row_less_than_three_times(cuda: Kernels, scale: float) -> None:
+    """Of 131,072 logits, on a device whose blocks have 227 KB of shared memory."""
+    if cuda.is_gpu:
+        pytest.skip("only the emulation counts")
+    vocab = 1 << 17
+    logits = cuda.random(1, vocab, dtype=torch.float32, seed=5, scale=scale)
+    before = cuda.ops.bytes_loaded()
+    got, want = draw(cuda, logits, [{"top_p": 0.9}])
+    assert got == want
+    rows_read = (cuda.ops.bytes_loaded() - before) / len(SCHEDULES) / (4 * vocab)
+    # Where all are equal, the threshold's bin holds all: they are listed, and read again.
+    assert rows_read < (6 if scale == 0 else 3)
+
+
 def test_many_seeds(cuda: Kernels) -> None:
     logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(1)).repeat(64, 1)
     got, want = draw(cuda, logits, [{"top_p": 0.95}] * 64)
@@ -100,7 +131,14 @@ def test_ties_and_what_is_no_number(cuda: Kernels) -> None:
         [-3e38, 1.0] * 20,
         [-1.0, -2.0, -1.0, -inf] * 10,
     ]
-    for setting in ({}, {"temperature": 0.0}, {"top_k": 3, "top_p": 0.9}, {"min_p": 0.5}):
+    settings = (
+        {},
+        {"temperature": 0.0},
+        {"top_k": 3, "top_p": 0.9},
+        {"min_p": 0.5},
+        {"top_p": 0.5},
+    )
+    for setting in settings:
         got, want = draw(cuda, torch.tensor(rows), [setting] * len(rows))
         # Where nothing is possible, what to make of it is the caller's.
         assert got[:2] == [-1, -1]
