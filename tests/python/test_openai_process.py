@@ -184,7 +184,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ENDLESS_REQUEST = {"prompt": "a", "max_tokens": ENDLESS, "ignore_eos": True}
-ONE_PLACE = (*ENDLESS_OPTIONS, "--max-num-seqs", "1")
+ONE_PLACE = (*ENDLESS_OPTIONS, "--max-num-seqs", "1", "--engine-timeout", "0")
 
 
 @contextlib.contextmanager
