@@ -294,8 +294,8 @@ def test_a_client_that_takes_nothing_loses_the_call() -> None:
     async def main() -> None:
         loaded = load_alphabet(gate, num_blocks=1024)
         async with serve(loaded, slow_client_timeout=0.2) as client:
-            # 6 kB a step, and nobody reads more than the first; grpc must not find out that it
-            # would take more than 64 kB unread.
+            # 6 kB a step, of which nobody reads any; grpc must not find out that it would take more
+            # than 64 kB unread.
             options = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
             channel = grpc.aio.insecure_channel(client.address, options)
             generate = pb_grpc.FastpageStub(channel).Generate
@@ -303,7 +303,7 @@ def test_a_client_that_takes_nothing_loses_the_call() -> None:
             request.sampling_params.ignore_eos = True
             call = generate(request)
             gate.open(100)
-            await call.read()
+            await until(lambda: loaded.runner.num_steps)
             await until(lambda: not client.engine._streams)
             # The step that was in progress, and no other one.
             gate.open(1)
