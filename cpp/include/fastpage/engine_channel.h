@@ -42,7 +42,7 @@ struct EngineNews {
 
 // Of what goes through the channel, and of the hello before it. Whoever changes either raises it:
 // of two processes, each says its own, and refuses another one.
-inline constexpr int32_t kChannelVersion = 2;
+inline constexpr int32_t kChannelVersion = 1;
 
 // Longest message that a front end may send: a prompt and its parameters.
 inline constexpr size_t kMaxRequestBytes = size_t{64} << 20;
