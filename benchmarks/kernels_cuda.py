@@ -21,7 +21,7 @@ import torch
 
 from fastpage import _C
 from fastpage.executors.cuda import CudaExecutor
-from fastpage.executors.device_sampler import DeviceSampler
+from fastpage.executors.device_sampler import DeviceSampler, arrays_of
 from fastpage.models import DecoderSpec, RotarySpec, decoder
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16
@@ -249,7 +249,7 @@ class Bench:
         )
         self.step("    as a CUDA graph", read, lambda: executor.launch(step))
         sampler = DeviceSampler(_C.cuda, spec.vocab_size, executor.device)
-        arrays = sampling_of(batch)
+        arrays = arrays_of(batch, top_k=50, top_p=0.9)
         self.step(
             "    with sampling, waited for",
             read,
@@ -267,24 +267,6 @@ class Bench:
         torch.cuda.synchronize()
         seconds = (time.perf_counter() - start) / runs
         self.add(name, seconds, "copy", read / seconds / self.copy)
-
-
-def sampling_of(rows: int) -> dict[str, Any]:
-    """top_k 50, top_p 0.9: what SamplingArrays has of it."""
-    none, ints = np.zeros(0, np.int32), np.zeros(rows, np.int32)
-    return {
-        "logits_rows": np.arange(rows, dtype=np.int32),
-        "temperature": np.ones(rows, np.float32),
-        "top_k": ints + 50,
-        "top_p": np.full(rows, 0.9, np.float32),
-        "min_p": np.zeros(rows, np.float32),
-        "seeds": np.arange(rows, dtype=np.int64),
-        "positions": np.zeros(rows, np.int64),
-        "num_logprobs": ints - 1,
-        "prompt_logits_rows": none,
-        "prompt_tokens": none,
-        "prompt_num_logprobs": none,
-    }
 
 
 def graphed(launch: Callable[[], Any]) -> Callable[[], Any]:

@@ -292,6 +292,18 @@ def test_a_step_that_fails_takes_only_its_requests(
     assert_same(generate(runner, requests=REQUESTS[:2]), want)
 
 
+def test_a_vocabulary_that_the_device_cannot_sample(
+    cuda: Kernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor = new_executor(cuda)
+    assert isinstance(cuda_runner.new_runner(executor, 1, 2, 8), CudaRunner)
+    monkeypatch.setattr(cuda_runner, "MAX_VOCAB_SIZE", VOCAB - 1)
+    runner = cuda_runner.new_runner(executor, 1, 2, 8)
+    assert isinstance(runner, TorchRunner)
+    assert runner.max_steps_in_flight() == 2
+    assert f"the vocabulary has {VOCAB} tokens" in caplog.text
+
+
 def test_steps_that_were_not_executed(cuda: Kernels) -> None:
     with pytest.raises(ValueError, match="wait for step 7"):
         cuda_runner_of(cuda).wait(7)

@@ -379,7 +379,8 @@ def _load_cuda_runner(
             max_model_len=info.max_model_len,
             graph_sizes=[] if args.enforce_eager else sizes,
         )
-    return new_runner(executor, info.num_threads, 2 if info.async_scheduling else 1)
+        steps = 2 if info.async_scheduling else 1
+        return new_runner(executor, info.num_threads, steps, info.max_num_seqs)
 
 
 def _max_num_waiting_tokens(args: EngineArgs, info: ModelInfo) -> int:

@@ -57,6 +57,10 @@ class CudaRunner(ModelRunner):
     def max_steps_in_flight(self) -> int:
         return self._max_steps_in_flight
 
+    def warm_up(self, max_num_seqs: int) -> None:
+        """The sampler, for the largest step; the executor has its own."""
+        self._sampler.warm_up(max_num_seqs)
+
     @torch.inference_mode()
     def execute(self, batch: InputBatch) -> None:
         future = self._future_tokens(batch)
@@ -139,12 +143,14 @@ class CudaRunner(ModelRunner):
 
 
 def new_runner(
-    executor: CudaExecutor, num_threads: int = 1, max_steps_in_flight: int = 1
+    executor: CudaExecutor, num_threads: int, max_steps_in_flight: int, max_num_seqs: int
 ) -> ModelRunner:
-    """A CudaRunner, or what samples on the CPU if the vocabulary is too large for the device's."""
+    """A CudaRunner, warmed up, or what samples on the CPU if the vocabulary is too large."""
     size = executor.program.vocab_size
     if size <= MAX_VOCAB_SIZE:
-        return CudaRunner(executor, num_threads, max_steps_in_flight)
+        runner = CudaRunner(executor, num_threads, max_steps_in_flight)
+        runner.warm_up(max_num_seqs)
+        return runner
     _log.warning(
         "every token is sampled on the CPU: the vocabulary has %d tokens, the GPU's sampler takes "
         "%d at most",

@@ -147,6 +147,11 @@ class DeviceSampler:
             logprobs += self._logprobs(logits, sent[f"logits_rows {i}"], chosen, group.k)
         return Sampled(tokens, groups, logprobs, len(arrays["prompt_tokens"]), self._vocab_size)
 
+    def warm_up(self, rows: int) -> None:
+        """Takes the memory that sampling so many rows needs, and loads the kernel."""
+        logits = torch.zeros(rows, self._vocab_size, device=self._device)
+        self.launch(logits, arrays_of(rows, top_k=50, top_p=0.9)).wait(0)
+
     def _sample(
         self, raw: torch.Tensor, arrays: Mapping[str, torch.Tensor], tokens: torch.Tensor
     ) -> None:
@@ -195,6 +200,24 @@ class DeviceSampler:
             shape = (rows, self._vocab_size)
             self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
         return self._counts[:rows]
+
+
+def arrays_of(rows: int, *, top_k: int = 0, top_p: float = 1.0) -> Arrays:
+    """As SamplingArrays has them of so many rows of logits, which ask for nothing else."""
+    none = np.zeros(0, np.int32)
+    return {
+        "logits_rows": np.arange(rows, dtype=np.int32),
+        "temperature": np.ones(rows, np.float32),
+        "top_k": np.full(rows, top_k, np.int32),
+        "top_p": np.full(rows, top_p, np.float32),
+        "min_p": np.zeros(rows, np.float32),
+        "seeds": np.arange(rows, dtype=np.int64),
+        "positions": np.zeros(rows, np.int64),
+        "num_logprobs": np.full(rows, -1, np.int32),
+        "prompt_logits_rows": none,
+        "prompt_tokens": none,
+        "prompt_num_logprobs": none,
+    }
 
 
 def _of(name: str, array: torch.Tensor, rows: slice) -> torch.Tensor:
