@@ -356,8 +356,10 @@ __device__ __forceinline__ double sum_of_chunks(const Shared& shared, int32_t n)
 struct MassUnit {
   float unit;
 
-  __device__ explicit MassUnit(int32_t n)
-      : unit(__uint_as_float(static_cast<uint32_t>(127 + min(45, 31 + __clz(n - 1))) << 23)) {}
+  static __device__ MassUnit for_weights(int32_t n) {
+    const int bits = min(45, 31 + __clz(n - 1));
+    return {__uint_as_float(static_cast<uint32_t>(127 + bits) << 23)};
+  }
   __device__ unsigned long long of(float weight) const {
     return static_cast<unsigned long long>(weight * unit);
   }
@@ -377,7 +379,7 @@ __device__ __forceinline__ float lowest_threshold(int32_t n, double mass, double
 __device__ float mass_threshold(Shared* shared, const float* weights, int32_t n, double mass,
                                 double total) {
   const float low = lowest_threshold(n, mass, total);
-  const MassUnit unit(n);
+  const MassUnit unit = MassUnit::for_weights(n);
   const uint32_t key = select_key(shared, unit.target(mass), [&](auto count) {
     for (int32_t i = threadIdx.x; i < n; i += kThreads) {
       const float w = load_global(weights + i);
@@ -432,7 +434,7 @@ __device__ int32_t list_bin(Shared* shared, const RowWeights& weights, int32_t n
 __device__ float sum_top_p(Shared* shared, const RowWeights& weights, int32_t n, float top_p,
                            float* list) {
   const auto logit = [&](int32_t i) { return weights.row(i); };
-  const MassUnit unit(n);
+  const MassUnit unit = MassUnit::for_weights(n);
   // The greatest weight is 1: no threshold is below this, whatever the total. Bins from there to 1.
   const uint32_t lowest = __float_as_uint(fmaxf(lowest_threshold(n, top_p, 1.0), 0x1p-126f));
   const int shift = max(0, 21 - __clz(static_cast<int>(0x3f800000u - lowest)));
