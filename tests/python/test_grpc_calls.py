@@ -302,8 +302,13 @@ def test_a_client_that_takes_nothing_loses_the_call() -> None:
             request = text_request("a", n=16, logprobs=28, temperature=1.0, max_tokens=120)
             request.sampling_params.ignore_eos = True
             call = generate(request)
-            gate.open(100)
             await until(lambda: loaded.runner.num_steps)
+            # One by one: many writes, the last of which waits.
+            for i in range(1, 100):
+                gate.open(1)
+                await until(lambda: loaded.runner.num_steps > i or not client.engine._streams)  # noqa: B023
+                if not client.engine._streams:
+                    break
             await until(lambda: not client.engine._streams)
             # The step that was in progress, and no other one.
             gate.open(1)
