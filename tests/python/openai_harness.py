@@ -33,7 +33,9 @@ class Client:
     def __init__(self, url: str, engine: AsyncEngine) -> None:
         self.url = url
         self.engine = engine
-        self.openai = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        self.openai = openai.AsyncOpenAI(
+            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE
+        )
 
     async def complete(self, prompt: Any, **options: Any) -> Any:
         options = {"temperature": 0, "max_tokens": 5, **options}
@@ -54,7 +56,8 @@ class Client:
         else:
             data = b""
         process = await asyncio.create_subprocess_exec(
-            *("curl", "-sS", "-D", "/dev/stderr", "-w", "\n%{http_code}", *options),
+            *("curl", "-sS", "-D", "/dev/stderr", "-w", "\n%{http_code}"),
+            *("--expect100-timeout", str(PATIENCE), *options),
             self.url + path,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

@@ -48,7 +48,8 @@ def start(model: Path, *options: str) -> ServerProcess:
 
 
 def client_of(server: ServerProcess) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"http://{server.address}/v1", api_key="none", max_retries=0)
+    base_url = f"http://{server.address}/v1"
+    return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=PATIENCE)
 
 
 def curl_command(server: ServerProcess, path: str, body: Any) -> list[str]:
