@@ -44,12 +44,16 @@ void bind_channel(py::module_& m) {
 
   using no_gil = py::call_guard<py::gil_scoped_release>;
   py::class_<EngineServer>(m, "EngineServer")
-      .def(py::init([](Engine* engine, const std::vector<int>& sockets) {
-             return std::make_unique<EngineServer>(engine, sockets);
+      .def(py::init([](Engine* engine, const std::vector<int>& sockets, bool takes_more) {
+             EngineServerConfig config;
+             config.takes_more = takes_more;
+             return std::make_unique<EngineServer>(engine, sockets, config);
            }),
-           py::arg("engine"), py::arg("sockets"), py::keep_alive<1, 2>())
+           py::arg("engine"), py::arg("sockets"), py::kw_only(), py::arg("takes_more") = false,
+           py::keep_alive<1, 2>())
       .def("run", &EngineServer::run, no_gil())
-      .def("stop", &EngineServer::stop);
+      .def("stop", &EngineServer::stop)
+      .def("add_front_end", &EngineServer::add_front_end, py::arg("socket"), no_gil());
 
   // Nothing here waits, so that the GIL is kept: it keeps a client to one thread at a time.
   using C = EngineClient;

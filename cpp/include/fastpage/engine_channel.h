@@ -57,6 +57,9 @@ struct EngineServerConfig {
   // is not to be woken by each step. Nor by the acceptance of a request that finds the engine idle:
   // that comes with what the first step brings, if the step takes no longer.
   double max_delay_seconds = 0.05;
+  // Front ends may come later, too (add_front_end()): what the prefix cache holds is kept for them,
+  // as far as the engine tells it (enable_kv_events). It is the first that they hear.
+  bool takes_more = false;
 };
 
 // Steps an engine for the front ends at the other ends of some sockets.
@@ -74,6 +77,9 @@ class EngineServer {
   // to be had for the sockets.
   void run();
   void stop();  // from any thread, or a signal handler
+  // Another front end, from any thread, if config.takes_more; takes its socket over, unless it
+  // throws InvalidArgument. Once run() has returned, or is about to, the socket is closed.
+  void add_front_end(int socket);
 
  private:
   struct State;

@@ -14,6 +14,7 @@
 #include <thread>
 #include <tuple>
 
+#include "channel/cached_blocks.h"
 #include "channel/front_end.h"
 
 namespace fastpage {
@@ -53,6 +54,13 @@ class WakePipe {
   Descriptor write_;
 };
 
+using FrontEnds = std::vector<std::shared_ptr<FrontEnd>>;
+
+void append(FrontEnds* to, FrontEnds* from) {
+  to->insert(to->end(), from->begin(), from->end());
+  from->clear();
+}
+
 struct Owner {
   FrontEnd* front_end = nullptr;
   RequestId client_id = 0;
@@ -86,7 +94,7 @@ constexpr char kOutOfMemory[] = "memory ran out for this request: send a smaller
 
 // Two threads. The one that called run() steps the engine and sends what comes of it, as far as the
 // sockets take it. The I/O thread reads, answers, and sends the rest; it alone ends a front end.
-// `mutex` comes before a front end's own.
+// Each has a list of the front ends of its own. `mutex` comes before a front end's own.
 struct EngineServer::State {
   State(Engine* e, const std::vector<int>& sockets, EngineServerConfig c);
 
@@ -95,9 +103,11 @@ struct EngineServer::State {
     stopping = true;
     pipe.wake();
   }
+  void add_front_end(int socket);
 
   // ---- of the calling thread
   void serve();
+  void welcome();
   void answer_resets();
   void step();
   void step_failed(const char* error);
@@ -111,6 +121,7 @@ struct EngineServer::State {
   // ---- of the I/O thread
   void do_io();
   bool poll_all();
+  bool let_go();
   void read(FrontEnd* front_end);
   void take(FrontEnd* front_end, Span<const char> frame);
   void take_no_memory(FrontEnd* front_end);
@@ -125,8 +136,10 @@ struct EngineServer::State {
   const EngineServerConfig config;
   const FrontEnd::Clock::duration held_at_most;
   WakePipe pipe;
-  std::vector<std::unique_ptr<FrontEnd>> front_ends;  // those that have gone, too
-  std::vector<pollfd> polled;                         // of the I/O thread
+  FrontEnds listeners;         // of the calling thread
+  FrontEnds front_ends;        // of the I/O thread; those that have left something behind, too
+  std::vector<pollfd> polled;  // of the I/O thread: the pipe, then the front ends
+  CachedBlocks cached;         // of the calling thread; with takes_more
   std::atomic<bool> stopping{false};
   std::atomic<bool> io_ended{false};
   std::atomic<int64_t> num_turns{0};  // of the calling thread, with a step or without
@@ -136,17 +149,41 @@ struct EngineServer::State {
 
   std::mutex mutex;
   std::unordered_map<RequestId, Owner> owners;  // by the engine's ids
+  FrontEnds new_listeners;
+  FrontEnds new_front_ends;
+  bool takes_more;
 };
 
 EngineServer::State::State(Engine* e, const std::vector<int>& sockets, EngineServerConfig c)
-    : engine(e), config(c), held_at_most(to_duration(config.max_delay_seconds)) {
+    : engine(e),
+      config(c),
+      held_at_most(to_duration(config.max_delay_seconds)),
+      takes_more(c.takes_more) {
   if (engine == nullptr) throw InvalidArgument("EngineServer: the engine is null");
   for (const int fd : sockets) check_stream_socket(fd);
-  std::vector<std::unique_ptr<FrontEnd>> made;
-  for (size_t i = 0; i < sockets.size(); ++i) made.push_back(std::make_unique<FrontEnd>());
-  polled.resize(1 + sockets.size());
+  FrontEnds made;
+  for (size_t i = 0; i < sockets.size(); ++i) made.push_back(std::make_shared<FrontEnd>());
+  listeners = made;
+  front_ends.reserve(made.size());
+  polled.reserve(1 + made.size());
   for (size_t i = 0; i < sockets.size(); ++i) made[i]->socket = Descriptor(sockets[i]);
-  front_ends = std::move(made);
+  append(&front_ends, &made);
+}
+
+void EngineServer::State::add_front_end(int socket) {
+  check_stream_socket(socket);
+  auto made = std::make_shared<FrontEnd>();
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    new_listeners.reserve(new_listeners.size() + 1);
+    new_front_ends.reserve(new_front_ends.size() + 1);
+    made->socket = Descriptor(socket);
+    if (!takes_more) return;
+    new_listeners.push_back(made);
+    new_front_ends.push_back(std::move(made));
+  }
+  pipe.wake();
+  engine->wake();
 }
 
 // ---------------------------------------------------------------- stepping
@@ -174,14 +211,36 @@ void EngineServer::State::run() {
 void EngineServer::State::serve() {
   while (!io_ended) {
     ++num_turns;
+    welcome();
     answer_resets();
     if (!engine->has_unfinished()) tell_all();
     if (engine->wait_for_work(kForever) && !io_ended) step();
   }
 }
 
+// Those that are new: they hear what is cached, and the statistics. Forgets those that have gone.
+void EngineServer::State::welcome() {
+  FrontEnds arrived;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (new_listeners.empty()) return;
+    arrived.swap(new_listeners);
+  }
+  const auto has_gone = [](const auto& front_end) { return front_end->has_gone(); };
+  listeners.erase(std::remove_if(listeners.begin(), listeners.end(), has_gone), listeners.end());
+  const EngineStats stats = engine->stats();
+  for (const auto& front_end : arrived) {
+    listeners.push_back(front_end);
+    for (std::vector<KvEvent>& part : cached.parts()) {
+      front_end->news.kv_events = std::move(part);
+      tell(front_end.get(), stats);
+      front_end->has_news = true;
+    }
+  }
+}
+
 void EngineServer::State::answer_resets() {
-  for (const auto& front_end : front_ends) {
+  for (const auto& front_end : listeners) {
     size_t num_asked;
     {
       std::lock_guard<std::mutex> lock(mutex);
@@ -213,13 +272,14 @@ void EngineServer::State::step_failed(const char* error) {
   EngineNews news;
   news.kind = EngineNews::Kind::kStepFailed;
   news.error = error;
-  for (const auto& front_end : front_ends) say(front_end.get(), news);
+  for (const auto& front_end : listeners) say(front_end.get(), news);
   // If it goes on like this there is no hurry.
   std::this_thread::sleep_for(std::chrono::milliseconds(10));
 }
 
 void EngineServer::State::distribute(StepOutput* step) {
-  for (const auto& front_end : front_ends) {
+  if (config.takes_more) cached.take_in(step->kv_events);
+  for (const auto& front_end : listeners) {
     StepOutput& news = front_end->news;
     news.step_id = std::max(news.step_id, step->step_id);
     news.num_tokens += step->num_tokens;
@@ -244,8 +304,8 @@ void EngineServer::State::tell_all_concerned() {
   const EngineStats stats = engine->stats();
   const FrontEnd::Clock::time_point now = FrontEnd::Clock::now();
   const auto has_outputs = [](const auto& front_end) { return !front_end->news.outputs.empty(); };
-  const bool was_for_some = std::any_of(front_ends.begin(), front_ends.end(), has_outputs);
-  for (const auto& front_end : front_ends) {
+  const bool was_for_some = std::any_of(listeners.begin(), listeners.end(), has_outputs);
+  for (const auto& front_end : listeners) {
     const std::chrono::duration<double> silence = now - front_end->told_at;
     const bool may_wait = was_for_some && silence.count() < config.max_delay_seconds;
     if (may_wait && !has_outputs(front_end)) continue;
@@ -256,7 +316,7 @@ void EngineServer::State::tell_all_concerned() {
 
 void EngineServer::State::tell_all() {
   const EngineStats stats = engine->stats();
-  for (const auto& front_end : front_ends) {
+  for (const auto& front_end : listeners) {
     if (front_end->has_news) tell(front_end.get(), stats);
   }
 }
@@ -319,6 +379,11 @@ void EngineServer::State::do_io() {
     }
   }
   stopping = true;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    takes_more = false;
+    append(&front_ends, &new_front_ends);
+  }
   for (const auto& front_end : front_ends) front_end->notify();
   io_ended = true;
   engine->wake();
@@ -326,8 +391,13 @@ void EngineServer::State::do_io() {
 
 // Waits for something to do. False if all front ends have gone, and left nothing behind.
 bool EngineServer::State::poll_all() {
-  bool all_gone = true;
-  int timeout = -1;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    append(&front_ends, &new_front_ends);
+  }
+  int timeout = let_go() ? -1 : kRetryMilliseconds;
+  if (front_ends.empty()) return false;
+  polled.resize(1 + front_ends.size());
   polled.front() = {pipe.fd(), POLLIN, 0};
   for (size_t i = 0; i < front_ends.size(); ++i) {
     FrontEnd* const front_end = front_ends[i].get();
@@ -344,18 +414,25 @@ bool EngineServer::State::poll_all() {
     if (unsent.num_bytes > 0) events |= POLLOUT;
     if (unsent.num_bytes <= config.max_unsent_bytes) events |= POLLIN;
     polled[1 + i] = {fd, events, 0};
-    if (fd >= 0) {
-      all_gone = false;
-    } else if (!abort_requests_of(front_end)) {
-      all_gone = false;
-      timeout = timeout < 0 ? kRetryMilliseconds : std::min(timeout, kRetryMilliseconds);
-    }
   }
-  if (all_gone) return false;
   if (poll(polled.data(), polled.size(), timeout) < 0) {  // EINTR
     for (pollfd& each : polled) each.revents = 0;
   }
   return true;
+}
+
+// Of front ends that have gone. False if one of them has left something behind.
+bool EngineServer::State::let_go() {
+  bool all = true;
+  const auto is_over = [this, &all](const auto& front_end) {
+    if (front_end->socket.get() >= 0) return false;
+    const bool nothing_left = abort_requests_of(front_end.get());
+    all &= nothing_left;
+    return nothing_left;
+  };
+  front_ends.erase(std::remove_if(front_ends.begin(), front_ends.end(), is_over),
+                   front_ends.end());
+  return all;
 }
 
 void EngineServer::State::read(FrontEnd* front_end) {
@@ -520,5 +597,6 @@ EngineServer::~EngineServer() = default;
 void EngineServer::run() { s_->run(); }
 
 void EngineServer::stop() { s_->stop(); }
+void EngineServer::add_front_end(int socket) { s_->add_front_end(socket); }
 
 }  // namespace fastpage

@@ -56,6 +56,11 @@ void FrontEnd::give_up_locked() {
   held_until.reset();
 }
 
+bool FrontEnd::has_gone() {
+  std::lock_guard<std::mutex> lock(mutex);
+  return gone;
+}
+
 void FrontEnd::notify() {
   std::lock_guard<std::mutex> lock(mutex);
   changed.notify_all();

@@ -38,6 +38,7 @@ struct FrontEnd {
       return out.size() <= max_unsent_bytes || held_until.has_value() || gone || stopping();
     });
   }
+  bool has_gone();
   void notify();  // `stopping` may say something else
   void close();
 

@@ -521,7 +521,11 @@ class EngineServer:
     """Steps an engine for the front ends at the other ends of some sockets, which it takes over:
     detach() them."""
 
-    def __init__(self, engine: Engine, sockets: Sequence[int]) -> None: ...
+    def __init__(
+        self, engine: Engine, sockets: Sequence[int], *, takes_more: bool = False
+    ) -> None: ...
+    def add_front_end(self, socket: int) -> None:
+        """From any thread, with takes_more: another one, whose socket it takes over."""
     def run(self) -> None:
         """Until every front end has closed its socket or stop() is called. Without the GIL. On
         Python's main thread, no Python signal handler runs meanwhile."""
