@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
+from typing import Protocol
 
 from fastpage import _C
 from fastpage.engine.args import EngineArgs
@@ -38,6 +39,14 @@ _LONGEST_REQUEST_ID = 1024
 
 class DuplicateRequestId(InvalidArgument):
     """Another request in progress has that request_id."""
+
+
+class Siblings(Protocol):
+    """The other front ends of the same engine."""
+
+    index: int  # of this one among them
+
+    async def abort(self, request_id: str) -> bool: ...
 
 
 class RequestStream:
@@ -92,6 +101,7 @@ class AsyncEngine:
         model: LoadedModel | ServedModel,
         observer: EngineObserver | None = None,
         core: Core | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         """`core`: what computes `model`; that of a LoadedModel is its own engine."""
         if core is None:
@@ -106,6 +116,8 @@ class AsyncEngine:
         self._processor = OutputProcessor(model.tokenizer)
         self._streams: dict[int, RequestStream] = {}
         self._core_ids: dict[str, int] = {}
+        self._siblings = siblings
+        self._auto_prefix = "request-" if siblings is None else f"request-{siblings.index}-"
         self._auto_ids = itertools.count()
         self._pace = _Pace()
         self._stopped = False
@@ -149,7 +161,7 @@ class AsyncEngine:
         """Raises InvalidArgument if the request can never be served, ResourceExhausted if it cannot
         be served now (with `retry_after_seconds`, an estimate), EngineStopped if no request can.
         The caller reads the stream to its end or calls its abort()."""
-        request_id = request_id or f"request-{next(self._auto_ids)}"
+        request_id = request_id or f"{self._auto_prefix}{next(self._auto_ids)}"
         try:
             stream = await self._add_request(
                 prompt, sampling_params, request_id, priority, output_kind
@@ -227,6 +239,17 @@ class AsyncEngine:
             return False
         self._streams[core_id].abort()
         return True
+
+    async def abort_anywhere(self, request_id: str) -> bool:
+        """abort(), of a request of whichever front end of the engine."""
+        if self.abort(request_id):
+            return True
+        return self._siblings is not None and await self._siblings.abort(request_id)
+
+    @property
+    def front_end_index(self) -> int:
+        """Of several over one engine."""
+        return 0 if self._siblings is None else self._siblings.index
 
     async def to_prompt(self, prompt: PromptType) -> Prompt:
         arguments = (prompt, self.tokenizer, self.info.vocab_size)

@@ -4,18 +4,18 @@ closes the socket. See process_core.py for the other side.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import os
-import signal
 import socket
 import sys
+import threading
 import time
 from typing import Any
 
 from fastpage import _C, logs
 from fastpage.checkpoints import Checkpoint
+from fastpage.child_process import end_with
 from fastpage.engine.args import EngineArgs
 from fastpage.engine.core import EngineLost
 from fastpage.engine.hello import BUILD, LENGTH, other_build
@@ -23,31 +23,37 @@ from fastpage.engine.loading import LoadedModel, load_model
 from fastpage.engine.model_files import differences, digests, replaced_files
 from fastpage.errors import FastpageError
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main() -> None:
-    """sys.argv: the descriptor of the socket, the front end's process id, when that started this
-    process, by time.monotonic()."""
-    fileno, front_end, started = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    """sys.argv: the front end's process id, when that started this process (by time.monotonic()),
+    the descriptor of its socket, and that of the one by which the sockets of other front ends
+    come, if any do."""
+    front_end, started, fileno = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     start_up = time.monotonic() - started
-    _end_with(front_end)
+    # While it loads, nobody looks at the socket.
+    end_with(front_end)
+    door = socket.socket(fileno=int(sys.argv[4])) if len(sys.argv) > 4 else None
     with socket.socket(fileno=fileno) as channel:
         loaded = _load(channel, {"start": start_up})
         if loaded is None:
             sys.exit(1)
-        server = _C.EngineServer(loaded.engine, [channel.detach()])
+        server = _C.EngineServer(loaded.engine, [channel.detach()], takes_more=door is not None)
+    if door is not None:
+        threading.Thread(target=_let_in, args=(door, server), daemon=True).start()
     server.run()
     # The weights need no orderly end.
     sys.stdout.flush()
     os._exit(0)
 
 
-def _end_with(front_end: int) -> None:
-    """While it loads, nobody looks at the socket."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != front_end:
-        os._exit(1)
+def _let_in(door: socket.socket, server: _C.EngineServer) -> None:
+    """Front ends, whenever they come."""
+    while True:
+        message, filenos, _, _ = socket.recv_fds(door, 1, 1)
+        if not message:
+            return
+        for fileno in filenos:
+            server.add_front_end(fileno)
 
 
 def _load(channel: socket.socket, phases: dict[str, float]) -> LoadedModel | None:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import logging
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from fastpage import _C, logs
 from fastpage.checkpoints import open_checkpoint
+from fastpage.child_process import how_it_ended, start_child
 from fastpage.engine.args import EngineArgs
 from fastpage.engine.channel_core import ChannelCore
 from fastpage.engine.core import CoreListener, EngineDied, EngineLost
@@ -36,15 +32,14 @@ from fastpage.tokenizer import Tokenizer
 
 _logger = logging.getLogger("fastpage.engine")
 
-# The process is given the caller's own way to find modules, and none to find others.
-_COMMAND = (
-    "import sys; sys.path[:] = {path!r}; from fastpage.engine.engine_process import main; main()"
-)
 _LONGEST_HELLO = 16 << 20
 _SECONDS_TO_STOP = 5.0
 _MOST_SECONDS_BETWEEN_STARTS = 30.0
 # An engine that lived this long may be started again at once.
 _SECONDS_TO_BE_TRUSTED = 60.0
+
+# What an engine process says when it has loaded the model.
+Hello = dict[str, Any]
 
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
@@ -65,30 +60,38 @@ _ERRORS: dict[str, type[Exception]] = {
 class _Process:
     """An engine process, and the front end's end of its socket."""
 
-    def __init__(self, args: EngineArgs) -> None:
-        self._socket, its_socket = socket.socketpair()
-        with its_socket:
-            command = _COMMAND.format(path=sys.path)
-            arguments = (its_socket.fileno(), os.getpid(), time.monotonic())
-            # Not start_new_session: whoever kills the whole group means the engine too.
-            with _signals_blocked():
-                self._popen = subprocess.Popen(
-                    [sys.executable, "-c", command, *map(str, arguments)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,
-                    pass_fds=[its_socket.fileno()],
-                )
-        self._socket.setblocking(False)
+    def __init__(self, args: EngineArgs, takes_more: bool = False) -> None:
+        """`takes_more`: more front ends than this one, see add_front_end()."""
         self._args = args
         self._killed = False
+        self._socket, its_socket = socket.socketpair()
+        self._door: socket.socket | None = None
+        its_sockets = [its_socket]
+        if takes_more:
+            self._door, its_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            its_sockets.append(its_door)
+        filenos = [each.fileno() for each in its_sockets]
+        self._popen = start_child("fastpage.engine.engine_process", filenos, filenos)
+        for each in its_sockets:
+            each.close()
+        self._socket.setblocking(False)
+
+    def add_front_end(self) -> socket.socket:
+        """The other end of a socket that its EngineServer gets. Raises OSError if the process has
+        ended."""
+        assert self._door is not None
+        ours, its_socket = socket.socketpair()
+        with its_socket:
+            socket.send_fds(self._door, [b"+"], [its_socket.fileno()])
+        return ours
 
     @property
     def pid(self) -> int:
         return self._popen.pid
 
-    async def hello(self, files: dict[str, str] | None = None) -> dict[str, Any]:
-        """What it says when it has loaded the model. `files`: what the model's files have to be.
-        Raises what load_model() raised there, EngineLost or EngineDied."""
+    async def hello(self, files: dict[str, str] | None = None) -> Hello:
+        """`files`: what the model's files have to be. Raises what load_model() raised there,
+        EngineLost or EngineDied."""
         loop = asyncio.get_running_loop()
         try:
             orders = {
@@ -102,7 +105,7 @@ class _Process:
             (length,) = LENGTH.unpack(await self._read(LENGTH.size))
             if length > _LONGEST_HELLO:
                 raise EngineDied("the engine process does not talk as this version does")
-            hello: dict[str, Any] = json.loads(await self._read(length))
+            hello: Hello = json.loads(await self._read(length))
         except (ConnectionError, EOFError):
             raise EngineDied(
                 f"the engine process ended while it loaded the model ({await self.end()})"
@@ -127,7 +130,7 @@ class _Process:
         return self._socket.detach()
 
     def kill(self) -> None:
-        self._socket.close()
+        self._close()
         self._killed = True
         self._popen.kill()
 
@@ -140,20 +143,32 @@ class _Process:
                 await asyncio.to_thread(self._popen.wait)
             else:
                 await asyncio.sleep(0.005)
-        self._socket.close()
+        self._close()
         if self._killed:
             return "it was killed"
-        return _how_it_ended(self._popen.returncode)
+        return how_it_ended(self._popen.returncode)
+
+    def _close(self) -> None:
+        self._socket.close()
+        if self._door is not None:
+            self._door.close()
 
 
 class ProcessCore(ChannelCore):
     """A core that is a process, with its supervisor."""
 
-    def __init__(self, args: EngineArgs, process: _Process, files: dict[str, str]) -> None:
+    def __init__(
+        self,
+        args: EngineArgs,
+        process: _Process,
+        files: dict[str, str],
+        takes_more: bool = False,
+    ) -> None:
         super().__init__(args.engine_timeout)
         self._files = files
         self._lost: EngineLost | None = None
         self._args = args
+        self._takes_more = takes_more
         self._process = process
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -163,14 +178,13 @@ class ProcessCore(ChannelCore):
         load_model() raises, and EngineDied."""
         phase = PhaseTimer()
         process = _Process(args)
-        tokenizer = _in_thread(_load_tokenizer, args, phase)
+        tokenizer = _in_thread(load_tokenizer, args, phase)
         hello = asyncio.ensure_future(process.hello())
         try:
             # What the engine says comes first: it looks at the model before the tokenizer.
             await hello
             await tokenizer
-            if changed := differences(hello.result()["files"], tokenizer.result()[1]):
-                raise EngineLost(replaced_files(changed))
+            check_same(hello.result(), tokenizer.result()[1])
         except BaseException:
             hello.cancel()
             tokenizer.add_done_callback(_hear_its_error)
@@ -180,14 +194,27 @@ class ProcessCore(ChannelCore):
         said = hello.result()
         core = cls(args, process, said["files"])
         core.open(process.take_socket())
-        model = ServedModel(
-            tokenizer=tokenizer.result()[0],
-            info=ModelInfo(**said["info"]),
-            sampling_defaults=said["sampling_defaults"],
-            phases={f"engine {name}": seconds for name, seconds in said["phases"].items()}
-            | phase.seconds,
-        )
-        return core, model
+        return core, served_model(said, tokenizer.result()[0], phase)
+
+    @classmethod
+    async def launch_for_others(cls, args: EngineArgs) -> tuple[ProcessCore, Hello]:
+        """Starts the process for front ends of other processes, see add_front_end(). Raises what
+        load_model() raises, and EngineDied."""
+        process = _Process(args, takes_more=True)
+        try:
+            said = await process.hello()
+        except BaseException:
+            process.kill()
+            await process.end()
+            raise
+        core = cls(args, process, said["files"], takes_more=True)
+        core.open(process.take_socket())
+        return core, said
+
+    def add_front_end(self) -> socket.socket:
+        """A socket for the SharedCore of another process. Raises OSError if the engine's process
+        has ended."""
+        return self._process.add_front_end()
 
     def start(self, listener: CoreListener) -> None:
         super().start(listener)
@@ -250,7 +277,7 @@ class ProcessCore(ChannelCore):
             delay = min(max(1.0, 2 * delay), _MOST_SECONDS_BETWEEN_STARTS)
             start = time.monotonic()
             try:
-                self._process = _Process(self._args)
+                self._process = self._new_process()
                 await self._process.hello(self._files)
                 self.open(self._process.take_socket())
             except (asyncio.CancelledError, EngineLost):
@@ -266,8 +293,28 @@ class ProcessCore(ChannelCore):
             self._listener.on_started()
             return delay
 
+    def _new_process(self) -> _Process:
+        return _Process(self._args, takes_more=True) if self._takes_more else _Process(self._args)
 
-def _load_tokenizer(args: EngineArgs, phase: PhaseTimer) -> tuple[Tokenizer, dict[str, str]]:
+def check_same(said: Hello, files: dict[str, str]) -> None:
+    """`files`: what a front end has of the model. Raises EngineLost if the engine has others."""
+    if said["build"] != BUILD:
+        raise EngineLost(other_build(said["build"], BUILD))
+    if changed := differences(said["files"], files):
+        raise EngineLost(replaced_files(changed))
+
+
+def served_model(said: Hello, tokenizer: Tokenizer, phase: PhaseTimer) -> ServedModel:
+    return ServedModel(
+        tokenizer=tokenizer,
+        info=ModelInfo(**said["info"]),
+        sampling_defaults=said["sampling_defaults"],
+        phases={f"engine {name}": seconds for name, seconds in said["phases"].items()}
+        | phase.seconds,
+    )
+
+
+def load_tokenizer(args: EngineArgs, phase: PhaseTimer) -> tuple[Tokenizer, dict[str, str]]:
     """And the files that it belongs to."""
     with phase("tokenizer"):
         checkpoint = open_checkpoint(args.model, args.revision, args.load_format)
@@ -282,33 +329,3 @@ def _hear_its_error(future: asyncio.Future[Any]) -> None:
     """Nobody else will: asyncio would log it."""
     if not future.cancelled():
         future.exception()
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """A process that is started meanwhile never gets them: a terminal's Ctrl-C and service managers
-    signal all processes of a server, and it is the front end that drains and then closes the
-    socket."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _how_it_ended(returncode: int) -> str:
-    if returncode >= 0:
-        return f"exit status {returncode}"
-    with contextlib.suppress(ValueError):
-        name = signal.Signals(-returncode).name
-        hint = ": out of memory?" if name == "SIGKILL" else ""
-        return f"{name}{hint}"
-    return f"signal {-returncode}"
-
-
-def _has_fileno(stream: Any) -> bool:
-    try:
-        stream.fileno()
-    except (AttributeError, OSError, ValueError):
-        return False
-    return True

@@ -11,16 +11,12 @@ from fastpage.serving import lifecycle, security
 if TYPE_CHECKING:
     import grpc
 
-    from fastpage.serving.metrics.server import MetricsServer
+    from fastpage.serving.metrics.exposition import Expose
+    from fastpage.serving.metrics.server import MetricsFrontend
 
 
 def main() -> None:
-    lifecycle.run(
-        "fastpage-grpc",
-        "Serve a model over gRPC (proto/fastpage/v1/fastpage.proto).",
-        _add_options,
-        _make_frontends,
-    )
+    COMMAND.run()
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,11 +58,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     security.add_options(parser)
 
 
-def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
+def _make_frontends(options: argparse.Namespace, expose: Expose | None) -> list[lifecycle.Frontend]:
     if not 0 < options.max_message_bytes < 2**31:
         raise ValueError(f"--max-message-bytes {options.max_message_bytes} is not from 1 to 2^31")
     if not 0 < options.slow_client_timeout < float("inf"):
         raise ValueError(f"--slow-client-timeout {options.slow_client_timeout} is not above 0")
+    if options.address:
+        lifecycle.refuse_to_share(options, f"--address {options.address}")
     if options.channelz and importlib.util.find_spec("grpc_channelz") is None:
         raise ValueError("--channelz: pip install 'fastpage[channelz]'")
     from fastpage.serving.grpc.listening import Address
@@ -79,7 +77,7 @@ def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
     if options.metrics_port is not None:
         from fastpage.serving.metrics.grpc_calls import CountCalls
 
-        metrics.append(_metrics_server(options.host, options.metrics_port))
+        metrics.append(_metrics(options.host, options.metrics_port, expose))
         interceptors.append(CountCalls(metrics[0].calls))
     if options.otlp_traces_endpoint:
         from fastpage.serving.tracing import TraceContextInterceptor
@@ -96,18 +94,27 @@ def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
         tokens=security.BearerTokens.from_options(options),
         max_message_bytes=options.max_message_bytes,
         channelz=options.channelz,
+        reuse_port=options.api_server_count > 1,
         interceptors=interceptors,
     )
     return [GrpcServer(services, config), *metrics]
 
 
-def _metrics_server(host: str, port: int) -> MetricsServer:
+def _metrics(host: str, port: int, expose: Expose | None) -> MetricsFrontend:
     if not 0 <= port < 65536:
         raise ValueError(f"--metrics-port {port} is not between 0 and 65535")
-    from fastpage.serving.metrics.server import MetricsServer
+    from fastpage.serving.metrics.server import MetricsOfFrontEnd, MetricsServer
 
-    return MetricsServer(host, port)
+    return MetricsServer(host, port) if expose is None else MetricsOfFrontEnd(expose)
 
+
+COMMAND = lifecycle.Command(
+    program="fastpage-grpc",
+    module="fastpage.serving.grpc.cli",
+    description="Serve a model over gRPC (proto/fastpage/v1/fastpage.proto).",
+    add_options=_add_options,
+    make_frontends=_make_frontends,
+)
 
 if __name__ == "__main__":
     main()

@@ -28,8 +28,6 @@ from fastpage.serving.security import BearerTokens, TlsFiles
 DEFAULT_MAX_MESSAGE_BYTES = 4 << 20
 
 _OPTIONS = (
-    # Two servers on one port would share its connections silently.
-    ("grpc.so_reuseport", 0),
     ("grpc.max_send_message_length", -1),
     # Clients may ping as often as every 10 seconds, calls in progress or not.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -66,6 +64,9 @@ class GrpcServerConfig:
     tokens: BearerTokens | None = None
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES  # of a request
     channelz: bool = False
+    # Other processes of this server listen there, too. Two servers on one port would share its
+    # connections silently.
+    reuse_port: bool = False
     interceptors: Sequence[grpc.aio.ServerInterceptor] = ()  # of calls with a token
 
 
@@ -116,6 +117,7 @@ class GrpcServer:
             interceptors.insert(0, RequireToken(config.tokens))
         options = (
             *_OPTIONS,
+            ("grpc.so_reuseport", int(config.reuse_port)),
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.enable_channelz", int(config.channelz)),
         )

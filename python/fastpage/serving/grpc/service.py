@@ -141,7 +141,8 @@ class FastpageService(pb_grpc.FastpageServicer):
             refuse_unknown_fields(request)
             if not request.request_id:
                 raise InvalidArgument("request_id is empty")
-            return pb.AbortResponse(found=self._ready_engine().abort(request.request_id))
+            found = await self._ready_engine().abort_anywhere(request.request_id)
+            return pb.AbortResponse(found=found)
         except Exception as error:
             await abort(context, error)
 

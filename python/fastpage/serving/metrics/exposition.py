@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastpage.errors import FastpageError
 from fastpage.serving.metrics.calls import CallCounts
@@ -22,27 +22,40 @@ class MissingExtra(FastpageError, ValueError):
     """prometheus_client is not installed."""
 
 
+class Renderer(Protocol):
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The body and its content type, which follows the request's Accept header. Not on the
+        event loop: it may take a while."""
+        ...
+
+
+Expose = Callable[[EngineMetrics, CallCounts], Renderer]
+
+
 class Exposition:
     """Raises MissingExtra if prometheus_client is not there."""
 
-    def __init__(self, metrics: EngineMetrics, calls: CallCounts | None = None) -> None:
+    def __init__(
+        self, metrics: EngineMetrics, calls: CallCounts | None = None, of_process: bool = True
+    ) -> None:
+        """`of_process`: with what every program with this client shows: CPU seconds, memory, open
+        files, Python's own."""
         try:
             import prometheus_client
         except ImportError:
             raise MissingExtra(_MISSING) from None
         self._client = prometheus_client
         self._registry = prometheus_client.CollectorRegistry()
-        # What every program with this client shows: CPU seconds, memory, open files, Python's own.
-        prometheus_client.ProcessCollector(registry=self._registry)
-        prometheus_client.PlatformCollector(registry=self._registry)
-        prometheus_client.GCCollector(registry=self._registry)
+        if of_process:
+            prometheus_client.ProcessCollector(registry=self._registry)
+            prometheus_client.PlatformCollector(registry=self._registry)
+            prometheus_client.GCCollector(registry=self._registry)
         self._registry.register(_EngineCollector(metrics))
         if calls is not None:
             self._registry.register(_CallCollector(calls))
         self._server: tuple[Any, threading.Thread] | None = None
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
-        """The body and its content type, which follows the request's Accept header."""
         encode, content_type = self._client.exposition.choose_encoder(accept)
         return encode(self._registry), content_type
 
@@ -66,6 +79,12 @@ class Exposition:
             server.server_close()
             thread.join()
             self._server = None
+
+
+def serve_metrics(exposition: Exposition, host: str, port: int) -> str:
+    """start_server(). Returns the address, as people write it."""
+    chosen = exposition.start_server(host, port)
+    return f"http://{f'[{host}]' if ':' in host else host}:{chosen}/metrics"
 
 
 class _EngineCollector:

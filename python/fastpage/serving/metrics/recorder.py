@@ -58,7 +58,7 @@ _TOTALS = (
     "scheduler.num_accepted_tokens",
 )
 _GETTERS = {name: attrgetter(name) for name in _TOTALS}
-_step_phases = attrgetter(*STEP_PHASES.values())
+step_phases = attrgetter(*STEP_PHASES.values())
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 # The first class that fits gives the reason.
@@ -83,6 +83,10 @@ class Histogram:
     def observe(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
+
+    def observe_many(self, value: float, count: int) -> None:
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.total += value * count
 
     def observe_all(self, values: list[float]) -> None:
         first = bisect_left(self.bounds, min(values))
@@ -173,7 +177,7 @@ class EngineMetrics(EngineObserver):
         self._totals = (self._totals[0], report.stats)
         if report.num_tokens:
             self.iteration_tokens.observe(report.num_tokens)
-            seconds = sum(_step_phases(report.stats))
+            seconds = sum(step_phases(report.stats))
             self.step_seconds.observe(seconds - self._seconds_in_steps)
             self._seconds_in_steps = seconds
         self.num_generation_tokens += report.num_new_tokens

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from typing import TYPE_CHECKING
 
 from fastpage.serving import lifecycle, security
+
+if TYPE_CHECKING:
+    from fastpage.serving.metrics.exposition import Expose
 
 _EXTRA = ("httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")
 
 
 def main() -> None:
-    lifecycle.run(
-        "fastpage-openai",
-        "Serve a model over HTTP, with OpenAI's API.",
-        _add_options,
-        _make_frontends,
-    )
+    COMMAND.run()
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +55,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     security.add_options(parser)
 
 
-def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
+def _make_frontends(options: argparse.Namespace, expose: Expose | None) -> list[lifecycle.Frontend]:
     if not 0 < options.max_body_bytes < 2**31:
         raise ValueError(f"--max-body-bytes {options.max_body_bytes} is not from 1 to 2^31")
     for name in ("request_timeout", "slow_client_timeout"):
         if not 0 < getattr(options, name) < float("inf"):
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(options, name)} is not above 0")
+    if options.uds:
+        lifecycle.refuse_to_share(options, f"--uds {options.uds}")
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be there: pip install 'fastpage[openai]'")
@@ -79,9 +80,18 @@ def _make_frontends(options: argparse.Namespace) -> list[lifecycle.Frontend]:
         cors_origins=options.cors_origin,
         limits=limits,
         trace_context=bool(options.otlp_traces_endpoint),
+        reuse_port=options.api_server_count > 1,
     )
-    return [HttpServer(http)]
+    return [HttpServer(http, expose)]
 
+
+COMMAND = lifecycle.Command(
+    program="fastpage-openai",
+    module="fastpage.serving.openai.cli",
+    description="Serve a model over HTTP, with OpenAI's API.",
+    add_options=_add_options,
+    make_frontends=_make_frontends,
+)
 
 if __name__ == "__main__":
     main()

@@ -16,6 +16,7 @@ import uvicorn
 
 from fastpage.engine.async_engine import AsyncEngine
 from fastpage.errors import FastpageError
+from fastpage.serving.metrics.exposition import Expose
 from fastpage.serving.openai.app import build_app
 from fastpage.serving.openai.connection import Connection
 from fastpage.serving.openai.exchange import Limits
@@ -38,6 +39,7 @@ class HttpOptions:
     cors_origins: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
     trace_context: bool = False  # heed the traceparent header
+    reuse_port: bool = False  # other processes of this server listen there, too
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -50,9 +52,9 @@ class HttpServer:
     """A lifecycle.Frontend. Its /health says ready while the engine is, from set_engine() to
     drain()."""
 
-    def __init__(self, options: HttpOptions | None = None) -> None:
+    def __init__(self, options: HttpOptions | None = None, expose: Expose | None = None) -> None:
         self._options = options or HttpOptions()
-        self._state = ServerState(self._options.limits)
+        self._state = ServerState(self._options.limits, expose)
         self._server: _Server
         self._serving: asyncio.Task[None]
 
@@ -116,7 +118,9 @@ def _listen(options: HttpOptions) -> tuple[socket.socket, str]:
             return _listen_at_path(options.uds), f"unix:{options.uds}"
         found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
         family, _, _, _, address = found[0]
-        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        listener = socket.create_server(
+            address[:2], family=family, backlog=_BACKLOG, reuse_port=options.reuse_port
+        )
     except OSError as error:
         where = options.uds or f"{options.host}:{options.port}"
         raise FastpageError(

@@ -10,6 +10,7 @@ from typing import Any
 from fastpage.engine.async_engine import AsyncEngine
 from fastpage.serving.metrics import EngineMetrics, Exposition
 from fastpage.serving.metrics.calls import http_requests
+from fastpage.serving.metrics.exposition import Expose
 from fastpage.serving.openai.errors import not_ready
 from fastpage.serving.openai.exchange import Limits
 from fastpage.serving.openai.model import Model
@@ -27,13 +28,13 @@ _HUGE_BODY = 1 << 18
 class ServerState:
     """Raises MissingExtra if prometheus_client is not there."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, expose: Expose | None = None) -> None:
         self.limits = limits or Limits()
         self.started = int(time.time())
         self.draining = False
         self._metrics = EngineMetrics()
         self.requests = http_requests()
-        self.exposition = Exposition(self._metrics, self.requests)
+        self.exposition = (expose or Exposition)(self._metrics, self.requests)
         self._huge_body = asyncio.Lock()
         self._engine: AsyncEngine | None = None
         self._model: Model | None = None

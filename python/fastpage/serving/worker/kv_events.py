@@ -22,6 +22,8 @@ from fastpage.errors import FastpageError
 # What is kept for subscribers that come back or lag. Who needs more gets a snapshot.
 _MOST_BATCHES = 4096
 _MOST_BYTES = 16 << 20
+# Microseconds since 1970 reach it in the year 2255.
+_NUMBERS_OF_A_FRONT_END = 1 << 53
 # Of a snapshot's message: some 400 KB, where a client takes 4 MiB.
 _MOST_TOKENS_PER_CHUNK = 1 << 16
 
@@ -87,12 +89,13 @@ class KvEventLog(EngineObserver):
     """Keeps the last batches, and which blocks are cached now. Belongs to one event loop.
 
     The first number comes from the clock, so that nobody who goes on with a number of an earlier
-    process finds it in this one's log.
+    process finds it in this one's log, and from the `index` of the front end, so that it is not
+    found in another one's either.
     """
 
-    def __init__(self, block_size: int, first_number: int | None = None) -> None:
+    def __init__(self, block_size: int, first_number: int | None = None, index: int = 0) -> None:
         self._block_size = block_size
-        self._last = first_number or time.time_ns() // 1000
+        self._last = first_number or time.time_ns() // 1000 + index * _NUMBERS_OF_A_FRONT_END
         self._live: dict[int, _LiveBlock] = {}
         self._batches: deque[bytes] = deque()
         self._num_bytes = 0

@@ -70,7 +70,7 @@ class VllmEngineService(pb_grpc.VllmEngineServicer):
     def set_engine(self, engine: AsyncEngine) -> None:
         self._defaults = engine.get_default_sampling_params()
         self._loads = LoadMeter(engine)
-        self._kv_events = KvEventLog(engine.info.block_size)
+        self._kv_events = KvEventLog(engine.info.block_size, index=engine.front_end_index)
         engine.add_observer(self._kv_events)
         engine.listen_to_kv_events(self._kv_events.take_in)
         self._engine = engine
@@ -132,7 +132,7 @@ class VllmEngineService(pb_grpc.VllmEngineServicer):
         for request_id in request.request_ids:
             if request_id in self._starting:
                 self._starting[request_id].set()
-            engine.abort(request_id)
+            await engine.abort_anywhere(request_id)
         return pb.AbortResponse()
 
     async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> None:

@@ -1,0 +1,185 @@
+"""A front end: a process that its parent starts, hands the engine's sockets, and tells when to
+stop.
+
+It gets no signals: those of a terminal or a service manager, which reach all processes of a server,
+are the parent's, which passes them on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import socket
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fastpage.child_process import end_with
+from fastpage.engine.args import EngineArgs
+from fastpage.engine.async_engine import AsyncEngine
+from fastpage.engine.loading import PhaseTimer
+from fastpage.engine.process_core import Hello, load_tokenizer, served_model
+from fastpage.engine.shared_core import SharedCore
+from fastpage.errors import FastpageError
+from fastpage.serving.front_ends.control import Control
+from fastpage.serving.lifecycle import Command, Server, Signals, exit_now
+from fastpage.serving.metrics.calls import CallCounts
+from fastpage.serving.metrics.recorder import EngineMetrics
+from fastpage.serving.metrics.shared import Snapshot, snapshot
+
+# What a front end that is killed has counted since then is lost.
+_SECONDS_BETWEEN_REPORTS = 1.0
+
+
+def main() -> None:
+    """sys.argv: the parent's process id, when it started this process, the descriptor of the
+    control socket, the module of the command, this front end's index, the port, and the command
+    line that the parent got."""
+    parent, fileno, module = int(sys.argv[1]), int(sys.argv[3]), sys.argv[4]
+    index, port, argv = int(sys.argv[5]), int(sys.argv[6]), sys.argv[7:]
+    end_with(parent)
+    command: Command = importlib.import_module(module).COMMAND
+    control = socket.socket(fileno=fileno)
+    asyncio.run(_serve(command, control, index, port, argv))
+
+
+async def _serve(
+    command: Command, control: socket.socket, index: int, port: int, argv: Sequence[str]
+) -> None:
+    parent = ParentLink(control, index)
+    try:
+        parsed = command.parse(argv, port, parent.expose)
+        await Server(parsed, parent).run()
+        await parent.report_last()
+    except (FastpageError, OSError, MemoryError) as error:
+        await parent.fail(error)
+
+
+class ParentLink:
+    """The lifecycle.Home of a front end, its way to the others, and its metrics' way out."""
+
+    def __init__(self, control: socket.socket, index: int) -> None:
+        self.index = index
+        self.signals = OrdersInsteadOfSignals()
+        self._control = Control(
+            control,
+            {
+                "engine": self._take_engine,
+                "drain": self.signals.drain,
+                "end": self.signals.end,
+                "abort": self._abort,
+            },
+            on_end=lambda: exit_now(1),  # nobody is left to serve for
+        )
+        self._loop = asyncio.get_running_loop()
+        self._core: SharedCore | None = None
+        # Until there is a core: what the engine said, and its socket.
+        self._handed: asyncio.Queue[tuple[Hello, socket.socket]] = asyncio.Queue()
+        self._engine: AsyncEngine | None = None
+        self._metrics: tuple[EngineMetrics, CallCounts] | None = None
+        self._reported: Snapshot = {}
+        self._reporting: asyncio.Task[None] | None = None
+
+    # ---- lifecycle.Home
+
+    async def start_engine(self, args: EngineArgs) -> AsyncEngine:
+        phase = PhaseTimer()
+        tokenizer = await asyncio.to_thread(load_tokenizer, args, phase)
+        said, sock = await self._handed.get()
+        while not self._handed.empty():  # started again meanwhile
+            sock.close()
+            said, sock = self._handed.get_nowait()
+        model = served_model(said, tokenizer, phase)
+        self._core = SharedCore()
+        self._engine = AsyncEngine(model, core=self._core, siblings=self)
+        self._core.start(self._engine)
+        self._core.open(sock.detach())
+        return self._engine
+
+    def say(self, text: str) -> None:
+        """The parent says it for all."""
+
+    def listening(self, addresses: Sequence[str], model: str) -> None:
+        self._control.tell("listening", addresses=list(addresses))
+
+    def ready(self, engine: AsyncEngine, addresses: Sequence[str]) -> None:
+        self._control.tell("ready")
+        if self._metrics is not None:
+            self._reporting = asyncio.create_task(self._report_now_and_then())
+
+    async def fail(self, error: BaseException) -> NoReturn:
+        await self._control.ask("failed", message=str(error) or type(error).__name__)
+        exit_now(1)
+
+    # ---- async_engine.Siblings
+
+    async def abort(self, request_id: str) -> bool:
+        return bool(await self._control.ask("abort", request_id=request_id))
+
+    # ---- metrics
+
+    def expose(self, metrics: EngineMetrics, calls: CallCounts) -> SharedExposition:
+        self._metrics = (metrics, calls)
+        return SharedExposition(self, self._loop)
+
+    async def render(self, accept: str) -> tuple[bytes, str]:
+        self._report()
+        body, content_type = await self._control.ask("render", accept=accept)
+        return body.encode(), content_type
+
+    async def report_last(self) -> None:
+        """Returns when the parent has all that was counted."""
+        self._report()
+        await self._control.ask("reported")
+
+    async def _report_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(_SECONDS_BETWEEN_REPORTS)
+            self._report()
+
+    def _report(self) -> None:
+        if self._metrics is None:
+            return
+        taken = snapshot(*self._metrics)
+        if taken != self._reported:
+            self._reported = taken
+            self._control.tell("metrics", taken=taken)
+
+    # ---- what the parent says
+
+    def _take_engine(self, said: Hello, sock: socket.socket) -> None:
+        if self._core is None:
+            self._handed.put_nowait((said, sock))
+        else:
+            self._core.take(sock.detach())
+
+    async def _abort(self, request_id: str) -> bool:
+        return self._engine is not None and self._engine.abort(request_id)
+
+
+class OrdersInsteadOfSignals(Signals):
+    """The parent's."""
+
+    def listen(self) -> None:
+        pass
+
+    def drain(self) -> None:
+        if not self.first.is_set():
+            self.on_signal()
+
+    def end(self) -> None:
+        self.drain()
+        if not self.second.is_set():
+            self.on_signal()
+
+
+class SharedExposition:
+    """Of all front ends, by way of the parent. For another thread than the event loop's."""
+
+    def __init__(self, parent: ParentLink, loop: asyncio.AbstractEventLoop) -> None:
+        self._parent = parent
+        self._loop = loop
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        rendering = asyncio.run_coroutine_threadsafe(self._parent.render(accept), self._loop)
+        return rendering.result()

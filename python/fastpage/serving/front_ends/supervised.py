@@ -1,0 +1,144 @@
+"""A front end as its parent sees it: its process, and the next one when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from fastpage.child_process import how_it_ended, start_child
+from fastpage.errors import FastpageError
+from fastpage.serving.front_ends.control import Control, ControlClosed, Handler
+
+_logger = logging.getLogger("fastpage.serving")
+
+_MODULE = "fastpage.serving.front_ends.child"
+_MOST_SECONDS_BETWEEN_STARTS = 30.0
+# A front end that lived this long may be started again at once.
+_SECONDS_TO_BE_TRUSTED = 60.0
+
+
+class Owner(Protocol):
+    def hand_engine(self, front_end: SupervisedFrontEnd) -> None:
+        """Its process is new: gives it a socket of the engine, now or once there is one."""
+
+    def could_not_start(self, error: FastpageError) -> None:
+        """It was never ready, and is not started again."""
+
+    def take_metrics(self, index: int, taken: Any) -> None: ...
+
+    def forget_metrics(self, index: int) -> None:
+        """Its process has ended."""
+
+    async def render(self, accept: str) -> tuple[str, str]: ...
+
+    async def abort(self, request_id: str, asked_by: SupervisedFrontEnd) -> bool: ...
+
+
+class SupervisedFrontEnd:
+    def __init__(
+        self, owner: Owner, index: int, port: int, module: str, argv: Sequence[str]
+    ) -> None:
+        self.index = index
+        self.addresses: list[str] = []
+        self.listening = asyncio.Event()
+        self.ready = asyncio.Event()  # for the first time
+        self.ended = asyncio.Event()  # for good
+        self.control: Control
+        self._owner = owner
+        self._arguments = (module, index, port, *argv)
+        self._popen: subprocess.Popen[bytes]
+        self._started = 0.0
+        self._delay = 0.0
+        self._why = ""
+        self._stopping = False
+        self._end: asyncio.Task[None]
+
+    def start(self) -> None:
+        ours, its_socket = socket.socketpair()
+        with its_socket:
+            fileno = its_socket.fileno()
+            self._popen = start_child(_MODULE, (fileno, *self._arguments), [fileno])
+        self._started = time.monotonic()
+        handlers: dict[str, Handler] = {
+            "listening": self._on_listening,
+            "ready": self._on_ready,
+            "failed": self._on_failed,
+            "metrics": lambda taken: self._owner.take_metrics(self.index, taken),
+            "reported": lambda: None,
+            "render": self._owner.render,
+            "abort": lambda request_id: self._owner.abort(request_id, self),
+        }
+        self.control = Control(ours, handlers, self._on_end)
+        self._owner.hand_engine(self)
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def drain(self) -> None:
+        self._stopping = True
+        if self.control.closed:  # it is about to be started again
+            self.ended.set()
+        self.control.tell("drain")
+
+    def end_at_once(self) -> None:
+        self.control.tell("end")
+
+    def kill(self) -> None:
+        self._popen.kill()
+
+    async def abort(self, request_id: str) -> bool:
+        try:
+            return bool(await self.control.ask("abort", request_id=request_id))
+        except ControlClosed:
+            return False
+
+    # ---- what it says
+
+    def _on_listening(self, addresses: list[str]) -> None:
+        self.addresses = addresses
+        self.listening.set()
+
+    def _on_ready(self) -> None:
+        if self.ready.is_set():
+            seconds = time.monotonic() - self._started
+            _logger.warning(
+                "front end %d is back (pid %d) after %.1f s", self.index, self.pid, seconds
+            )
+        self.ready.set()
+
+    def _on_failed(self, message: str) -> None:
+        self._why = message
+
+    def _on_end(self) -> None:
+        self._end = asyncio.create_task(self._see_to_its_end())
+
+    async def _see_to_its_end(self) -> None:
+        self._popen.kill()
+        how = how_it_ended(await asyncio.to_thread(self._popen.wait))
+        self._owner.forget_metrics(self.index)
+        if not self._stopping:
+            what = f"front end {self.index} (pid {self.pid}) has ended"
+            if not self.ready.is_set():
+                self._owner.could_not_start(FastpageError(self._why or f"{what}: {how}"))
+                return
+            _logger.error("%s: %s", what, self._why or how)
+            await self._wait_before_the_next()
+        if self._stopping:
+            self.ended.set()
+        else:
+            self._why = ""
+            self.start()
+
+    async def _wait_before_the_next(self) -> None:
+        if time.monotonic() - self._started > _SECONDS_TO_BE_TRUSTED:
+            self._delay = 0.0
+        if self._delay:
+            _logger.error("front end %d is started again in %.0f s", self.index, self._delay)
+        await asyncio.sleep(self._delay)
+        self._delay = min(max(1.0, 2 * self._delay), _MOST_SECONDS_BETWEEN_STARTS)
