@@ -72,9 +72,11 @@ class ParentLink:
             on_end=lambda: exit_now(1),  # nobody is left to serve for
         )
         self._loop = asyncio.get_running_loop()
-        self._core: SharedCore | None = None
-        # Until there is a core: what the engine said, and its socket.
-        self._handed: asyncio.Queue[tuple[Hello, socket.socket]] = asyncio.Queue()
+        self._handed = asyncio.Event()
+        self._said: Hello
+        self._engine_socket: socket.socket | None = None  # until the core takes it
+        self._core: SharedCore
+        self._is_ready = False
         self._engine: AsyncEngine | None = None
         self._metrics: tuple[EngineMetrics, CallCounts] | None = None
         self._reported: Snapshot = {}
@@ -85,15 +87,12 @@ class ParentLink:
     async def start_engine(self, args: EngineArgs) -> AsyncEngine:
         phase = PhaseTimer()
         tokenizer = await asyncio.to_thread(load_tokenizer, args, phase)
-        said, sock = await self._handed.get()
-        while not self._handed.empty():  # started again meanwhile
-            sock.close()
-            said, sock = self._handed.get_nowait()
-        model = served_model(said, tokenizer, phase)
-        self._core = SharedCore()
-        self._engine = AsyncEngine(model, core=self._core, siblings=self)
-        self._core.start(self._engine)
-        self._core.open(sock.detach())
+        await self._handed.wait()
+        model = served_model(self._said, tokenizer, phase)
+        core = SharedCore()
+        self._engine = AsyncEngine(model, core=core, siblings=self)
+        core.start(self._engine)
+        self._core = core
         return self._engine
 
     def say(self, text: str) -> None:
@@ -103,6 +102,10 @@ class ParentLink:
         self._control.tell("listening", addresses=list(addresses))
 
     def ready(self, engine: AsyncEngine, addresses: Sequence[str]) -> None:
+        # Not before: the engine tells first what is cached, and everybody is to hear of it.
+        self._is_ready = True
+        if self._engine_socket is not None:
+            self._core.take(self._engine_socket.detach())
         self._control.tell("ready")
         if self._metrics is not None:
             self._reporting = asyncio.create_task(self._report_now_and_then())
@@ -148,10 +151,13 @@ class ParentLink:
     # ---- what the parent says
 
     def _take_engine(self, said: Hello, sock: socket.socket) -> None:
-        if self._core is None:
-            self._handed.put_nowait((said, sock))
-        else:
+        if self._is_ready:
             self._core.take(sock.detach())
+            return
+        if self._engine_socket is not None:  # it has been started again meanwhile
+            self._engine_socket.close()
+        self._said, self._engine_socket = said, sock
+        self._handed.set()
 
     async def _abort(self, request_id: str) -> bool:
         return self._engine is not None and self._engine.abort(request_id)

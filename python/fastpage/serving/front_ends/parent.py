@@ -90,7 +90,7 @@ class Parent:
             self._failure.set_exception(error)
 
     async def _all(self, events: Iterable[asyncio.Event]) -> None:
-        await self._until_signal(asyncio.gather(*(event.wait() for event in events)))
+        await self._until_signal(_all_set(events))
 
     async def _until_signal(self, awaitable: Awaitable[Any]) -> None:
         """Raises what the start failed with. At a signal the process ends: nothing that is half
@@ -127,7 +127,7 @@ class Parent:
         self._say("stopped")
 
     async def _ended(self, timeout: float) -> bool:
-        ended = asyncio.gather(*(front_end.ended.wait() for front_end in self._front_ends))
+        ended = _all_set(front_end.ended for front_end in self._front_ends)
         await asyncio.wait_for(ended, timeout + _SECONDS_TO_END)
         return True
 
@@ -176,6 +176,11 @@ class Parent:
         self._metrics.engine.started(self._engine)
         for front_end in self._front_ends:
             self.hand_engine(front_end)
+
+
+async def _all_set(events: Iterable[asyncio.Event]) -> None:
+    for event in events:
+        await event.wait()
 
 
 class _Engine:

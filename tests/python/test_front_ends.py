@@ -1,0 +1,518 @@
+"""--api-server-count: several front-end processes over one engine, and what happens when one of the
+processes dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import openai
+import pytest
+from server_process import (
+    GRPC,
+    HTTP,
+    NOT_SERVING,
+    PATIENCE,
+    GrpcClient,
+    ServerProcess,
+    eventually,
+    is_alive,
+    write_tiny_model,
+)
+
+from fastpage import LLM, SamplingParams
+from fastpage.v1 import fastpage_pb2 as pb
+
+PROMPT = "def main"
+LONG = 3000  # tokens
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[int]:
+    """The tokens after PROMPT. What is asked for less is their beginning."""
+    params = SamplingParams(temperature=0.0, max_tokens=LONG, ignore_eos=True)
+    return LLM(str(model)).generate(PROMPT, params)[0].outputs[0].token_ids
+
+
+class Server(ServerProcess):
+    """With two front ends, from when it is ready on."""
+
+    def __init__(self, module: str, model: Path, *options: str, own_group: bool = False) -> None:
+        super().__init__(module, model, "--api-server-count", "2", *options, own_group=own_group)
+        eventually("the server is ready", self._is_ready)
+
+    def _is_ready(self) -> bool:
+        return "is ready" in self.out or self.process.poll() is not None
+
+    def front_ends(self) -> list[int]:
+        """Their process ids."""
+        match = re.search(r"front ends +2 \(pids (\d+), (\d+)\)", self.out)
+        assert match is not None, self.out + self.err
+        pids = [int(match[1]), int(match[2])]
+        for index, pid in re.findall(r"front end (\d) is back \(pid (\d+)\)", self.err):
+            pids[int(index)] = int(pid)
+        return pids
+
+    def engine(self) -> int:
+        (pid,) = set(self.pids()[1:]) - set(self.front_ends())
+        return pid
+
+    def owner(self, client: socket.socket) -> int:
+        """Which front end has the other end of the connection."""
+        port = client.getsockname()[1]
+
+        def found() -> list[int]:
+            lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+            fields = [line.split() for line in lines]
+            inodes = [f[9] for f in fields if f[2].endswith(f":{port:04X}") and f[9] != "0"]
+            return [pid for pid in self.front_ends() if _holds(pid, inodes)]
+
+        eventually("the connection is accepted", lambda: len(found()) == 1)
+        return found()[0]
+
+
+def _holds(pid: int, inodes: list[str]) -> bool:
+    with contextlib.suppress(OSError):
+        links = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+        return any(f"socket:[{inode}]" in links for inode in inodes)
+    return False
+
+
+@contextlib.contextmanager
+def standing_still(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def request(max_tokens: int, **fields: Any) -> pb.GenerateRequest:
+    params = pb.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    return pb.GenerateRequest(text=PROMPT, sampling_params=params, **fields)
+
+
+async def client_of(server: Server, index: int) -> GrpcClient:
+    """Connected to that front end. Which one a connection gets is the kernel's choice."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        assert time.monotonic() < deadline, f"no connection reaches front end {index}"
+        client = GrpcClient(server.address)
+        try:
+            await client.wait_until_serving()
+            response = await client.stub.GenerateUnary(request(1))
+        except grpc.aio.AioRpcError:  # it was that of a front end that was killed
+            await client.channel.close()
+            continue
+        if response.request_id.startswith(f"request-{index}-"):
+            return client
+        await client.channel.close()
+
+
+class Stream:
+    """A call whose first message has come."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._messages = aiter(call)
+        self.tokens: list[int] = []
+
+    @classmethod
+    async def start(cls, client: GrpcClient, **fields: Any) -> Stream:
+        stream = cls(client.stub.Generate(request(LONG, **fields)))
+        stream._take(await anext(stream._messages))
+        return stream
+
+    def _take(self, message: pb.GenerateResponse) -> None:
+        for output in message.outputs:
+            self.tokens += output.token_ids
+
+    async def end(self) -> grpc.StatusCode:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            async for message in self._messages:
+                self._take(message)
+        return await self._call.code()
+
+
+async def assert_cut(stream: Stream, expected: list[int]) -> None:
+    """It ended with UNAVAILABLE, unless its last token had been made before (on a machine that
+    paused)."""
+    code = await stream.end()
+    assert stream.tokens == expected[: len(stream.tokens)]
+    assert code == grpc.StatusCode.UNAVAILABLE or len(stream.tokens) == LONG
+
+
+async def assert_whole(stream: Stream, expected: list[int]) -> None:
+    assert await stream.end() == grpc.StatusCode.OK
+    assert stream.tokens == expected
+
+
+async def assert_answers(client: GrpcClient, expected: list[int]) -> None:
+    response = await client.stub.GenerateUnary(request(20))
+    assert response.outputs[0].token_ids == expected[:20]
+
+
+def metric(text: str, name: str) -> float:
+    """The sum over its labels."""
+    values = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    return sum(map(float, values))
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url) as answer:
+        return answer.read().decode()
+
+
+# ---- gRPC
+
+
+@pytest.fixture(scope="module")
+def grpc_server(model: Path) -> Iterator[Server]:
+    with Server(GRPC, model, "--metrics-port", "0") as server:
+        yield server
+
+
+def metrics_of(server: Server) -> str:
+    match = re.search(r"http://\S+/metrics", server.out)
+    assert match is not None
+    return get(match[0])
+
+
+def test_connections_reach_both_front_ends(grpc_server: Server, expected: list[int]) -> None:
+    async def main() -> None:
+        a, b = await client_of(grpc_server, 0), await client_of(grpc_server, 1)
+        async with a, b:
+            streams = [await Stream.start(client) for client in (a, b) * 4]
+            for stream in streams:
+                await assert_whole(stream, expected)
+            # What each of them says of the engine is the engine's.
+            await a.wait_until_idle()
+            await b.wait_until_idle()
+            stats = [await client.stats() for client in (a, b)]
+            assert stats[0].num_generated_tokens == stats[1].num_generated_tokens
+            assert stats[0].num_generated_tokens >= 8 * LONG
+
+    asyncio.run(main())
+
+
+def test_metrics_are_those_of_all(grpc_server: Server, expected: list[int]) -> None:
+    async def main() -> None:
+        a, b = await client_of(grpc_server, 0), await client_of(grpc_server, 1)
+        async with a, b:
+            for client in (a, b):
+                await assert_answers(client, expected)
+            await a.wait_until_idle()
+            stats = await a.stats()
+            name = "vllm:generation_tokens_total"
+            eventually(
+                "both have reported",
+                lambda: metric(metrics_of(grpc_server), name) == stats.num_generated_tokens,
+            )
+            eventually(
+                "the parent has heard of all steps",
+                lambda: metric(metrics_of(grpc_server), "fastpage:steps_total") == stats.num_steps,
+            )
+            text = metrics_of(grpc_server)
+            finished = metric(text, "vllm:request_success_total")
+            assert finished == metric(text, "vllm:e2e_request_latency_seconds_count")
+            assert metric(text, "fastpage:step_seconds_count") == stats.num_steps
+            assert metric(text, "fastpage:engine_up") == 1
+            assert metric(text, "grpc_server_handled_total") >= finished
+
+    asyncio.run(main())
+
+
+def test_abort_finds_a_request_of_the_other_front_end(grpc_server: Server) -> None:
+    async def main() -> None:
+        a, b = await client_of(grpc_server, 0), await client_of(grpc_server, 1)
+        async with a, b:
+            # While the engine stands still the request cannot end by itself.
+            with standing_still(grpc_server.engine()):
+                call = a.stub.GenerateUnary(request(LONG, request_id="the one"))
+                abort = pb.AbortRequest(request_id="the one")
+                while not (await b.stub.Abort(abort)).found:
+                    assert not call.done()
+                assert not (await b.stub.Abort(abort)).found
+            assert (await call).outputs[0].finish_reason == pb.FINISH_REASON_ABORT
+            await b.wait_until_idle()
+
+    asyncio.run(main())
+
+
+def test_a_front_end_that_is_killed(grpc_server: Server, expected: list[int]) -> None:
+    async def main() -> None:
+        server = grpc_server
+        before = metric(metrics_of(server), "vllm:generation_tokens_total")
+        engine, pids = server.engine(), server.front_ends()
+        a, b = await client_of(server, 0), await client_of(server, 1)
+        async with a, b:
+            cut, whole = await Stream.start(a), await Stream.start(b)
+            with standing_still(engine):
+                os.kill(pids[0], signal.SIGKILL)
+                await assert_cut(cut, expected)
+            await assert_answers(b, expected)
+            await assert_whole(whole, expected)
+            await b.wait_until_idle()
+            eventually("it is back", lambda: server.front_ends()[0] != pids[0])
+        async with await client_of(server, 0) as again:
+            await assert_answers(again, expected)
+            assert (await again.stats()).num_generated_tokens > LONG  # the engine is the same
+        assert server.engine() == engine
+        assert server.front_ends()[1] == pids[1]
+        assert metric(metrics_of(server), "vllm:generation_tokens_total") >= before
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_is_killed(grpc_server: Server, expected: list[int]) -> None:
+    async def main() -> None:
+        server = grpc_server
+        engine, pids = server.engine(), server.front_ends()
+        restarts = metric(metrics_of(server), "fastpage:engine_restarts_total")
+        a, b = await client_of(server, 0), await client_of(server, 1)
+        async with a, b:
+            streams = [await Stream.start(a), await Stream.start(b)]
+            os.kill(engine, signal.SIGKILL)
+            for stream in streams:
+                await assert_cut(stream, expected)
+            for client in (a, b):
+                await client.wait_until_serving()
+            eventually("another engine runs", lambda: "the engine is back" in server.err)
+            for client in (a, b):
+                await client.wait_until_serving()
+                await assert_answers(client, expected)
+        assert server.engine() != engine
+        assert server.front_ends() == pids
+        text = metrics_of(server)
+        assert metric(text, "fastpage:engine_restarts_total") == restarts + 1
+
+    asyncio.run(main())
+
+
+def test_a_signal_lets_requests_of_both_finish(model: Path, expected: list[int]) -> None:
+    async def main() -> None:
+        with Server(GRPC, model, "--drain-timeout", "600") as server:
+            a, b = await client_of(server, 0), await client_of(server, 1)
+            async with a, b:
+                streams = [await Stream.start(client) for client in (a, b)]
+                pids = server.pids()
+                server.process.send_signal(signal.SIGTERM)
+                for stream in streams:
+                    await assert_whole(stream, expected)
+                assert server.process.wait(PATIENCE) == 0
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await a.stub.GenerateUnary(request(1))
+                assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert not any(map(is_alive, pids))
+            assert server.err == ""
+
+    asyncio.run(main())
+
+
+def test_a_second_signal_ends_them_at_once(model: Path, expected: list[int]) -> None:
+    async def main() -> None:
+        with Server(GRPC, model, "--drain-timeout", "600") as server:
+            a, b = await client_of(server, 0), await client_of(server, 1)
+            async with a, b:
+                streams = [await Stream.start(client) for client in (a, b)]
+                os.kill(server.engine(), signal.SIGSTOP)
+                pids = server.pids()
+                server.process.send_signal(signal.SIGTERM)
+                for client in (a, b):
+                    await client.wait_until(NOT_SERVING)
+                assert (server.stop(), server.err) == (0, "")
+                for stream in streams:
+                    await assert_cut(stream, expected)
+            for pid in pids:
+                eventually("nothing is left behind", lambda pid=pid: not is_alive(pid))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_the_parent_is_that_of_all(model: Path, number: signal.Signals) -> None:
+    """SIGINT for all processes, as a terminal's Ctrl-C sends it; SIGKILL for the parent alone."""
+    with Server(GRPC, model, own_group=True) as server:
+        pids = server.pids()
+        assert len(pids) == 4
+        if number == signal.SIGINT:
+            os.killpg(server.process.pid, number)
+            assert (server.process.wait(PATIENCE), server.err) == (0, "")
+        else:
+            server.process.kill()
+            server.process.wait(PATIENCE)
+        for pid in pids:
+            eventually("nothing is left behind", lambda pid=pid: not is_alive(pid))
+
+
+def test_a_signal_while_loading(model: Path) -> None:
+    with ServerProcess(GRPC, model, "--api-server-count", "2") as server:
+        pids = server.pids()
+        assert (server.stop(), server.err) == (0, "")
+        for pid in pids:
+            eventually("nothing is left behind", lambda pid=pid: not is_alive(pid))
+
+
+def serve(module: str, model: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, "--model", str(model), "--api-server-count", "2"]
+    return subprocess.run([*command, *options], capture_output=True, text=True, timeout=PATIENCE)
+
+
+def test_what_is_refused(model: Path, tmp_path: Path) -> None:
+    for module, option, value in (
+        (GRPC, "--address", f"unix:{tmp_path}/socket"),
+        (HTTP, "--uds", f"{tmp_path}/socket"),
+        (GRPC, "--api-server-count", "0"),
+    ):
+        done = serve(module, model, option, value)
+        assert done.returncode == 2
+        assert option in done.stderr and "--api-server-count" in done.stderr
+        assert done.stderr.count("\n") == 1
+    done = serve(GRPC, tmp_path / "nothing.gguf", "--port", "0")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "nothing.gguf" in done.stderr
+
+
+def test_another_server_does_not_share_the_port(grpc_server: Server, model: Path) -> None:
+    port = grpc_server.address.rpartition(":")[2]
+    for module in (GRPC, HTTP):
+        done = serve(module, model, "--port", port)
+        assert done.returncode == 1
+        assert f"cannot listen on 127.0.0.1:{port}: address already in use" in done.stderr
+
+
+# ---- HTTP
+
+
+class Connection:
+    """An HTTP connection that stays."""
+
+    def __init__(self, server: Server) -> None:
+        host, _, port = server.address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)))
+        self.front_end = server.owner(self._socket)
+
+    def post(self, path: str, body: Any) -> Any:
+        text = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        self._socket.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+        with self._socket.makefile("rb") as answer:
+            length = 0
+            while (line := answer.readline().strip()) != b"":
+                name, _, value = line.partition(b":")
+                if name.lower() == b"content-length":
+                    length = int(value)
+            return json.loads(answer.read(length))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def connection_to(server: Server, pid: int) -> Connection:
+    found: list[Connection] = []
+
+    def connects() -> bool:
+        found.append(Connection(server))
+        return found[-1].front_end == pid
+
+    eventually("a connection reaches it", connects)
+    for other in found[:-1]:
+        other.close()
+    return found[-1]
+
+
+def test_http(model: Path, expected: list[int]) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    body["return_token_ids"] = True
+    with Server(HTTP, model) as server:
+        url = f"http://{server.address}"
+        first, second = server.front_ends()
+        for pid in (first, second):
+            connection = connection_to(server, pid)
+            answer = connection.post("/v1/completions", body)
+            assert answer["choices"][0]["token_ids"] == expected[:20]
+            connection.close()
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=20, temperature=0, stream=True
+        )
+        assert "".join(chunk.choices[0].text for chunk in stream)
+
+        # Whichever front end is asked for them, metrics are those of both.
+        name = "vllm:request_success_total"
+        eventually("both have reported", lambda: metric(get(f"{url}/metrics"), name) == 3)
+
+        os.kill(first, signal.SIGKILL)
+        eventually("it is back", lambda: server.front_ends()[0] != first)
+        connection = connection_to(server, server.front_ends()[0])
+        answer = connection.post("/v1/completions", body)
+        assert answer["choices"][0]["token_ids"] == expected[:20]
+        connection.close()
+        eventually("nothing is forgotten", lambda: metric(get(f"{url}/metrics"), name) == 4)
+
+        os.kill(server.engine(), signal.SIGKILL)
+        eventually("another engine runs", lambda: "the engine is back" in server.err)
+        for pid in server.front_ends():
+            connection = connection_to(server, pid)
+
+            def answers(connection: Connection = connection) -> bool:
+                answer = connection.post("/v1/completions", body)
+                return "choices" in answer and answer["choices"][0]["token_ids"] == expected[:20]
+
+            eventually("it answers again", answers)
+            connection.close()
+        assert server.stop() == 0
+
+
+# ---- KV events
+
+
+def test_kv_events_of_a_front_end_that_comes_later(model: Path) -> None:
+    pytest.importorskip("smg_grpc_proto")
+    from smg_grpc_proto.generated import common_pb2 as common
+    from smg_grpc_proto.generated import vllm_engine_pb2_grpc as worker_grpc
+
+    async def snapshot(client: GrpcClient) -> set[int]:
+        """Hashes of the blocks that are cached."""
+        stub = worker_grpc.VllmEngineStub(client.channel)
+        call = stub.SubscribeKvEvents(common.SubscribeKvEventsRequest(), timeout=PATIENCE)
+        found: set[int] = set()
+        async for batch in call:
+            for event in batch.events:
+                found.update(block.block_hash for block in event.stored.blocks)
+            if batch.snapshot.index + 1 == batch.snapshot.count:
+                break
+        call.cancel()
+        return found
+
+    async def main() -> None:
+        with Server(GRPC, model) as server:
+            async with await client_of(server, 1) as b:
+                await b.stub.GenerateUnary(request(100))
+                cached = await snapshot(b)
+                assert len(cached) >= 6
+                pid = server.front_ends()[0]
+                os.kill(pid, signal.SIGKILL)
+                eventually("it is back", lambda: server.front_ends()[0] != pid)
+                async with await client_of(server, 0) as a:
+                    assert await snapshot(a) >= cached
+
+    asyncio.run(main())
