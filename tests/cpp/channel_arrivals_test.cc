@@ -37,6 +37,24 @@ TEST(ChannelArrivals, AFrontEndThatComesLaterIsServed) {
             tokens_of(f.front_end().outputs.begin()->second));
 }
 
+TEST(ChannelArrivals, TheQueueIsOneForAll) {
+  EngineConfig config = small_config();
+  config.scheduler.max_num_waiting = 1;
+  ServerFixture f(config, 1, takes_more());
+  f.model->close();
+  f.start();
+  f.front_end().add(request({1}));
+  f.model->wait_until_inside();
+  const RequestId waiting = f.front_end().add(request({2}));
+  f.front_end().receive_until([&] { return f.front_end().accepted.count(waiting) == 1; });
+  const auto late = arrive(&f);
+  const RequestId too_many = late->add(request({3}));
+  late->receive_until([&] { return late->refused.size() == 1; });
+  EXPECT_TRUE(late->refused[too_many].out_of_resources);
+  f.model->open();
+  f.front_end().receive_all();
+}
+
 TEST(ChannelArrivals, ManyComeAndGoAmidTheirRequests) {
   ServerFixture f(telling_config(), 1, takes_more());
   f.start();

@@ -169,7 +169,7 @@ class Parent:
         """The front ends hear of it, too."""
 
     def on_died(self, error: EngineDied) -> None:
-        self._metrics.engine.engine_died(str(error))
+        self._metrics.engine.engine_died(error)
 
     def on_started(self) -> None:
         assert self._engine is not None
