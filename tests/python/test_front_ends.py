@@ -35,6 +35,8 @@ from server_process import (
 from waiting import PATIENCE, eventually
 
 from fastpage import LLM, SamplingParams
+from fastpage.errors import FastpageError
+from fastpage.serving.front_ends.port import reserve_port
 from fastpage.v1 import fastpage_pb2 as pb
 
 PROMPT = "def main"
@@ -386,6 +388,22 @@ def test_another_server_does_not_share_the_port(grpc_server: Server, model: Path
         done = serve(module, model, "--port", port)
         assert done.returncode == 1
         assert f"cannot listen on 127.0.0.1:{port}: address already in use" in done.stderr
+
+
+def test_a_port_that_is_reserved_is_nobody_elses() -> None:
+    with reserve_port("127.0.0.1", 0) as held:
+        address = held.getsockname()
+        with pytest.raises(OSError):
+            socket.create_server(address)
+        with pytest.raises(FastpageError, match="already in use"):
+            reserve_port(*address)
+        with (
+            socket.create_server(address, reuse_port=True) as one,
+            socket.create_server(address, reuse_port=True) as other,
+        ):
+            assert one.getsockname() == other.getsockname() == address
+        with pytest.raises(OSError):
+            socket.create_server(address)
 
 
 # ---- HTTP

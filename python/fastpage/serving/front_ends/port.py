@@ -18,6 +18,8 @@ def reserve_port(host: str, port: int) -> socket.socket:
             # Of connections that linger, nobody has the port.
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held.bind(address)
+            # From now on, nobody else may take it for such a one.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         except OSError:
             held.close()
