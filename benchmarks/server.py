@@ -8,6 +8,9 @@ through fastpage-openai.
                  four that follow
     many         256 requests at once on a server with room for 256 sequences: all must complete
 
+A side such as "grpc x2" is a server with two front ends (--api-server-count 2), asked over eight
+connections, which the kernel deals out; "grpc x1" is asked likewise.
+
 Both sides stay loaded and take turns, so that drift of the machine meets them alike; medians are
 told. Every output is compared with the first run's. The client (serving.py) shares the cores with
 the server; CPU seconds of each process are told. The last line is one JSON object.
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +41,14 @@ METHOD = "/fastpage.v1.Fastpage/Generate"
 FILE = str(Path(__file__).resolve())
 
 
-def groups_of(part: str) -> list[list[workload.Request]]:
-    """One after another; the requests of each at once. `part`: W1, W2 (its first request), first or
-    many."""
+def groups_of(line: str) -> list[list[workload.Request]]:
+    """One after another; the requests of each at once. `line`: W1, W2 (its first request), first or
+    many; and the size of the vocabulary."""
+    part, size = line.split()
     if part == "many":
-        return [[r for seed in range(2026, 2030) for r in workload.build(seed)["W1"]]]
-    work = workload.build()
+        seeds = range(2026, 2030)
+        return [[r for seed in seeds for r in workload.build(seed, int(size))["W1"]]]
+    work = workload.build(vocab_size=int(size))
     if part == "first":
         return [[{**request, "out": 4}] for request in work["W2"]]
     return [work["W1"] if part == "W1" else work["W2"][:1]]
@@ -124,13 +130,13 @@ def engine_side(model: str, options: list[str]) -> None:
         async with AsyncEngine.from_engine_args(args) as engine:
             print("ready", flush=True)
             while line := await asyncio.to_thread(sys.stdin.readline):
-                groups = [await run(engine, group) for group in groups_of(line.strip())]
+                groups = [await run(engine, group) for group in groups_of(line)]
                 print(json.dumps(combined(groups)), flush=True)
 
     asyncio.run(main())
 
 
-def grpc_side(address: str) -> None:
+def grpc_side(address: str, num_connections: int) -> None:
     from fastpage.v1 import fastpage_pb2 as pb
 
     def encoded(request: workload.Request) -> bytes:
@@ -138,11 +144,20 @@ def grpc_side(address: str) -> None:
         ids = pb.TokenIds(ids=request["prompt"])
         return pb.GenerateRequest(token_ids=ids, sampling_params=sampling).SerializeToString()
 
-    client = StreamingClient(address)
+    clients = [StreamingClient(address) for _ in range(num_connections)]
+
+    def call_all(requests: list[bytes]) -> list[Call]:
+        if num_connections == 1:
+            return clients[0].call_all(METHOD, requests)
+        size = -(-len(requests) // num_connections)
+        parts = [requests[i : i + size] for i in range(0, len(requests), size)]
+        with ThreadPoolExecutor(num_connections) as threads:
+            made = threads.map(lambda client, part: client.call_all(METHOD, part), clients, parts)
+            return [call for calls in made for call in calls]
 
     def run(requests: list[bytes]) -> dict[str, Any]:
         cpu, began = time.process_time(), time.perf_counter()
-        calls = client.call_all(METHOD, requests)
+        calls = call_all(requests)
         cpu = time.process_time() - cpu
         outputs: list[list[int]] = []
         arrivals: list[Tokens] = []
@@ -195,12 +210,14 @@ def answer_lines(
 ) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
-        groups = [list(map(encoded, group)) for group in groups_of(line.strip())]
+        groups = [list(map(encoded, group)) for group in groups_of(line)]
         print(json.dumps(combined(list(map(run, groups)))), flush=True)
 
 
 class Side:
     """One of the above, and the server that it talks to."""
+
+    vocab_size = 49152
 
     def __init__(self, name: str, arguments: list[str], server: ServerProcess | None = None):
         self.name = name
@@ -219,7 +236,7 @@ class Side:
         pids = self.server.pids() if self.server else []
         before = list(map(cpu_seconds, pids))
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(part, file=self._process.stdin, flush=True)
+        print(part, self.vocab_size, file=self._process.stdin, flush=True)
         result: dict[str, Any] = json.loads(self._process.stdout.readline())
         result["server_cpu"] = [cpu_seconds(p) - b for p, b in zip(pids, before, strict=True)]
         return result
@@ -237,10 +254,13 @@ def sides(
         if name == "in process":
             side = Side(name, ["--engine-side", model, *options])
         else:
-            server = ServerProcess(SERVERS[name], "--model", model, *options)
+            kind, _, count = name.partition(" x")
+            more = ["--api-server-count", count] if count else []
+            server = ServerProcess(SERVERS[kind], "--model", model, *options, *more)
             stack.callback(server.stop)
             server.wait_until_serving()
-            side = Side(name, [f"--{name}-side", server.address], server)
+            connections = ["8"] if count else ["1"]
+            side = Side(name, [f"--{kind}-side", server.address, *connections], server)
         stack.callback(side.close)
         found.append(side)
     return found
@@ -250,7 +270,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--engine-side"]:
         return engine_side(sys.argv[2], sys.argv[3:])
     if sys.argv[1:2] == ["--grpc-side"]:
-        return grpc_side(sys.argv[2])
+        return grpc_side(sys.argv[2], int(sys.argv[3]))
     if sys.argv[1:2] == ["--http-side"]:
         return http_side(sys.argv[2])
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -259,7 +279,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--parts", default="W1,W2,first,many")
     parser.add_argument("--sides", default="in process,grpc,http")
+    parser.add_argument("--vocab-size", type=int, default=Side.vocab_size, help="the model's")
     args = parser.parse_args()
+    Side.vocab_size = args.vocab_size
     results: dict[str, Any] = {}
     for part in args.parts.split(","):
         results[part] = measure(part, args)
