@@ -296,6 +296,7 @@ class ProcessCore(ChannelCore):
     def _new_process(self) -> _Process:
         return _Process(self._args, takes_more=True) if self._takes_more else _Process(self._args)
 
+
 def check_same(said: Hello, files: dict[str, str]) -> None:
     """`files`: what a front end has of the model. Raises EngineLost if the engine has others."""
     if said["build"] != BUILD:

@@ -17,8 +17,9 @@ from typing import NoReturn
 from fastpage.child_process import end_with
 from fastpage.engine.args import EngineArgs
 from fastpage.engine.async_engine import AsyncEngine
+from fastpage.engine.core import EngineLost
 from fastpage.engine.loading import PhaseTimer
-from fastpage.engine.process_core import Hello, load_tokenizer, served_model
+from fastpage.engine.process_core import Hello, check_same, load_tokenizer, served_model
 from fastpage.engine.shared_core import SharedCore
 from fastpage.errors import FastpageError
 from fastpage.serving.front_ends.control import Control
@@ -86,8 +87,9 @@ class ParentLink:
 
     async def start_engine(self, args: EngineArgs) -> AsyncEngine:
         phase = PhaseTimer()
-        tokenizer = await asyncio.to_thread(load_tokenizer, args, phase)
+        tokenizer, files = await asyncio.to_thread(load_tokenizer, args, phase)
         await self._handed.wait()
+        check_same(self._said, files)
         model = served_model(self._said, tokenizer, phase)
         core = SharedCore()
         self._engine = AsyncEngine(model, core=core, siblings=self)
@@ -111,7 +113,8 @@ class ParentLink:
             self._reporting = asyncio.create_task(self._report_now_and_then())
 
     async def fail(self, error: BaseException) -> NoReturn:
-        await self._control.ask("failed", message=str(error) or type(error).__name__)
+        message = str(error) or type(error).__name__
+        await self._control.ask("failed", message=message, lost=isinstance(error, EngineLost))
         exit_now(1)
 
     # ---- async_engine.Siblings

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any
 
 from fastpage import _C
-from fastpage.engine.core import EngineDied
+from fastpage.engine.core import EngineDied, EngineLost
 from fastpage.engine.loading import ModelInfo
 from fastpage.engine.observer import StepReport
 from fastpage.engine.process_core import Hello, ProcessCore
@@ -41,6 +41,8 @@ class Parent:
         self._front_ends: list[SupervisedFrontEnd] = []
         self._engine: _Engine | None = None  # once it has started
         self._failure: asyncio.Future[None]
+        self._lost = asyncio.Event()
+        self._lost_error: EngineLost | None = None
 
     async def run(self) -> None:
         self._signals.listen()
@@ -58,8 +60,10 @@ class Parent:
             await self._all(front_end.ready for front_end in self._front_ends)
             assert self._engine is not None
             self._say_ready(self._engine, addresses)
-            await self._signals.first.wait()
+            await first_of(self._lost.wait(), self._signals.first)
             await self._stop(self._engine)
+        if self._lost_error is not None:  # whoever started this process is to start it again
+            raise self._lost_error
 
     async def _start(self, port: int) -> list[str]:
         """Front ends and engine. Returns where the front ends listen, when they do."""
@@ -170,6 +174,11 @@ class Parent:
 
     def on_died(self, error: EngineDied) -> None:
         self._metrics.engine.engine_died(error)
+
+    def on_lost(self, error: EngineLost) -> None:
+        """Also of a front end whose new process has other files than the engine."""
+        self._lost_error = error
+        self._lost.set()
 
     def on_started(self) -> None:
         assert self._engine is not None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fastpage.child_process import how_it_ended, start_child
+from fastpage.engine.core import EngineLost
 from fastpage.errors import FastpageError
 from fastpage.serving.front_ends.control import Control, ControlClosed, Handler
 
@@ -28,6 +29,9 @@ class Owner(Protocol):
 
     def could_not_start(self, error: FastpageError) -> None:
         """It was never ready, and is not started again."""
+
+    def on_lost(self, error: EngineLost) -> None:
+        """Its new process has other files than the engine: all are to be started again."""
 
     def take_metrics(self, index: int, taken: Any) -> None: ...
 
@@ -112,8 +116,11 @@ class SupervisedFrontEnd:
             )
         self.ready.set()
 
-    def _on_failed(self, message: str) -> None:
+    def _on_failed(self, message: str, lost: bool) -> None:
         self._why = message
+        if lost and self.ready.is_set():
+            self._stopping = True
+            self._owner.on_lost(EngineLost(message))
 
     def _on_end(self) -> None:
         self._end = asyncio.create_task(self._see_to_its_end())
