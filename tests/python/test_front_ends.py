@@ -31,6 +31,7 @@ from server_process import (
     ServerProcess,
     is_alive,
     write_endless_model,
+    write_tiny_model,
 )
 from waiting import PATIENCE, eventually
 
@@ -59,7 +60,9 @@ class Server(ServerProcess):
     """With two front ends, from when it is ready on."""
 
     def __init__(self, module: str, model: Path, *options: str, own_group: bool = False) -> None:
-        options = ("--api-server-count", "2", *ENDLESS_OPTIONS, *options)
+        # No watchdog: the log is to be empty on a machine that pauses, too.
+        own = ("--api-server-count", "2", "--engine-timeout", "0", *ENDLESS_OPTIONS)
+        options = (*own, *options)
         super().__init__(module, model, *options, own_group=own_group)
         eventually("the server is ready", self._is_ready)
 
@@ -350,6 +353,22 @@ def test_the_end_of_the_parent_is_that_of_all(model: Path, number: signal.Signal
         else:
             server.process.kill()
             server.process.wait(PATIENCE)
+        for pid in pids:
+            eventually("nothing is left behind", lambda pid=pid: not is_alive(pid))
+
+
+@pytest.mark.parametrize("whose", ["front end", "engine"])
+def test_a_process_that_would_not_be_the_same_again_ends_the_server(
+    tmp_path: Path, whose: str
+) -> None:
+    path = write_endless_model(tmp_path / "model.gguf")
+    with Server(GRPC, path) as server:
+        pids = server.pids()
+        write_tiny_model(tmp_path / "other.gguf").replace(path)
+        os.kill(server.engine() if whose == "engine" else server.front_ends()[0], signal.SIGKILL)
+        assert server.process.wait(PATIENCE) == 1
+        last = server.err.strip().splitlines()[-1]
+        assert "fastpage-grpc: error: model.gguf of the model was replaced" in last
         for pid in pids:
             eventually("nothing is left behind", lambda pid=pid: not is_alive(pid))
 
