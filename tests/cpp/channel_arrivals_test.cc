@@ -33,8 +33,7 @@ TEST(ChannelArrivals, AFrontEndThatComesLaterIsServed) {
   const auto late = arrive(&f);
   const RequestId id = late->add(request({1, 2, 3}));
   late->receive_all();
-  EXPECT_EQ(tokens_of(late->outputs[{id, 0}]),
-            tokens_of(f.front_end().outputs.begin()->second));
+  EXPECT_EQ(tokens_of(late->outputs[{id, 0}]), tokens_of(f.front_end().outputs.begin()->second));
 }
 
 TEST(ChannelArrivals, TheQueueIsOneForAll) {
@@ -130,8 +129,8 @@ TEST(CachedBlocks, AreWhatWasStoredAndNotRemoved) {
   CachedBlocks cached;
   EXPECT_TRUE(cached.parts().empty());
   cached.take_in({event(K::kStored, 1), event(K::kStored, 2), event(K::kStored, 3)});
-  cached.take_in({event(K::kStored, 2, KvTier::kHost), event(K::kRemoved, 2),
-                  event(K::kRemoved, 3), event(K::kRemoved, 99)});
+  cached.take_in({event(K::kStored, 2, KvTier::kHost), event(K::kRemoved, 2), event(K::kRemoved, 3),
+                  event(K::kRemoved, 99)});
   const auto parts = cached.parts();
   ASSERT_EQ(parts.size(), 1u);
   ASSERT_EQ(parts[0].size(), 2u);

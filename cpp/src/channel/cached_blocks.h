@@ -1,4 +1,5 @@
-// What is in the prefix cache, from its KV events: for front ends that come when there is something.
+// What is in the prefix cache, from its KV events: for front ends that come when there is
+// something.
 #pragma once
 
 #include <list>

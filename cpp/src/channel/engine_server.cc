@@ -430,8 +430,7 @@ bool EngineServer::State::let_go() {
     all &= nothing_left;
     return nothing_left;
   };
-  front_ends.erase(std::remove_if(front_ends.begin(), front_ends.end(), is_over),
-                   front_ends.end());
+  front_ends.erase(std::remove_if(front_ends.begin(), front_ends.end(), is_over), front_ends.end());
   return all;
 }
 
