@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import grpc
 from fakes import AlphabetRunner, Gate, load_alphabet
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from waiting import PATIENCE
+from waiting import PATIENCE, until_idle
 
 from fastpage import AsyncEngine
 from fastpage.engine.loading import LoadedModel
@@ -42,14 +41,7 @@ class Client:
         return await self.stub.GetServerStats(pb.GetServerStatsRequest())
 
     async def wait_until_idle(self) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            stats = await self.stats()
-            busy = stats.num_running + stats.num_waiting
-            if not busy and stats.kv_blocks_free == stats.kv_blocks_total:
-                return
-            assert time.monotonic() < deadline, f"left over: {stats}"
-            await asyncio.sleep(0.01)
+        await until_idle(self.stats)
 
 
 @contextlib.asynccontextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import TracebackType
 
@@ -24,7 +22,7 @@ from checkpoint_files import (
     write_gguf,
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from waiting import PATIENCE, eventually
+from waiting import PATIENCE, eventually, until_idle
 
 from fastpage.v1 import fastpage_pb2 as pb
 from fastpage.v1 import fastpage_pb2_grpc as pb_grpc
@@ -197,11 +195,4 @@ class GrpcClient:
 
     async def wait_until_idle(self) -> None:
         """No request is left in the engine, and all blocks are free."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            stats = await self.stats()
-            busy = stats.num_running + stats.num_waiting
-            if not busy and stats.kv_blocks_free == stats.kv_blocks_total:
-                return
-            assert time.monotonic() < deadline, f"left over: {stats}"
-            await asyncio.sleep(0.01)
+        await until_idle(self.stats)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 # Seconds. It ends a test that hangs, and decides nothing else.
@@ -25,6 +25,18 @@ async def until(condition: Callable[[], Any], what: str = "") -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         await asyncio.sleep(0.001)
+
+
+async def until_idle(stats: Callable[[], Awaitable[Any]]) -> None:
+    """is_idle(), of what fastpage.v1's GetServerStats answers."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        found = await stats()
+        busy = found.num_running + found.num_waiting
+        if not busy and found.kv_blocks_free == found.kv_blocks_total:
+            return
+        assert time.monotonic() < deadline, f"left over: {found}"
+        await asyncio.sleep(0.01)
 
 
 def is_idle(scheduler: Any) -> bool:
