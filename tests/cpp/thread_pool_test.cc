@@ -10,26 +10,115 @@
 #include <chrono>
 #include <memory>
 #include <numeric>
+#include <random>
+#include <set>
 #include <thread>
 #include <vector>
 
 namespace fastpage {
 namespace {
 
-TEST(ThreadPool, RunsEveryThreadOnce) {
+// Blocks until as many threads have come as there are.
+class Meeting {
+ public:
+  explicit Meeting(int num_threads) : num_missing_(num_threads) {}
+  void wait() {
+    --num_missing_;
+    while (num_missing_ > 0) std::this_thread::yield();
+  }
+
+ private:
+  std::atomic<int> num_missing_;
+};
+
+TEST(ThreadPool, RunsEveryPartOnce) {
   for (const int n : {1, 2, 3, 8}) {
     ThreadPool pool(n);
     ASSERT_EQ(pool.num_threads(), n);
-    std::vector<int> calls(static_cast<size_t>(n), 0);
-    const std::thread::id caller = std::this_thread::get_id();
-    std::thread::id first;
-    pool.run([&](int t) {
-      ++calls[static_cast<size_t>(t)];
-      if (t == 0) first = std::this_thread::get_id();
-    });
-    EXPECT_EQ(calls, std::vector<int>(static_cast<size_t>(n), 1));
-    EXPECT_EQ(first, caller);
+    std::vector<std::atomic<int>> calls(static_cast<size_t>(n));
+    pool.run([&](int part) { ++calls[static_cast<size_t>(part)]; });
+    for (const auto& count : calls) EXPECT_EQ(count, 1);
   }
+}
+
+TEST(ThreadPool, EveryThreadHasItsNumberAndTheCallerIsTheFirst) {
+  constexpr int kThreads = 4;
+  ThreadPool pool(kThreads);
+  for (int loop = 0; loop < 20; ++loop) {
+    Meeting meeting(kThreads);
+    std::vector<std::thread::id> ids(kThreads);
+    std::vector<std::atomic<int>> calls(kThreads);
+    pool.share([](int) { return 1; },
+               [&](ThreadPool::Pieces& pieces) {
+                 meeting.wait();  // each has one piece: none is left
+                 const auto t = static_cast<size_t>(pieces.thread());
+                 ++calls[t];
+                 ids[t] = std::this_thread::get_id();
+                 EXPECT_FALSE(pieces.next());
+               });
+    for (const auto& count : calls) EXPECT_EQ(count, 1);
+    EXPECT_EQ(ids[0], std::this_thread::get_id());
+    EXPECT_EQ(std::set<std::thread::id>(ids.begin(), ids.end()).size(), ids.size());
+  }
+}
+
+TEST(ThreadPool, EveryPieceIsDoneOnce) {
+  for (const int threads : {1, 2, 3, 8}) {
+    ThreadPool pool(threads);
+    std::mt19937 random(7);
+    for (int loop = 0; loop < 300; ++loop) {
+      std::vector<int64_t> counts(static_cast<size_t>(threads));
+      for (int64_t& count : counts) {
+        count = random() % 3 == 0 ? 0 : static_cast<int64_t>(random() % 40);
+      }
+      std::vector<std::vector<std::atomic<int>>> seen;
+      for (const int64_t count : counts) seen.emplace_back(static_cast<size_t>(count));
+      std::atomic<int> bad{0};
+      pool.share([&](int part) { return counts[static_cast<size_t>(part)]; },
+                 [&](ThreadPool::Pieces& pieces) {
+                   int64_t before = -1;
+                   do {
+                     const auto part = static_cast<size_t>(pieces.part());
+                     if (pieces.index() < 0 || pieces.index() >= counts[part]) {
+                       ++bad;
+                       continue;
+                     }
+                     ++seen[part][static_cast<size_t>(pieces.index())];
+                     if (pieces.in_order() && pieces.index() != before + 1) ++bad;
+                     before = pieces.index();
+                   } while (pieces.next());
+                 });
+      EXPECT_EQ(bad, 0);
+      for (const auto& part : seen) {
+        for (const auto& count : part) EXPECT_EQ(count, 1);
+      }
+    }
+  }
+}
+
+// One that has a piece in hand and does not go on, as when the system runs something else.
+TEST(ThreadPool, TheOthersDoWhatAThreadThatIsHeldUpHasLeft) {
+  ThreadPool pool(3);
+  constexpr int kPieces = 50;
+  std::atomic<int> done{0};
+  std::atomic<bool> others_did_the_rest{true};
+  const auto too_late = std::chrono::steady_clock::now() + std::chrono::seconds(120);
+  pool.share([](int) { return kPieces; },
+             [&](ThreadPool::Pieces& pieces) {
+               do {
+                 while (pieces.thread() == 1 && done < 3 * kPieces - 1) {
+                   if (std::chrono::steady_clock::now() < too_late) {
+                     std::this_thread::yield();
+                     continue;
+                   }
+                   others_did_the_rest = false;
+                   break;
+                 }
+                 ++done;
+               } while (pieces.next());
+             });
+  EXPECT_EQ(done, 3 * kPieces);
+  EXPECT_TRUE(others_did_the_rest);
 }
 
 TEST(ThreadPool, DefaultsToTheCoresAndRefusesNegativeNumbers) {
@@ -54,7 +143,12 @@ TEST(ThreadPool, ThreadsStayOnTheCpusTheyAreGiven) {
   std::thread([&] {  // a caller that may stay bound
     ThreadPool pool(0, cpus);
     ASSERT_EQ(pool.num_threads(), static_cast<int>(cpus.size()));
-    pool.run([&](int t) { found[static_cast<size_t>(t)] = cpus_of_this_thread(); });
+    Meeting meeting(pool.num_threads());
+    pool.share([](int) { return 1; },
+               [&](ThreadPool::Pieces& pieces) {
+                 meeting.wait();
+                 found[static_cast<size_t>(pieces.thread())] = cpus_of_this_thread();
+               });
   })
       .join();
   for (size_t t = 0; t < cpus.size(); ++t) EXPECT_EQ(found[t], std::vector<int>{cpus[t]});
@@ -62,10 +156,14 @@ TEST(ThreadPool, ThreadsStayOnTheCpusTheyAreGiven) {
 
   std::thread([&] {
     ThreadPool pool(2);
-    std::vector<int> workers[2];
-    pool.run([&](int t) { workers[t] = cpus_of_this_thread(); });
-    EXPECT_EQ(workers[0], all);
-    EXPECT_EQ(workers[1], all);
+    Meeting meeting(2);
+    std::vector<int> found_by[2];
+    pool.run([&](int part) {
+      meeting.wait();
+      found_by[part] = cpus_of_this_thread();
+    });
+    EXPECT_EQ(found_by[0], all);
+    EXPECT_EQ(found_by[1], all);
   }).join();
 }
 

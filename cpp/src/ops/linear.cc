@@ -154,10 +154,15 @@ void pack_alone(const Layer& layer, RowTiles* tiles) {
 }
 
 // A share of the output: row tiles times panels. Of a gated activation the panels are those of
-// the left half.
+// the left half. Its pieces are kRowBlock rows of a panel, panel after panel.
 struct Share {
   int64_t tile_begin, tile_end;
   int64_t panel_begin, panel_end;
+
+  int64_t num_panels() const { return panel_end - panel_begin; }
+  int64_t num_pieces(int64_t tiles_per_block) const {
+    return (tile_end - tile_begin + tiles_per_block - 1) / tiles_per_block * num_panels();
+  }
 };
 
 // A panel in the order in which a thread computes them.
@@ -233,34 +238,41 @@ void compute_gated_panel(const Layer& layer, const RowTiles& tiles, int64_t t0, 
   }
 }
 
-void compute_share(const Layer& layer, const RowTiles& tiles, const Matrix<float>& y,
-                   const Share& share) {
-  const int64_t width = kernels().panel_width;
-  const int64_t tiles_per_block = std::max<int64_t>(1, kRowBlock / layer.method.row_tile);
+int64_t tiles_per_block(const Method& method) {
+  return std::max<int64_t>(1, kRowBlock / method.row_tile);
+}
+
+// in_order: the thread that computes it has computed the piece before it, and will the next.
+void compute_piece(const Layer& layer, const RowTiles& tiles, const Matrix<float>& y,
+                   const Share& share, int64_t index, bool in_order) {
   const Activation& activation = layer.fusion.activation;
   const Matrix<const float>& residual = layer.fusion.residual;
-  for (int64_t t0 = share.tile_begin; t0 < share.tile_end; t0 += tiles_per_block) {
-    const int64_t t1 = std::min(share.tile_end, t0 + tiles_per_block);
-    const int64_t first = tiles.first(t0);
-    for (int64_t p = share.panel_begin; p < share.panel_end; ++p) {
-      const int64_t column = p * width;
-      const Matrix<float> out(y.row(first) + column, tiles.first(t1) - first,
-                              std::min(width, y.cols - column), y.stride);
-      const auto compute = activation.is_gated ? compute_gated_panel : compute_panel;
-      const int64_t next = p + 1 < share.panel_end ? p + 1 : -1;
-      compute(layer, tiles, t0, t1, {p, next, p == share.panel_begin}, out);
-      if (activation.kind != ActivationKind::kNone && !activation.is_gated) {
-        const auto activate = activation_kernel(activation.kind);
-        for (int64_t i = 0; i < out.rows; ++i) {
-          activate(out.row(i), nullptr, out.cols, out.row(i));
-        }
-      }
-      if (residual.data == nullptr) continue;
-      for (int64_t i = 0; i < out.rows; ++i) {
-        kernels().add(residual.row(first + i) + column, out.row(i), out.cols, out.row(i));
-      }
-    }
+  const int64_t width = kernels().panel_width;
+  const int64_t block = tiles_per_block(layer.method);
+  const int64_t t0 = share.tile_begin + index / share.num_panels() * block;
+  const int64_t t1 = std::min(share.tile_end, t0 + block);
+  const int64_t p = share.panel_begin + index % share.num_panels();
+  const int64_t first = tiles.first(t0);
+  const int64_t column = p * width;
+  const Matrix<float> out(y.row(first) + column, tiles.first(t1) - first,
+                          std::min(width, y.cols - column), y.stride);
+  const int64_t next = in_order && p + 1 < share.panel_end ? p + 1 : -1;
+  const auto compute = activation.is_gated ? compute_gated_panel : compute_panel;
+  compute(layer, tiles, t0, t1, {p, next, !in_order || p == share.panel_begin}, out);
+  if (activation.kind != ActivationKind::kNone && !activation.is_gated) {
+    const auto activate = activation_kernel(activation.kind);
+    for (int64_t i = 0; i < out.rows; ++i) activate(out.row(i), nullptr, out.cols, out.row(i));
   }
+  if (residual.data == nullptr) return;
+  for (int64_t i = 0; i < out.rows; ++i) {
+    kernels().add(residual.row(first + i) + column, out.row(i), out.cols, out.row(i));
+  }
+}
+
+void compute_share(const Layer& layer, const RowTiles& tiles, const Matrix<float>& y,
+                   const Share& share) {
+  const int64_t count = share.num_pieces(tiles_per_block(layer.method));
+  for (int64_t i = 0; i < count; ++i) compute_piece(layer, tiles, y, share, i, true);
 }
 
 // How many parts the rows are cut into, the panels being cut into num_threads / parts: whatever
@@ -323,15 +335,22 @@ void compute(ThreadPool& pool, const Layer& layer, const Matrix<float>& y) {
   if (!packs_alone) pack_shared(pool, layer, &tiles);
   const int64_t rows_split = row_parts(tiles.count, panels, pool.num_threads());
   const int64_t panels_split = pool.num_threads() / rows_split;
-  pool.run([&](int t) {
-    if (t >= rows_split * panels_split) return;
+  const auto share = [&](int part) -> Share {
+    if (part >= rows_split * panels_split) return {0, 0, 0, 0};
+    const int64_t r = part / panels_split;
+    const int64_t p = part % panels_split;
+    return {tiles.count * r / rows_split, tiles.count * (r + 1) / rows_split,
+            panels * p / panels_split, panels * (p + 1) / panels_split};
+  };
+  const auto count = [&](int part) {
+    return share(part).num_pieces(tiles_per_block(layer.method));
+  };
+  pool.share(count, [&](ThreadPool::Pieces& pieces) {
     RowTiles mine = tiles;
     if (packs_alone) pack_alone(layer, &mine);
-    const int64_t r = t / panels_split;
-    const int64_t p = t % panels_split;
-    compute_share(layer, mine, y,
-                  {tiles.count * r / rows_split, tiles.count * (r + 1) / rows_split,
-                   panels * p / panels_split, panels * (p + 1) / panels_split});
+    do {
+      compute_piece(layer, mine, y, share(pieces.part()), pieces.index(), pieces.in_order());
+    } while (pieces.next());
   });
 }
 

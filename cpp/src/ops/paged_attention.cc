@@ -98,11 +98,20 @@ class PagedAttention {
     // All of them belong to the first phase that has any: later ones only go on with them.
     states_ = workspace_.states.floats(static_cast<size_t>(
         plan_.num_state_slots() * cache_.num_kv_heads * plan_.state_floats(group_)));
-    const auto part = [&](int t) { compute(plan_.cuts()[t], plan_.cuts()[t + 1]); };
+    const auto items_between = [&](int part) {
+      const Cut& from = plan_.cuts()[part];
+      const Cut& to = plan_.cuts()[part + 1];
+      const auto num_items = static_cast<int32_t>(plan_.items().size());
+      return std::min(to.item + 1, num_items) - from.item;
+    };
     if (plan_.cuts().size() == 2) {
-      part(0);
+      for (int i = 0; i < items_between(0); ++i) compute(0, i, true);
     } else {
-      pool.run(part);
+      pool.share(items_between, [&](ThreadPool::Pieces& pieces) {
+        do {
+          compute(pieces.part(), static_cast<int32_t>(pieces.index()), pieces.in_order());
+        } while (pieces.next());
+      });
     }
     pool.parallel_for(static_cast<int64_t>(plan_.cut_items().size()), 1,
                       [&](int64_t begin, int64_t end, int) {
@@ -111,16 +120,17 @@ class PagedAttention {
                       });
   }
 
-  void compute(const Cut& from, const Cut& to) const {
-    const auto num_items = static_cast<int32_t>(plan_.items().size());
-    for (int32_t i = from.item; i <= to.item && i < num_items; ++i) {
-      const Item& item = plan_.items()[i];
-      const int32_t begin = i == from.item ? from.tile : item.tile_begin;
-      const int32_t end = i == to.item ? to.tile : item.tile_end;
-      if (begin >= end) continue;
-      const bool is_end = i + 1 >= num_items || i == to.item;
-      compute_item(item, begin, end, is_end ? nullptr : &plan_.items()[i + 1]);
-    }
+  // What lies between two cuts of the index-th item there. in_order: the next one follows.
+  void compute(int part, int32_t index, bool in_order) const {
+    const Cut& from = plan_.cuts()[part];
+    const Cut& to = plan_.cuts()[part + 1];
+    const int32_t i = from.item + index;
+    const Item& item = plan_.items()[i];
+    const int32_t begin = i == from.item ? from.tile : item.tile_begin;
+    const int32_t end = i == to.item ? to.tile : item.tile_end;
+    if (begin >= end) return;
+    const bool is_end = i + 1 >= static_cast<int32_t>(plan_.items().size()) || i == to.item;
+    compute_item(item, begin, end, is_end || !in_order ? nullptr : &plan_.items()[i + 1]);
   }
 
   void compute_item(const Item& item, int32_t tile_begin, int32_t tile_end,

@@ -142,16 +142,60 @@ bool spin_until(bool oversubscribed, const Done& done) {
 
 }  // namespace
 
-// A loop is announced by a new epoch and is over when `pending` is 0. Whoever spins in vain sleeps
-// on a condition variable. No wakeup is lost: a sleeper counts itself before it looks at the state
-// a last time (under the mutex), the other side changes the state before it looks at the count
-// (both sequentially consistent), so at least one of them sees the other.
+// What is left of a part: pieces [begin, end), in one word, so that the thread whose part it is and
+// those who take from its end agree by compare-and-swap.
+class alignas(64) Cursor {
+ public:
+  void set(int64_t count) { word_.store(pack(0, count), std::memory_order_release); }
+
+  bool take_first(int64_t* index) {
+    return take([&](uint64_t begin, uint64_t end) {
+      *index = static_cast<int64_t>(begin);
+      return pack(begin + 1, end);
+    });
+  }
+  bool take_last(int64_t* index) {
+    return take([&](uint64_t begin, uint64_t end) {
+      *index = static_cast<int64_t>(end - 1);
+      return pack(begin, end - 1);
+    });
+  }
+
+ private:
+  static uint64_t pack(uint64_t begin, uint64_t end) { return begin << 32 | end; }
+
+  template <typename Rest>
+  bool take(const Rest& rest) {
+    uint64_t word = word_.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t begin = word >> 32;
+      const uint64_t end = word & 0xffffffff;
+      if (begin >= end) return false;
+      // Acquire: whoever has a piece sees what the loop's caller wrote before it dealt it out.
+      if (word_.compare_exchange_weak(word, rest(begin, end), std::memory_order_acquire,
+                                      std::memory_order_relaxed)) {
+        return true;
+      }
+    }
+  }
+
+  std::atomic<uint64_t> word_{0};
+};
+
+// A loop is over when `pending` pieces are 0, whoever did them: nobody waits for a thread that has
+// none. A thread that comes late, even from the loop before, finds no piece, or one of the loop in
+// progress; that loop cannot end before the piece is done, so `fn` and `arg` are the loop's own for
+// whoever has a piece, and for nobody else. A new epoch tells the workers that there are pieces.
+// Whoever spins in vain sleeps on a condition variable. No wakeup is lost: a sleeper counts itself
+// before it looks at the state a last time (under the mutex), the other side changes the state
+// before it looks at the count (both sequentially consistent), so at least one of them sees the
+// other.
 struct ThreadPool::Impl {
   alignas(64) std::atomic<uint64_t> epoch{0};
   RawFn fn = nullptr;
   void* arg = nullptr;
-  bool stop = false;
-  alignas(64) std::atomic<int> pending{0};
+  std::atomic<bool> stop{false};
+  alignas(64) std::atomic<int64_t> pending{0};
   alignas(64) std::atomic<int> sleeping_workers{0};
   std::atomic<bool> caller_sleeps{false};
   bool oversubscribed = false;
@@ -160,6 +204,7 @@ struct ThreadPool::Impl {
   std::condition_variable work;
   std::condition_variable done;
   std::vector<std::thread> threads;
+  std::vector<Cursor> cursors;      // per part
   std::vector<int> cpus;            // per thread, or none
   std::atomic<int> caller_cpu{-1};  // when it last had to wake a worker
   const int made_at_depth = fork_depth();
@@ -168,12 +213,11 @@ struct ThreadPool::Impl {
 
   void end_workers() {
     stop = true;
-    announce(static_cast<int>(threads.size()));
+    announce();
     for (std::thread& thread : threads) thread.join();
   }
 
-  void announce(int num_workers) {
-    pending.store(num_workers, std::memory_order_relaxed);
+  void announce() {
     epoch.fetch_add(1, std::memory_order_seq_cst);
     if (sleeping_workers.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(mutex);
@@ -184,7 +228,8 @@ struct ThreadPool::Impl {
 
   void wait_for_epoch_after(uint64_t seen) {
     const auto changed = [&] { return epoch.load(std::memory_order_seq_cst) != seen; };
-    if (spin_until(oversubscribed, changed)) return;
+    // Whoever wants the core gets it now rather than amid a piece.
+    if (spin_until(true, changed)) return;
     sleeping_workers.fetch_add(1, std::memory_order_seq_cst);
     {
       std::unique_lock<std::mutex> lock(mutex);
@@ -195,8 +240,28 @@ struct ThreadPool::Impl {
     if (may_move) leave_cpu(caller_cpu.load(std::memory_order_relaxed));
   }
 
-  void finish_part() {
-    if (pending.fetch_sub(1, std::memory_order_seq_cst) != 1) return;
+  bool take(Pieces* pieces) {
+    const int count = static_cast<int>(cursors.size());
+    const int thread = pieces->thread_;
+    pieces->part_ = thread;
+    if (cursors[static_cast<size_t>(thread)].take_first(&pieces->index_)) return true;
+    pieces->in_order_ = false;
+    for (int i = 1; i < count; ++i) {
+      pieces->part_ = thread + i < count ? thread + i : thread + i - count;
+      if (cursors[static_cast<size_t>(pieces->part_)].take_last(&pieces->index_)) return true;
+    }
+    return false;
+  }
+
+  // Does what is to be had of the loop.
+  void visit(Pieces pieces) {
+    if (!pieces.next()) return;
+    fn(arg, pieces);
+    finish(pieces.num_taken_);
+  }
+
+  void finish(int64_t num_pieces) {
+    if (pending.fetch_sub(num_pieces, std::memory_order_seq_cst) != num_pieces) return;
     if (caller_sleeps.load(std::memory_order_seq_cst)) {
       std::lock_guard<std::mutex> lock(mutex);
       done.notify_one();
@@ -224,11 +289,11 @@ struct ThreadPool::Impl {
 
   void worker(int index) {
     bind(index);
-    for (uint64_t seen = 0;; ++seen) {
+    for (uint64_t seen = 0;;) {
       wait_for_epoch_after(seen);
+      seen = epoch.load(std::memory_order_acquire);
       if (stop) return;
-      fn(arg, index);
-      finish_part();
+      visit(Pieces(*this, index));
     }
   }
 };
@@ -244,6 +309,7 @@ ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus)
   }
   check_cpus(cpus, num_threads_);
   impl_->cpus = std::move(cpus);
+  impl_->cursors = std::vector<Cursor>(static_cast<size_t>(num_threads_));
   impl_->oversubscribed = num_threads_ > available_cores();
   for (int i = 1; i < num_threads_; ++i) {
     try {
@@ -267,21 +333,34 @@ ThreadPool::~ThreadPool() {
 
 uint64_t ThreadPool::num_loops() const { return impl_->epoch.load(std::memory_order_relaxed); }
 
-void ThreadPool::run_raw(RawFn fn, void* arg) {
+bool ThreadPool::Pieces::next() {
+  if (pool_ == nullptr) return ++index_ < count_;
+  if (!pool_->take(this)) return false;
+  ++num_taken_;
+  return true;
+}
+
+void ThreadPool::share_raw(RawCount count, const void* count_arg, RawFn fn, void* arg) {
   impl_->bind(0);
-  if (num_threads_ == 1) {
-    fn(arg, 0);
-    return;
-  }
-  if (!impl_->workers_exist()) {
-    for (int t = 0; t < num_threads_; ++t) fn(arg, t);
+  if (num_threads_ == 1 || !impl_->workers_exist()) {
+    for (int part = 0; part < num_threads_; ++part) {
+      Pieces pieces(part, count(count_arg, part));
+      if (pieces.next()) fn(arg, pieces);
+    }
     return;
   }
   std::lock_guard<std::mutex> one_loop_at_a_time(impl_->run_mutex);
+  int64_t pending = 0;
+  for (int part = 0; part < num_threads_; ++part) pending += count(count_arg, part);
+  if (pending == 0) return;
   impl_->fn = fn;
   impl_->arg = arg;
-  impl_->announce(num_threads_ - 1);
-  fn(arg, 0);
+  impl_->pending.store(pending, std::memory_order_relaxed);
+  for (int part = 0; part < num_threads_; ++part) {
+    impl_->cursors[static_cast<size_t>(part)].set(count(count_arg, part));
+  }
+  impl_->announce();
+  impl_->visit(Pieces(*impl_, 0));
   impl_->wait_until_done();
 }
 
