@@ -107,6 +107,8 @@ class StreamingClient:
     _MOST = 2**31 - 1
     _DATA, _HEADERS, _RESET, _SETTINGS, _PING, _GOAWAY, _WINDOW = 0, 1, 3, 4, 6, 7, 8
     _END_STREAM, _END_HEADERS, _ACK = 1, 4, 1
+    # Of a frame: its length (16 bits, 8 bits), kind, flags, stream.
+    _HEADER = struct.Struct("!HBBBI")
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
@@ -115,7 +117,7 @@ class StreamingClient:
         self._authority = address
         self._next_stream = 1
         self._calls: dict[int, Call] = {}
-        self._received = bytearray()
+        self._received = b""
         self._window = 65535  # of the connection; requests are smaller than a stream's own
         settings = struct.pack("!HI", 4, self._MOST)  # initial window of each stream
         self._socket.sendall(
@@ -163,27 +165,27 @@ class StreamingClient:
         return call
 
     def _receive(self) -> None:
-        select.select([self._socket], [], [])
-        received = self._socket.recv(1 << 20)
+        received = self._socket.recv(1 << 15)
         now = time.perf_counter()
         if not received:
             raise ConnectionError("the server closed the connection")
-        self._received += received
-        buffer, begin = self._received, 0
-        while len(buffer) - begin >= 9:
-            length = int.from_bytes(buffer[begin : begin + 3], "big")
-            if len(buffer) - begin < 9 + length:
+        if self._received:  # the rest of the last time
+            received = self._received + received
+        begin, end = 0, len(received)
+        while end - begin >= 9:
+            high, low, kind, flags, stream = self._HEADER.unpack_from(received, begin)
+            past = begin + 9 + (high << 8 | low)
+            if past > end:
                 break
-            kind, flags = buffer[begin + 3], buffer[begin + 4]
-            stream = int.from_bytes(buffer[begin + 5 : begin + 9], "big")
-            payload = bytes(buffer[begin + 9 : begin + 9 + length])
-            begin += 9 + length
-            self._take_in(kind, flags, stream, payload, now)
-        del buffer[:begin]
+            self._take_in(kind, flags, stream, received[begin + 9 : past], now)
+            begin = past
+        self._received = received[begin:]
 
     def _take_in(self, kind: int, flags: int, stream: int, payload: bytes, now: float) -> None:
         if kind == self._DATA:
             self._calls[stream].pieces.append((now, payload))
+            if not flags:
+                return
         elif kind == self._SETTINGS and not flags & self._ACK:
             self._socket.sendall(self._frame(self._SETTINGS, self._ACK, 0, b""))
         elif kind == self._PING and not flags & self._ACK:
