@@ -179,6 +179,8 @@ def test_the_files_of_a_directory_that_are_read(tmp_path: Path) -> None:
         path.mkdir()
         for name in ("tokenizer.json", "chat_template.jinja", "config.json", "notes.txt"):
             (path / name).write_text("{}")
+        (path / "additional_chat_templates").mkdir()
+        (path / "additional_chat_templates/chat_template.jinja").write_text("{}")
     write_safetensors(folder / "model.safetensors", {"a": ("F32", (2, 2), bytes(16))})
     args = EngineArgs(model=str(folder), tokenizer=str(other))
     checkpoint = open_checkpoint(folder)
@@ -187,6 +189,11 @@ def test_the_files_of_a_directory_that_are_read(tmp_path: Path) -> None:
     for path, name in (
         (folder / "model.safetensors", "model.safetensors"),
         (folder / "tokenizer.json", "tokenizer.json"),
+        (folder / "chat_template.jinja", "chat_template.jinja"),
+        (
+            folder / "additional_chat_templates/chat_template.jinja",
+            "additional_chat_templates/chat_template.jinja",
+        ),
         (other / "tokenizer.json", f"{other} tokenizer.json"),
         (other / "chat_template.jinja", f"{other} chat_template.jinja"),
     ):
@@ -198,9 +205,11 @@ def test_the_files_of_a_directory_that_are_read(tmp_path: Path) -> None:
     assert differences(before, digests(args, checkpoint)) == []
     (folder / "chat_template.jinja").unlink()
     (folder / "generation_config.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text("{}")
     assert differences(before, digests(args, checkpoint)) == [
         "chat_template.jinja",
         "generation_config.json",
+        "model.safetensors.index.json",
     ]
 
 

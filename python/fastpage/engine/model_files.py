@@ -65,7 +65,7 @@ def _files(args: EngineArgs, checkpoint: Checkpoint) -> Iterator[tuple[str, Path
 def _configuration(folder: Path) -> Iterator[tuple[str, Path]]:
     for pattern in _CONFIGURATION:
         for path in folder.glob(pattern):
-            yield path.name, path
+            yield str(path.relative_to(folder)), path
 
 
 def _digest(path: Path, start_bytes: int) -> str:
