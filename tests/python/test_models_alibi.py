@@ -148,8 +148,8 @@ def test_passes_keep_the_bits(case: str, checkpoint: MakeCheckpoint) -> None:
 def test_less_precise_weights(case: str, checkpoint: MakeCheckpoint) -> None:
     path, _ = checkpoint(case)
     bf16 = {"weight_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
-    check_less_precise(path, bf16, 0.03)
-    check_less_precise(path, {"quantization": "int8", "kv_cache_dtype": "int8"}, 0.06)
+    check_less_precise(path, bf16)
+    check_less_precise(path, {"quantization": "int8", "kv_cache_dtype": "int8"})
 
 
 def test_the_clip_of_the_case_matters(checkpoint: MakeCheckpoint) -> None:

@@ -115,17 +115,12 @@ def test_passes_change_no_bit(case: str, checkpoint: MakeCheckpoint) -> None:
 
 @pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.parametrize(
-    "options, limit",
-    [
-        ({"weight_dtype": "bfloat16"}, 0.02),
-        ({"quantization": "int8"}, 0.1),
-    ],
-    ids=str,
+    "options", [{"weight_dtype": "bfloat16"}, {"quantization": "int8"}], ids=str
 )
 def test_less_precise_weights(
-    case: str, options: dict[str, str], limit: float, checkpoint: MakeCheckpoint
+    case: str, options: dict[str, str], checkpoint: MakeCheckpoint
 ) -> None:
-    check_less_precise(checkpoint(case)[0], options, limit)
+    check_less_precise(checkpoint(case)[0], options)
 
 
 # ---- checkpoints as they are on the Hub
