@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 
-# Any Python from 3.10 on: `make test PYTHON=python3.12`.
+# Any Python from 3.10 on (for `make test` 3.11): `make test PYTHON=python3.12`.
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python3.10,$(shell \
   $(p) -c 'import sys, venv, ensurepip; sys.version_info >= (3, 10) and print("$(p)")' 2>/dev/null)))
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -27,7 +27,8 @@ GXX ?= g++
 CLANGXX ?= $(firstword $(foreach c,clang++ clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,\
   $(shell command -v $(c) 2>/dev/null)))
 
-.PHONY: help demo test format check-format bench bench-peers bench-kernels bench-scheduler bench-server check-model sanitize fuzz fuzz-readers faults soak clean cpp-gcc cpp-clang pytest googletest
+.PHONY: help demo test format check-format bench bench-peers bench-kernels bench-scheduler bench-server check-model sanitize \
+  sanitize-address sanitize-threads fuzz fuzz-readers faults soak clean cpp-gcc cpp-clang pytest googletest cuda-build cuda-test cuda-bench
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/' | expand -t 22
@@ -81,12 +82,13 @@ check-format: $(DEV_DONE)
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/ruff check
 
-# The C++ tests and the extension, warnings being errors. $(1): build directory, $(2): compiler, $(3): more options
+# The C++ tests and the extension, warnings being errors. $(1): build directory, $(2): compiler, $(3): more options,
+# $(4): those of ctest, $(5): what is built, if not all
 define build_and_ctest
 	@echo "-- C++ with $$($(2) --version | head -1): $(1)"
 	@$(VENV)/bin/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_CXX_COMPILER=$(2) \
 	  -DFASTPAGE_TESTS=ON -DFASTPAGE_WERROR=ON $(3) > $(1).log || { cat $(1).log; exit 1; }
-	@$(VENV)/bin/cmake --build $(1) -j $(JOBS) -- --quiet
+	@$(VENV)/bin/cmake --build $(1) -j $(JOBS) $(if $(5),--target $(5)) -- --quiet
 	@$(VENV)/bin/ctest --test-dir $(1) -j $(JOBS) --output-on-failure --no-tests=error --no-label-summary $(4) > $(1).log || { cat $(1).log; exit 1; }
 	@tail -n 3 $(1).log
 endef
@@ -116,15 +118,28 @@ pytest: $(DEV_DONE) cpp-gcc
 	@$(MAKE) --no-print-directory $(PACKAGE_DONE) $(MODEL_DONE)
 	@echo "-- types and tests of the installed package"
 	@$(VENV)/bin/mypy
+	@$(PY) -c 'import torch, transformers'  # tests that need them are skipped where they are not: not here
 	@FASTPAGE_BUILD_DIR=$(CURDIR)/build/gcc $(VENV)/bin/pytest -q
 
 googletest:
 	@tests/cpp/require_googletest.sh $(GXX)
 
-sanitize: $(DEV_DONE) googletest  ## C++ tests under ASan + UBSan, the threaded ones under TSan
+# The tests in which there are threads: of their own, or of what they build on.
+THREADED_TESTS = $(basename $(notdir $(shell \
+  grep -lE '[Tt]hread|"(small_model|(engine|channel)_(fixture|driver))[.]h"' tests/cpp/*_test.cc)))
+SANITIZED := -DCMAKE_BUILD_TYPE=RelWithDebInfo "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g"
+
+sanitize: sanitize-address sanitize-threads  ## C++ tests under ASan + UBSan, the threaded ones under TSan
+
+sanitize-address: $(DEV_DONE) googletest
 	@mkdir -p build
-	$(call build_and_ctest,build/asan,$(GXX),-DFASTPAGE_SANITIZE=address$(comma)undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo)
-	$(call build_and_ctest,build/tsan,$(GXX),-DFASTPAGE_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo,-L '^(thread_pool|executor|runner|engine|channel)')
+	$(call build_and_ctest,build/asan,$(GXX),-DFASTPAGE_SANITIZE=address$(comma)undefined $(SANITIZED))
+
+sanitize-threads: $(DEV_DONE) googletest
+	@mkdir -p build
+	$(call build_and_ctest,build/tsan,$(GXX),-DFASTPAGE_SANITIZE=thread $(SANITIZED),-L '^($(subst $(space),|,$(THREADED_TESTS)))$$',$(THREADED_TESTS))
+
+space := $(subst ,, )
 comma := ,
 
 # What it finds to be of interest stays in build/fuzz/corpus for the next run; an input that breaks

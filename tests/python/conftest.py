@@ -44,8 +44,8 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_hf(smollm2_gguf: Path) -> TransformersModel:
     """transformers' reading of `smollm2_gguf`: the same weights, dequantised to fp32."""
-    import torch
-    import transformers
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
 
     transformers.utils.logging.disable_progress_bar()
     source: dict[str, Any] = {
@@ -59,8 +59,7 @@ def smollm2_hf(smollm2_gguf: Path) -> TransformersModel:
 @pytest.fixture
 def one_torch_thread() -> Iterator[None]:
     """For tiny models: torch's threads would cost more to wake than they compute."""
-    import torch
-
+    torch = pytest.importorskip("torch")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -17,9 +17,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 from fastpage import _C
+
+torch = pytest.importorskip("torch")
 
 SHARED_MEMORY = 227 << 10  # of a block, as on sm_90
 

@@ -5,6 +5,7 @@ FASTPAGE_FUZZ_ROUNDS=n makes n times as many inputs (`make fuzz-readers`); one r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch  # before memory is traced
 from checkpoint_files import (
     byte_level_vocabulary,
     model_metadata,
@@ -33,6 +33,9 @@ from fastpage.engine.loading import _sampling_defaults
 from fastpage.errors import CheckpointError, InvalidArgument
 from fastpage.models import build_model
 from fastpage.tokenizer import Tokenizer
+
+with contextlib.suppress(ModuleNotFoundError):
+    import torch  # before memory is traced
 
 ROUNDS = int(os.environ.get("FASTPAGE_FUZZ_ROUNDS", "1"))
 MAX_MEMORY = 64 << 20
@@ -311,6 +314,7 @@ def test_gguf_fields(tmp_path):
 
 
 def test_pickles(tmp_path):
+    pytest.importorskip("torch")
     rng = random.Random(5)
     (tmp_path / "config.json").write_text("{}")
     file = tmp_path / "pytorch_model.bin"

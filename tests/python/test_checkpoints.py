@@ -91,8 +91,8 @@ def test_gguf_config_equals_transformers(smollm2_gguf, smollm2_hf):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shard_size", ["1GB", "300KB"])
 def test_safetensors_equal_transformers(tmp_path, dtype, shard_size):
-    import torch
-    import transformers
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500}
@@ -125,8 +125,8 @@ GGUF_KINDS = {
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("architecture", GGUF_KINDS)
 def test_gguf_of_each_architecture_equals_transformers(tmp_path, architecture, tied):
-    import torch
-    import transformers
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
 
     transformers.utils.logging.disable_progress_bar()
     vocabulary = byte_level_vocabulary(TEXTS)
@@ -214,8 +214,8 @@ def test_gguf_rope_scaling(tmp_path):
 
 
 def test_gguf_llama3_rope_scaling_is_recovered_from_its_frequencies(tmp_path):
-    import torch
-    import transformers
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
 
     scaling = {
         "rope_type": "llama3",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from cuda_kernels import Kernels, from_float8, relative_error, rotated, to_float8
+
+torch = pytest.importorskip("torch")
 
 HALF_TYPES = [torch.bfloat16, torch.float16]
 TYPES = [*HALF_TYPES, torch.float32]

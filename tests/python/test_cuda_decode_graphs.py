@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from cuda_kernels import Kernels
 from paging import PagedSequences, relative_error
 from test_cuda_executor import MAX_LEN, NUM_BLOCKS, SPEC, TOKENS, new_executor
@@ -18,6 +17,8 @@ from test_cuda_executor import MAX_LEN, NUM_BLOCKS, SPEC, TOKENS, new_executor
 from fastpage.errors import InvalidArgument
 from fastpage.executors.decode_graphs import default_sizes
 from fastpage.models import MoeSpec
+
+torch = pytest.importorskip("torch")
 
 SEQUENCES = [TOKENS[:37], TOKENS[20:70], TOKENS[60:90]]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from cuda_kernels import Kernels, relative_error
-from torch.nn import functional
+
+torch = pytest.importorskip("torch")
+functional = torch.nn.functional
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from cuda_kernels import Kernels
 from paging import PagedSequences, relative_error, run_in_chunks
 from small_decoder import VOCAB, load_random_weights, small_spec
@@ -20,6 +19,8 @@ from fastpage.errors import InvalidArgument
 from fastpage.executors.cuda import CudaExecutor
 from fastpage.executors.torch import TorchExecutor, TorchRunner
 from fastpage.models import DecoderSpec, RotarySpec, decoder
+
+torch = pytest.importorskip("torch")
 
 NUM_BLOCKS, MAX_LEN = 12, 120
 SPEC = small_spec(head_dim=16, max_model_len=MAX_LEN)

@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import paging
 import pytest
-import torch
 from cuda_kernels import Kernels, relative_error
 from test_cuda_attention import DECODE, Attention
 from test_cuda_executor import MAX_LEN, NUM_BLOCKS, TOKENS, new_executor
 
 from fastpage import _C
+
+torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.skipif(
     not _C.cuda.is_available(), reason=_C.cuda.unavailable_reason() or "there is a GPU"

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from cuda_kernels import Kernels
 
 from fastpage import LLM, SamplingParams
@@ -18,6 +17,8 @@ from fastpage.errors import InvalidArgument, ResourceExhausted
 from fastpage.executors import cuda as cuda_executor
 from fastpage.executors.cuda import CudaExecutor
 from fastpage.executors.cuda_runner import CudaRunner
+
+torch = pytest.importorskip("torch")
 
 tokenizers = pytest.importorskip("tokenizers")
 safetensors = pytest.importorskip("safetensors.numpy")

@@ -9,11 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from cuda_kernels import Kernels
 from test_cuda_executor import MAX_LEN, TOKENS, VOCAB, new_executor
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpage import _C
 from fastpage.executors import cuda_runner
@@ -21,6 +18,10 @@ from fastpage.executors.cuda_runner import CudaRunner
 from fastpage.executors.decode_graphs import FutureTokens
 from fastpage.executors.staging import Received
 from fastpage.executors.torch import TorchRunner
+
+torch = pytest.importorskip("torch")
+functional = torch.nn.functional
+TorchDispatchMode = pytest.importorskip("torch.utils._python_dispatch").TorchDispatchMode
 
 NUM_BLOCKS, EOS = 40, 3
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from cuda_kernels import Kernels
 
 from fastpage import _C
 from fastpage.executors.device_sampler import DeviceSampler
+
+torch = pytest.importorskip("torch")
 
 VOCAB, MAX_LEN, EOS = 150, 64, 149
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from cuda_kernels import SCHEDULES, Kernels
 
 from fastpage import _C
+
+torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")

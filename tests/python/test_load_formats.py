@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
 from checkpoint_files import byte_level_vocabulary, model_metadata, model_tensors, write_gguf
 from gguf import GGMLQuantizationType as QuantType
 from oracle import SMALL, check_logits
@@ -24,6 +22,8 @@ from fastpage.checkpoints import open_checkpoint
 from fastpage.errors import CheckpointError, InvalidArgument
 from fastpage.models import build_model
 
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 

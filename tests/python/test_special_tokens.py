@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from checkpoint_files import CORPUS, byte_level_vocabulary, sentencepiece_vocabulary
 from tokenizers import AddedToken
 
 from fastpage.engine.prompts import chat_prompt
 from fastpage.tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers")
 
 TEXTS = [
     "",
