@@ -9,8 +9,9 @@ from typing import Any, Literal, Protocol
 from fastpage import _C
 from fastpage.errors import InvalidArgument
 
-# All are looked for after every token.
 _MOST_STOP_STRINGS = 1024
+# In all of them: what they are looked for with is made of each.
+_MOST_STOP_CHARS = 4096
 _MOST_BAD_WORDS = 16384
 # Token ids are compared with the vocabulary once a model is known, by the engine.
 _ANY_VOCABULARY = 2**31 - 1
@@ -40,7 +41,7 @@ class SamplingParams:
         min_p: Keep tokens at least this probable relative to the most likely one, [0, 1].
         seed: The same seed gives the same tokens, whatever else is in the batch. None (or -1):
             the engine picks one.
-        stop: Strings that end the output, 1024 at most.
+        stop: Strings that end the output, 1024 at most, of 4096 characters together.
         stop_token_ids: Token ids that end the output, beside EOS.
         bad_words: Words that must not be generated, 16384 at most: the last token of one is
             forbidden when the output ends with those before it.
@@ -101,6 +102,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self.stop = _strings("stop", self.stop, _MOST_STOP_STRINGS)
+        if (num_chars := sum(map(len, self.stop))) > _MOST_STOP_CHARS:
+            raise InvalidArgument(
+                f"stop must have at most {_MOST_STOP_CHARS} characters in all, got {num_chars}"
+            )
         self.bad_words = _strings("bad_words", self.bad_words, _MOST_BAD_WORDS)
         self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids)
         if self.allowed_token_ids is not None:

@@ -176,17 +176,17 @@ def test_a_stop_string_ends_one_sample_and_not_its_siblings() -> None:
 
 def test_stop_strings_are_prepared_once_for_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = []
-    prepare = stop_strings._borders
+    prepare = stop_strings._Automaton
 
-    def borders(text: str) -> list[int]:
-        prepared.append(text)
-        return prepare(text)
+    def automaton(strings: list[str]) -> stop_strings._Automaton:
+        prepared.append(strings)
+        return prepare(strings)
 
-    monkeypatch.setattr(stop_strings, "_borders", borders)
+    monkeypatch.setattr(stop_strings, "_Automaton", automaton)
     prompt = Prompt("a", [0])
     params = SamplingParams(n=8, stop=["cd", "ce"])
     state = RequestState("id", 0, prompt, params, letter_tokenizer())
-    assert prepared == ["cd", "ce"]
+    assert prepared == [["cd", "ce"]]
     state.samples[0].push(2, None)
     state.samples[1].push(3, None)
     assert not state.samples[1].finished

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from checkpoint_files import sentencepiece_vocabulary
@@ -85,6 +87,7 @@ def test_any_ids_of_a_byte_level_vocabulary(smollm2):
     @example(ids=[0, 1, 2] * 30, prompt=[], skip=False, step=1)
     @example(ids=[220] * 80, prompt=[], skip=True, step=1)
     @example(ids=[180, 200] * 40, prompt=[181], skip=True, step=1)
+    @example(ids=[459] * 80 + [250] * 3, prompt=[181], skip=True, step=1)
     def check(ids: list[int], prompt: list[int], skip: bool, step: int) -> None:
         before = smollm2.decode(prompt, skip)
         whole = smollm2.decode(prompt + ids, skip)
@@ -107,6 +110,14 @@ def test_bytes_that_never_become_a_character_do_not_pile_up(smollm2):
     assert len(detokenizer._window) < 100
     assert "".join(pieces) + detokenizer.flush() == smollm2.decode([stray] * 5000)
     assert len("".join(pieces)) > 4900
+
+
+def test_characters_that_are_begun_and_never_ended_do_not_pile_up(smollm2):
+    begun = next(token for token in range(1000) if smollm2.decode([token]) == " \ufffd")
+    detokenizer = IncrementalDetokenizer(smollm2)
+    pieces = [detokenizer.push([begun]) for _ in range(1000)]
+    assert len(detokenizer._window) < 100
+    assert "".join(pieces) + detokenizer.flush() == smollm2.decode([begun] * 1000)
 
 
 def test_skipped_tokens_leave_no_trace(sentencepiece):
@@ -233,6 +244,28 @@ def test_long_stop_strings_take_linear_time():
     shown, found = matcher.push(text)
     assert found is None
     assert shown + matcher.flush() == text
+
+
+def test_many_stop_strings_are_no_more_work_than_one():
+    def num_lines(stop: Sequence[str]) -> int:
+        matcher = StopStringMatcher(stop)
+        lines = 0
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal lines
+            lines += event == "line"
+            return trace
+
+        sys.settrace(trace)
+        try:
+            matcher.push("a" * 64)
+        finally:
+            sys.settrace(None)
+        return lines
+
+    many = [f"{'a' * 100}{i}" for i in range(30)]
+    assert num_lines(many) < 2 * num_lines(many[:1])
+    assert num_lines([str(i) for i in range(1000)]) < 20
 
 
 def test_empty_stop_strings_are_refused():

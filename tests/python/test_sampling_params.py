@@ -41,6 +41,7 @@ WRONG = [
     ({"stop": [3]}, "stop must be a string or a list of strings, got 3"),
     ({"stop": ["a", ""]}, "stop must not contain an empty string"),
     ({"stop": [str(i) for i in range(1025)]}, "stop must have at most 1024 strings, got 1025"),
+    ({"stop": ["a", "b" * 4096]}, "stop must have at most 4096 characters in all, got 4097"),
     (
         {"bad_words": [str(i) for i in range(16385)]},
         "bad_words must have at most 16384 strings, got 16385",

@@ -65,6 +65,8 @@ class IncrementalDetokenizer:
             delta = text[self._num_emitted : settled]
             self._num_emitted = settled
             self._num_stalled = 0
+            if len(self._window) > 2 * _MAX_WINDOW:  # no token ends with a whole character
+                self._shorten()
         elif self._num_stalled < _MAX_STALLED:
             delta = ""
             self._num_stalled += 1
@@ -107,6 +109,12 @@ class IncrementalDetokenizer:
         text = self._decode()
         self._num_emitted = len(text) - text.endswith(_UNFINISHED)
         self._num_stalled = 0
+        self._boundary = 0
+
+    def _shorten(self) -> None:
+        """All of the window's text is out, but for the bytes of a character at its end."""
+        del self._window[:-_MAX_WINDOW]
+        self._num_emitted = len(self._decode().rstrip(_UNFINISHED))
         self._boundary = 0
 
     def _slide(self, settled: int) -> None:
