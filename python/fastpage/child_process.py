@@ -15,6 +15,7 @@ from typing import Any
 # The process is given the caller's own way to find modules, and none to find others.
 _COMMAND = "import sys; sys.path[:] = {path!r}; from {module} import main; main()"
 _PR_SET_PDEATHSIG = 1
+_PF_EXITING = 4  # of the flags in /proc/PID/stat, proc(5)
 
 
 def start_child(
@@ -40,6 +41,15 @@ def end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def is_exiting(pid: int) -> bool:
+    """It has ended, and the kernel is about to clear it away."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return bool(int(file.read().rpartition(")")[2].split()[6]) & _PF_EXITING)
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def how_it_ended(returncode: int) -> str:

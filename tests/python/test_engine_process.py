@@ -19,10 +19,11 @@ from server_process import ENDLESS, is_alive, write_endless_model, write_tiny_mo
 from waiting import PATIENCE, until
 
 from fastpage import _C, LLM, AsyncEngine, EngineArgs, SamplingParams
+from fastpage.engine import engine_process as engine_process_module
 from fastpage.engine.core import EngineDied
 from fastpage.engine.loading import load_model
 from fastpage.engine.observer import EngineObserver
-from fastpage.engine.process_core import ProcessCore
+from fastpage.engine.process_core import ProcessCore, _Process
 from fastpage.errors import CheckpointError, ModelError, ResourceExhausted
 
 SMALL = {"kv_cache_memory": "64MiB", "max_model_len": 512, "threads": 1}
@@ -193,6 +194,46 @@ def test_an_engine_that_is_killed_comes_back(
     with caplog.at_level(logging.WARNING, logger="fastpage.engine"):
         run(main())
     assert "SIGKILL" in caplog.text and "is back" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [
+        (signal.SIGSEGV, "SIGSEGV"),
+        (signal.SIGKILL, "SIGKILL: out of memory?"),  # not by its supervisor
+        (signal.SIGSTOP, "it was killed"),
+    ],
+)
+def test_what_took_long_to_be_gone_is_not_said_to_be_killed(
+    number: signal.Signals, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        process = _Process(EngineArgs(model="nothing"))
+        os.kill(process.pid, number)
+        if number != signal.SIGSTOP:
+            await gone(process.pid)
+        monkeypatch.setattr(process._popen, "poll", lambda: process._popen.returncode)
+        assert await process.end(patience=0) == how
+        assert not is_alive(process.pid)
+
+    run(main())
+
+
+class InPieces:
+    """A socket that was interrupted again and again."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def recv(self, size: int, flags: int) -> bytes:
+        part, self._data = self._data[: min(size, 3)], self._data[min(size, 3) :]
+        return part
+
+
+def test_orders_may_come_in_pieces() -> None:
+    channel: Any = InPieces(b"0123456789rest")
+    assert engine_process_module._read(channel, 10) == b"0123456789"
+    assert engine_process_module._read(channel, 4) == b"rest"
 
 
 def test_it_is_started_again_until_it_starts(

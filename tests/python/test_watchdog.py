@@ -71,8 +71,12 @@ class Dog:
         self.watchdog = Watchdog(NEVER, self._ping, self._hangs, clock=lambda: self.now)
         self.watchdog.start()
 
+        self.ping_error: Exception | None = None
+
     def _ping(self) -> None:
         self.num_pings += 1
+        if self.ping_error is not None:
+            raise self.ping_error
 
     def _hangs(self) -> None:
         self.bites += 1
@@ -133,6 +137,20 @@ def test_a_pause_of_the_front_end_is_no_hang_however_long() -> None:
         dog.look(100, late=1.5)  # stop and go
         assert dog.bites == 0
         dog.look(LOOKS)
+        assert dog.bites == 1
+
+    run(test())
+
+
+def test_who_cannot_ask_learns_nothing_and_goes_on_looking() -> None:
+    async def test() -> None:
+        dog = Dog()
+        dog.ping_error = MemoryError()
+        dog.look(3 * LOOKS)
+        assert dog.bites == 0
+        assert dog.watchdog._timer is not None
+        dog.ping_error = None
+        dog.look(LOOKS + 1)
         assert dog.bites == 1
 
     run(test())

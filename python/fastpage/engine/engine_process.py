@@ -53,7 +53,10 @@ def _let_in(door: socket.socket, server: _C.EngineServer) -> None:
         if not message:
             return
         for fileno in filenos:
-            server.add_front_end(fileno)
+            try:
+                server.add_front_end(fileno)
+            except (FastpageError, MemoryError):  # it sees the end of its socket
+                os.close(fileno)
 
 
 def _load(channel: socket.socket, phases: dict[str, float]) -> LoadedModel | None:
@@ -101,10 +104,14 @@ def _error_name(error: Exception) -> str:
 
 
 def _read(channel: socket.socket, size: int) -> bytes:
-    data = channel.recv(size, socket.MSG_WAITALL)
-    if len(data) < size:
-        os._exit(1)  # the front end has gone
-    return data
+    data = bytearray()
+    while len(data) < size:
+        # Less than that comes if this process is stopped and continued meanwhile.
+        part = channel.recv(size - len(data), socket.MSG_WAITALL)
+        if not part:
+            os._exit(1)  # the front end has gone
+        data += part
+    return bytes(data)
 
 
 def _say(channel: socket.socket, message: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 from fastpage import _C, logs
 from fastpage.checkpoints import open_checkpoint
-from fastpage.child_process import how_it_ended, start_child
+from fastpage.child_process import how_it_ended, is_exiting, start_child
 from fastpage.engine.args import EngineArgs
 from fastpage.engine.channel_core import ChannelCore
 from fastpage.engine.core import CoreListener, EngineDied, EngineLost
@@ -139,12 +140,14 @@ class _Process:
         deadline = time.monotonic() + patience
         while self._popen.poll() is None:
             if time.monotonic() > deadline:
-                self.kill()
+                # One that holds much memory takes long to be gone.
+                if not is_exiting(self.pid):
+                    self.kill()
                 await asyncio.to_thread(self._popen.wait)
             else:
                 await asyncio.sleep(0.005)
         self._close()
-        if self._killed:
+        if self._killed and self._popen.returncode == -signal.SIGKILL:
             return "it was killed"
         return how_it_ended(self._popen.returncode)
 

@@ -1,10 +1,13 @@
-"""Notices an engine process that hangs: one that is there, and does nothing."""
+"""Notices a process that hangs: one that is there, and does nothing."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
+
+_logger = logging.getLogger("fastpage.engine")
 
 _LOOKS = 8
 
@@ -14,8 +17,8 @@ class Watchdog:
     (ping) if not, and gives up (hangs) after _LOOKS looks in a row without any answer.
 
     A look that comes much later than it should says that this process itself was stopped, asleep or
-    busy, and the engine with it perhaps: the silence until then counts for nothing. However long a
-    process is away, it is but one look, so that no pause of it makes an engine look hung. For one
+    busy, and the other with it perhaps: the silence until then counts for nothing. However long a
+    process is away, it is but one look, so that no pause of it makes another look hung. For one
     event loop.
     """
 
@@ -35,7 +38,7 @@ class Watchdog:
         self.heard = False  # since the last look: whoever hears of a step sets it
 
     def start(self) -> None:
-        """The engine is there, and new."""
+        """The process is there, and new."""
         self._num_silent = 0
         self._progress = None
         self.heard = True
@@ -57,10 +60,15 @@ class Watchdog:
         if self._num_silent == _LOOKS:
             self._timer = None
             return self._hangs()
-        if not self.heard:
-            self._ping()
-        self.heard = False
+        has_heard, self.heard = self.heard, False
         self._look_later()
+        if has_heard:
+            return
+        try:
+            self._ping()
+        except Exception:
+            self.heard = True  # nobody was asked: what is not answered says nothing
+            _logger.exception("a process could not be asked whether it is there")
 
     def _look_later(self) -> None:
         self._due = self._clock() + self._interval
