@@ -150,6 +150,22 @@ def test_a_line_for_each_request(
     assert four[2]["error"].endswith("the model broke")
 
 
+def test_what_a_client_wrote_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with AsyncEngine(load_alphabet(), RequestLog(at_info=True)) as engine:
+            with pytest.raises(InvalidArgument):
+                await engine.add_request("abc", request_id="i" * 1_000_000)
+            with pytest.raises(InvalidArgument):
+                await engine.add_request({"p" * 1_000_000: 1})  # type: ignore[misc]
+
+    with caplog.at_level(logging.INFO, "fastpage"):
+        asyncio.run(main())
+    for _, what, fields in records_of(caplog):
+        assert what == "refused"
+        assert max(map(len, fields.values())) < 2000
+    assert len(records_of(caplog)) == 2
+
+
 def test_nothing_is_said_of_requests_unless_asked(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with AsyncEngine(load_alphabet(), RequestLog(at_info=False)) as engine:

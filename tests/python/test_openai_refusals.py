@@ -14,6 +14,8 @@ from waiting import PATIENCE, until
 
 from fastpage import AsyncEngine
 from fastpage.serving.openai.completions import Completions
+from fastpage.serving.openai.errors import to_api_error
+from fastpage.serving.openai.state import ServerState
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
@@ -224,6 +226,28 @@ def test_huge_bodies_are_read_one_after_the_other(monkeypatch: pytest.MonkeyPatc
         assert most_at_once == [1] * 4
 
     run(test)
+
+
+def test_huge_bodies_that_wait_for_that_are_bounded() -> None:
+    gate = threading.Event()
+
+    def slowly(body: bytes) -> int:
+        assert gate.wait(PATIENCE)
+        return len(body)
+
+    async def main() -> None:
+        state = ServerState()
+        body = bytes(8 << 20)
+        reading = [asyncio.create_task(state.aside(body, slowly)) for _ in range(20)]
+        await until(lambda: sum(task.done() for task in reading) == 12)
+        assert await state.aside(b"short", len) == 5
+        gate.set()
+        results = await asyncio.gather(*reading, return_exceptions=True)
+        assert results[:8] == [len(body)] * 8
+        assert {to_api_error(error).status for error in results[8:]} == {429}
+        assert await state.aside(bytes(100 << 20), len) == 100 << 20
+
+    asyncio.run(asyncio.wait_for(main(), 2 * PATIENCE))
 
 
 def test_many_short_prompts_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("fastpage.requests")
 
+_MOST_CHARS = 1024  # of what a client may have written
+
 
 class RequestLog(EngineObserver):
     """Requests that end or are refused, at level debug, or info if that is asked for; those that
@@ -30,7 +32,7 @@ class RequestLog(EngineObserver):
 
     def request_refused(self, request_id: str, error: Exception) -> None:
         if _logger.isEnabledFor(self._level):
-            fields = {"request_id": request_id, "error": _one_line(error)}
+            fields = {"request_id": _shortened(request_id), "error": _one_line(error)}
             _logger.log(self._level, "refused", extra={"fields": fields})
 
 
@@ -56,4 +58,9 @@ def _describe(request: RequestState) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return _shortened(" ".join(str(error).split())) or type(error).__name__
+
+
+def _shortened(text: str) -> str:
+    """A client may have had it refused for being too long."""
+    return text if len(text) <= _MOST_CHARS else f"{text[:_MOST_CHARS]} ..."

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastpage.engine.async_engine import AsyncEngine
+from fastpage.errors import ResourceExhausted
 from fastpage.serving.metrics import EngineMetrics, Exposition
 from fastpage.serving.metrics.calls import http_requests
 from fastpage.serving.metrics.exposition import Expose
@@ -23,6 +24,8 @@ _MANY_QUOTES = 100
 # And those that are longer than this one after the other: tokenizing takes some 150 bytes of memory
 # for each byte of text.
 _HUGE_BODY = 1 << 18
+# Those that wait for that hold their memory.
+_MOST_WAITING_BYTES = 64 << 20
 
 
 class ServerState:
@@ -36,6 +39,7 @@ class ServerState:
         self.requests = http_requests()
         self.exposition = (expose or Exposition)(self._metrics, self.requests)
         self._huge_body = asyncio.Lock()
+        self._num_waiting_bytes = 0  # of huge bodies; also of the one whose turn it is
         self._engine: AsyncEngine | None = None
         self._model: Model | None = None
 
@@ -63,10 +67,20 @@ class ServerState:
         return self._model
 
     async def aside(self, body: bytes, call: Callable[..., Any], *arguments: Any) -> Any:
-        """call(body, *arguments), on another thread if that may take long."""
+        """call(body, *arguments), on another thread if that may take long. Raises ResourceExhausted
+        if many wait for that already."""
         if len(body) <= _LONG_BODY and body.count(b'"') <= _MANY_QUOTES:
             return call(body, *arguments)
         if len(body) <= _HUGE_BODY:
             return await asyncio.to_thread(call, body, *arguments)
-        async with self._huge_body:
-            return await asyncio.to_thread(call, body, *arguments)
+        waiting = self._num_waiting_bytes
+        if waiting and waiting + len(body) > _MOST_WAITING_BYTES:
+            raise ResourceExhausted(
+                f"{waiting} bytes of long requests are being read: try again later"
+            )
+        self._num_waiting_bytes += len(body)
+        try:
+            async with self._huge_body:
+                return await asyncio.to_thread(call, body, *arguments)
+        finally:
+            self._num_waiting_bytes -= len(body)
