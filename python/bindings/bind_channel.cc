@@ -12,8 +12,10 @@ namespace py = pybind11;
 namespace {
 
 RequestId add_request(EngineClient& self, const py::object& prompt_token_ids,
-                      const SamplingParams& params, int32_t priority, std::string cache_salt) {
-  return self.add_request(to_request(prompt_token_ids, params, priority, std::move(cache_salt)));
+                      const SamplingParams& params, int32_t priority, std::string cache_salt,
+                      std::string name) {
+  return self.add_request(to_request(prompt_token_ids, params, priority, std::move(cache_salt)),
+                          std::move(name));
 }
 
 void bind_news(py::module_& m) {
@@ -26,10 +28,14 @@ void bind_news(py::module_& m) {
       .value("STEP_FAILED", N::Kind::kStepFailed)
       .value("RESET", N::Kind::kReset)
       .value("ALIVE", N::Kind::kAlive);
+  py::enum_<N::Refusal>(news, "Refusal")
+      .value("INVALID_ARGUMENT", N::Refusal::kInvalidArgument)
+      .value("RESOURCE_EXHAUSTED", N::Refusal::kResourceExhausted)
+      .value("NAME_IN_USE", N::Refusal::kNameInUse);
   news.def_readonly("kind", &N::kind)
       .def_readonly("request_id", &N::request_id)
       .def_readonly("error", &N::error)
-      .def_readonly("out_of_resources", &N::out_of_resources)
+      .def_readonly("refusal", &N::refusal)
       .def_readonly("done", &N::done)
       .def_readonly("progress", &N::progress)
       .def_readonly("step", &N::step)
@@ -61,7 +67,7 @@ void bind_channel(py::module_& m) {
       .def(py::init<int>(), py::arg("socket"))
       .def("fileno", &C::fileno)
       .def("add_request", &add_request, py::arg("prompt_token_ids"), py::arg("params"),
-           py::arg("priority") = 0, py::arg("cache_salt") = "")
+           py::arg("priority") = 0, py::arg("cache_salt") = "", py::arg("name") = "")
       .def("abort", py::overload_cast<RequestId>(&C::abort), py::arg("request_id"))
       .def("abort", py::overload_cast<RequestId, int32_t>(&C::abort), py::arg("request_id"),
            py::arg("index"))

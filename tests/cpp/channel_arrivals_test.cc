@@ -49,9 +49,84 @@ TEST(ChannelArrivals, TheQueueIsOneForAll) {
   const auto late = arrive(&f);
   const RequestId too_many = late->add(request({3}));
   late->receive_until([&] { return late->refused.size() == 1; });
-  EXPECT_TRUE(late->refused[too_many].out_of_resources);
+  EXPECT_EQ(late->refused[too_many].refusal, EngineNews::Refusal::kResourceExhausted);
   f.model->open();
   f.front_end().receive_all();
+}
+
+TEST(ChannelNames, AreOfOneRequestAtATimeInAllFrontEnds) {
+  ServerFixture f(small_config(), 2);
+  f.model->close();
+  f.start();
+  FrontEndOfTest& one = f.front_end(0);
+  FrontEndOfTest& other = f.front_end(1);
+  EXPECT_TRUE(one.is_accepted(one.add(request({1}), "a")));
+  for (FrontEndOfTest* each : {&one, &other}) {
+    const RequestId id = each->add(request({2}), "a");
+    EXPECT_FALSE(each->is_accepted(id));
+    EXPECT_EQ(each->refused[id].refusal, EngineNews::Refusal::kNameInUse);
+    // A request that is refused for something else has not got its name.
+    EXPECT_FALSE(each->is_accepted(each->add(request({kVocabSize}), "b")));
+    EXPECT_TRUE(each->is_accepted(each->add(request({3}))));
+  }
+  EXPECT_TRUE(other.is_accepted(other.add(request({2}), "b")));
+  f.model->open();
+  one.receive_all();
+  other.receive_all();
+  EXPECT_TRUE(other.is_accepted(other.add(request({2}), "a")));
+  other.receive_all();
+}
+
+TEST(ChannelNames, AreFreeOnceTheirRequestIsAborted) {
+  ServerFixture f(small_config(), 2);
+  f.model->close();
+  f.start();
+  FrontEndOfTest& front_end = f.front_end();
+  const RequestId first = front_end.add(request({1}), "a");
+  EXPECT_TRUE(front_end.is_accepted(first));
+  f.model->wait_until_inside();
+  front_end.client.abort(first);
+  EXPECT_TRUE(front_end.is_accepted(front_end.add(request({1}), "a")));
+  EXPECT_FALSE(front_end.is_accepted(front_end.add(request({1}), "a")));
+  f.model->open();
+  front_end.receive_all();
+}
+
+TEST(ChannelNames, AreFreeOnceTheirFrontEndHasGone) {
+  ServerFixture f(small_config(), 2);
+  f.model->close();
+  f.start();
+  EXPECT_TRUE(f.front_end(0).is_accepted(f.front_end(0).add(request({1}, 60), "a")));
+  f.front_ends[0].reset();
+  FrontEndOfTest& other = f.front_end(1);
+  while (!other.is_accepted(other.add(request({2}), "a"))) {
+  }
+  f.model->open();
+  other.receive_all();
+}
+
+// What is read at once is 64 KiB. In a second round the server finds in the first socket a request
+// whose name is in use, and in the other one, after it, an abort that was sent before.
+TEST(ChannelNames, AreFreeWhenAnAbortLiesInAnotherSocket) {
+  for (const bool is_aborted_too : {false, true}) {
+    ServerFixture f(small_config(), 2);
+    f.model->close();
+    const Request long_one = request(std::vector<TokenId>(70'000, 1));
+    FrontEndOfTest& one = f.front_end(0);
+    FrontEndOfTest& other = f.front_end(1);
+    const RequestId first = other.add(request({1}), "a");
+    other.add(long_one);
+    other.client.abort(first);
+    one.add(long_one);
+    const RequestId second = one.add(request({2}), "a");
+    if (is_aborted_too) one.client.abort(second);
+    f.start();
+    EXPECT_EQ(one.is_accepted(second), !is_aborted_too);
+    f.model->open();
+    one.receive_all();
+    other.receive_all();
+    EXPECT_EQ(other.accepted.count(first), 1u);
+  }
 }
 
 TEST(ChannelArrivals, ManyComeAndGoAmidTheirRequests) {

@@ -92,7 +92,9 @@ inline FrontEndMessage any_order(Choices* choices) {
                               Kind::kAbortSample, Kind::kResetPrefixCache, Kind::kPing});
   message.id = choices->below(12);
   message.index = any_int(choices);
-  if (message.kind == Kind::kAddRequest) message.request = any_request(choices);
+  if (message.kind != Kind::kAddRequest) return message;
+  message.request = any_request(choices);
+  if (choices->one_in(2)) message.name = std::string(choices->below(3), 'x');
   return message;
 }
 
@@ -103,6 +105,9 @@ inline EngineNews any_news(Choices* choices) {
                            Kind::kStepFailed, Kind::kReset, Kind::kAlive});
   news.request_id = choices->below(~uint64_t{0});
   news.error = std::string(choices->below(40), 'e');
+  news.refusal =
+      choices->of({EngineNews::Refusal::kInvalidArgument, EngineNews::Refusal::kResourceExhausted,
+                   EngineNews::Refusal::kNameInUse});
   news.done = choices->one_in(2);
   news.progress = any_int(choices);
   news.step.num_tokens = any_int(choices);
@@ -588,7 +593,7 @@ class ServerDriver {
         return;
       }
       case EngineNews::Kind::kRefused:
-        hold(news.out_of_resources, "refused: why?");
+        hold(news.refusal == EngineNews::Refusal::kResourceExhausted, "refused: why?");
         hold(live_.count(news.request_id) == 1 && !live_[news.request_id].accepted,
              "refused: who?");
         live_.erase(news.request_id);

@@ -31,8 +31,8 @@ inline std::pair<int, int> socket_pair() {
 struct FrontEndOfTest {
   explicit FrontEndOfTest(int fd) : client(fd) {}
 
-  RequestId add(const Request& r) {
-    const RequestId id = client.add_request(r);
+  RequestId add(const Request& r, std::string name = {}) {
+    const RequestId id = client.add_request(r, std::move(name));
     left[id] = r.params.n;
     return id;
   }
@@ -54,6 +54,11 @@ struct FrontEndOfTest {
       ASSERT_FALSE(client.closed());
       receive();
     }
+  }
+  // Waits for it to be accepted, or refused.
+  bool is_accepted(RequestId id) {
+    receive_until([&] { return accepted.count(id) + refused.count(id) > 0; });
+    return accepted.count(id) > 0;
   }
   void receive_all() {
     receive_until([this] { return left.empty(); });

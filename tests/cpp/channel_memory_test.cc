@@ -1,7 +1,10 @@
 // The engine channel and memory: how little a message may take, and what happens when it runs out.
 #include <gtest/gtest.h>
+#include <sys/syscall.h>
 
-#include "channel/messages.h"
+#include <fstream>
+
+#include "channel/front_end.h"
 #include "channel_fixture.h"
 #include "counting_allocator.h"
 #include "random_requests.h"
@@ -52,8 +55,12 @@ TEST(ChannelMemory, ALongMessageTakesASmallMultiple) {
 }
 
 // Memory runs out, once, wherever the I/O thread wants some: one request is refused, or the front
-// end is cut off, and the next one is served.
-TEST(ChannelMemory, RunningOutOfItInTheIoThreadCostsARequestAtMost) {
+// end is cut off, and the next one is served. Also where the request is the first.
+class OutOfMemory : public testing::TestWithParam<bool> {};
+INSTANTIATE_TEST_SUITE_P(, OutOfMemory, testing::Values(false, true),
+                         [](const auto& info) { return info.param ? "First" : "Later"; });
+
+TEST_P(OutOfMemory, InTheIoThreadCostsARequestAtMost) {
   is_exempt = true;
   int64_t i = 0;
   int num_refused = 0;
@@ -66,15 +73,20 @@ TEST(ChannelMemory, RunningOutOfItInTheIoThreadCostsARequestAtMost) {
       f.server->run();
     });
     // The thread is there, and waits.
-    const RequestId before = f.front_end(0).add(request({1, 2}));
-    f.front_end(0).receive_all();
-    EXPECT_EQ(f.front_end(0).end_of(before), FinishReason::kLength);
+    if (GetParam()) {
+      f.front_end(0).ping();
+    } else {
+      const RequestId before = f.front_end(0).add(request({1, 2}));
+      f.front_end(0).receive_all();
+      EXPECT_EQ(f.front_end(0).end_of(before), FinishReason::kLength);
+    }
 
     num_until_failure_of_others = i;
     Request r = request(std::vector<TokenId>(40, 3), 5);
     r.params.n = 2;
     r.params.bad_words = {{1, 2}, {3}};
-    const RequestId id = f.front_end(0).add(r);
+    const std::string name = "a name that is no small string";
+    const RequestId id = f.front_end(0).add(r, name);
     while (!f.front_end(0).left.empty() && !f.front_end(0).client.closed()) {
       f.front_end(0).receive();
     }
@@ -83,15 +95,52 @@ TEST(ChannelMemory, RunningOutOfItInTheIoThreadCostsARequestAtMost) {
     num_refused += static_cast<int>(f.front_end(0).refused.count(id));
     num_cut_off += f.front_end(0).client.closed();
     if (f.front_end(0).refused.count(id)) {
-      EXPECT_TRUE(f.front_end(0).refused[id].out_of_resources);
+      EXPECT_EQ(f.front_end(0).refused[id].refusal, EngineNews::Refusal::kResourceExhausted);
       EXPECT_NE(f.front_end(0).refused[id].error.find("memory"), std::string::npos);
     }
-    const RequestId after = f.front_end(1).add(request({1, 2, 3}, 5));
+    const RequestId after = f.front_end(1).add(request({1, 2, 3}, 5), name);
     f.front_end(1).receive_all();
     ASSERT_EQ(f.front_end(1).end_of(after), FinishReason::kLength);
   }
   EXPECT_GT(num_refused, 5);
   EXPECT_EQ(num_cut_off, 0);
+}
+
+bool sleeps(pid_t thread) {
+  std::ifstream file("/proc/self/task/" + std::to_string(thread) + "/stat");
+  std::string stat;
+  std::getline(file, stat);
+  return stat.compare(stat.rfind(')') + 2, 1, "S") == 0;
+}
+
+// Else a request that the engine has would be refused when its acceptance cannot be sent.
+TEST(ChannelMemory, RoomForAFrameIsNotTakenByOthers) {
+  const auto [ours, theirs] = socket_pair();
+  FrontEnd front_end;
+  front_end.socket = Descriptor(ours);
+  const Descriptor other_end(theirs);
+  const std::string frame(1 << 10, 'x');
+  while (front_end.send(frame) == 0) {
+  }
+  while (front_end.out.size() < (64 << 10)) front_end.send(frame);
+
+  std::atomic<pid_t> other{0};
+  std::atomic<bool> has_sent{false};
+  std::thread sender;
+  const auto send_much = [&] {
+    other = static_cast<pid_t>(syscall(SYS_gettid));
+    front_end.send(std::string(size_t{1} << 18, 'y'));
+    has_sent = true;
+  };
+  {
+    FrontEnd::Room room(&front_end, frame.size());
+    sender = std::thread(send_much);
+    while (!has_sent && (other == 0 || !sleeps(other))) std::this_thread::yield();
+    const int64_t before = num_allocations;
+    room.send(frame);
+    EXPECT_EQ(num_allocations, before);
+  }
+  sender.join();
 }
 
 // The same where several messages lie in the socket: none is taken for the rest of another.

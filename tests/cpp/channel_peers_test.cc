@@ -305,7 +305,9 @@ TEST_F(FrontEndThatDoesNotRead, HoldsUpTheEngineUntilTheServerIsStopped) {
 // Or the step thread would wait for its own next send().
 TEST(ChannelPeers, NobodyWaitsForWhatIsHeld) {
   FrontEnd front_end;
-  front_end.hold("a frame", FrontEnd::Clock::now() + std::chrono::hours(1));
+  const std::string frame = "a frame";
+  FrontEnd::Room(&front_end, frame.size())
+      .hold(frame, FrontEnd::Clock::now() + std::chrono::hours(1));
   bool has_waited = false;
   front_end.wait_until_read(0, [&] { return has_waited = true; });
   EXPECT_FALSE(has_waited);

@@ -271,11 +271,11 @@ TEST(EngineChannel, RefusesWhatTheEngineRefuses) {
   front_end.receive_until([&] { return front_end.refused.size() == 3; });
   EXPECT_EQ(front_end.accepted.count(first), 1u);
   EXPECT_NE(front_end.refused[bad].error.find("temperature"), std::string::npos);
-  EXPECT_FALSE(front_end.refused[bad].out_of_resources);
+  EXPECT_EQ(front_end.refused[bad].refusal, EngineNews::Refusal::kInvalidArgument);
   EXPECT_EQ(front_end.refused[foreign].error, "prompt token 1 is 50: not in [0, 50)");
   EXPECT_EQ(front_end.refused[too_many].error,
             "the queue is full: 3 waiting, max_num_waiting 3: try again later");
-  EXPECT_TRUE(front_end.refused[too_many].out_of_resources);
+  EXPECT_EQ(front_end.refused[too_many].refusal, EngineNews::Refusal::kResourceExhausted);
   f.model->open();
   front_end.receive_all();
 }

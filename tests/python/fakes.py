@@ -136,12 +136,19 @@ def load_alphabet(
 @contextlib.contextmanager
 def serve_on_a_thread(loaded: LoadedModel) -> Iterator[int]:
     """The engine behind a channel; gives the front end's socket."""
-    ours, theirs = socket.socketpair()
-    server = _C.EngineServer(loaded.engine, [theirs.detach()])
+    with serve_front_ends(loaded, 1) as (fileno,):
+        yield fileno
+
+
+@contextlib.contextmanager
+def serve_front_ends(loaded: LoadedModel, count: int) -> Iterator[list[int]]:
+    """The same for several front ends."""
+    pairs = [socket.socketpair() for _ in range(count)]
+    server = _C.EngineServer(loaded.engine, [theirs.detach() for _, theirs in pairs])
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        yield ours.detach()
+        yield [ours.detach() for ours, _ in pairs]
     finally:
         server.stop()
         thread.join()

@@ -11,13 +11,19 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
-from fakes import EOS_ID, Gate, letter_tokenizer, load_alphabet, serve_on_a_thread
+from fakes import (
+    EOS_ID,
+    Gate,
+    letter_tokenizer,
+    load_alphabet,
+    serve_front_ends,
+    serve_on_a_thread,
+)
 from waiting import PATIENCE, is_idle, until
 
 from fastpage import _C, AsyncEngine, RequestOutput, SamplingParams
-from fastpage.engine.async_engine import DuplicateRequestId, EngineStopped
 from fastpage.engine.channel_core import ChannelCore
-from fastpage.engine.core import EngineDied, LocalCore
+from fastpage.engine.core import DuplicateRequestId, EngineDied, EngineStopped, LocalCore
 from fastpage.engine.engine_thread import PreemptionLog
 from fastpage.engine.loading import LoadedModel
 from fastpage.engine.observer import EngineObserver
@@ -406,6 +412,56 @@ def test_one_id_is_one_request() -> None:
         assert (await last_of(engine, "c", params, "same")).outputs[0].text == "de"
 
     run(test, before_step=gate)
+
+
+def test_no_id_of_a_callers_is_in_the_way_of_those_made_up_here() -> None:
+    gate = Gate()
+
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=100, **GREEDY)
+        streams = [await engine.add_request("a", params)]
+        prefix = streams[0].request_id.rstrip("0123456789")
+        ids = {f"{prefix}{i}" for i in range(8)} - {streams[0].request_id}
+        for request_id in (*ids, None):
+            streams.append(await engine.add_request("a", params, request_id))
+        for stream in streams:
+            stream.abort()
+        gate.open(1000)
+
+    run(test, before_step=gate)
+
+
+class FirstOfTwo:
+    """async_engine.Siblings."""
+
+    index = 0
+
+    async def abort(self, request_id: str) -> bool:
+        return False
+
+
+def test_an_id_is_free_in_all_front_ends_when_its_request_has_ended() -> None:
+    """As its client sees it: here the engine does not know of the stop string yet."""
+    gate = Gate()
+
+    async def main() -> None:
+        loaded = load_alphabet(gate)
+        with serve_front_ends(loaded, 2) as filenos:
+            cores = [ChannelCore(), ChannelCore()]
+            for core, fileno in zip(cores, filenos, strict=True):
+                core.open(fileno)
+            one, other = (AsyncEngine(loaded, core=core, siblings=FirstOfTwo()) for core in cores)
+            async with one, other:
+                params = SamplingParams(max_tokens=50, stop=["c"], **GREEDY)
+                stream = await one.add_request("a", params, "mine")
+                with pytest.raises(DuplicateRequestId, match="request_id='mine' is in use"):
+                    await other.add_request("a", params, "mine")
+                gate.open(2)
+                assert [output async for output in stream][-1].outputs[0].finish_reason == "stop"
+                (await other.add_request("a", params, "mine")).abort()
+                gate.open(1000)
+
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_a_full_queue_refuses() -> None:

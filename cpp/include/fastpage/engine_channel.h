@@ -24,10 +24,11 @@ struct EngineNews {
     kReset,       // the answer to reset_prefix_cache(): `done`
     kAlive,       // the answer to ping(): `progress`
   };
+  enum class Refusal : uint8_t { kInvalidArgument, kResourceExhausted, kNameInUse };
   Kind kind;
   RequestId request_id = 0;  // kAccepted, kRefused: the client's
-  std::string error;
-  bool out_of_resources = false;  // kRefused: ResourceExhausted, or else InvalidArgument
+  std::string error;         // of kNameInUse, the name
+  Refusal refusal = Refusal::kInvalidArgument;
   bool done = false;
   // Another value in each answer, unless the engine is stuck: in a step of which no part was done
   // meanwhile (see ModelRunner::progress), or between steps. From an engine with nothing to do it
@@ -42,7 +43,7 @@ struct EngineNews {
 
 // Of what goes through the channel, and of the hello before it. Whoever changes either raises it:
 // of two processes, each says its own, and refuses another one.
-inline constexpr int32_t kChannelVersion = 1;
+inline constexpr int32_t kChannelVersion = 2;
 
 // Longest message that a front end may send: a prompt and its parameters.
 inline constexpr size_t kMaxRequestBytes = size_t{64} << 20;
@@ -96,8 +97,10 @@ class EngineClient {
   int fileno() const;  // readable: call receive(); writable, while has_unsent(): call flush()
 
   // The ids are not those of the engine; no two clients of a process give out the same. kAccepted
-  // or kRefused will follow. Throws InvalidArgument for more than kMaxRequestBytes.
-  RequestId add_request(Request request);
+  // or kRefused will follow. Throws InvalidArgument for more than kMaxRequestBytes. `name`, if it
+  // is not empty, is refused while another request of any front end has it: until that has ended,
+  // or was aborted.
+  RequestId add_request(Request request, std::string name = {});
   // Nothing happens if it has ended. kAbort comes as the last output of what had not.
   void abort(RequestId id);
   void abort(RequestId id, int32_t index);

@@ -65,11 +65,12 @@ EngineClient::~EngineClient() = default;
 
 int EngineClient::fileno() const { return s_->socket.get(); }
 
-RequestId EngineClient::add_request(Request request) {
+RequestId EngineClient::add_request(Request request, std::string name) {
   FrontEndMessage message;
   message.kind = FrontEndMessage::Kind::kAddRequest;
   message.id = next_id();
   message.request = std::move(request);
+  message.name = std::move(name);
   s_->send(message);
   return message.id;
 }

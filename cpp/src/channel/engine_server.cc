@@ -13,6 +13,7 @@
 #include <system_error>
 #include <thread>
 #include <tuple>
+#include <unordered_set>
 
 #include "channel/cached_blocks.h"
 #include "channel/front_end.h"
@@ -20,6 +21,8 @@
 namespace fastpage {
 
 namespace {
+
+using Refusal = EngineNews::Refusal;
 
 constexpr double kForever = 1e9;  // seconds: wake() ends it
 constexpr int kRetryMilliseconds = 100;
@@ -64,16 +67,24 @@ void append(FrontEnds* to, FrontEnds* from) {
 struct Owner {
   FrontEnd* front_end = nullptr;
   RequestId client_id = 0;
-  int32_t num_unfinished = 0;  // of its n samples
+  int32_t num_unfinished = 0;         // of its n samples
+  const std::string* name = nullptr;  // none, or no longer: see State::names
 };
 
-EngineNews refusal(RequestId client_id, std::string error, bool out_of_resources) {
+EngineNews refusal(RequestId client_id, std::string error, EngineNews::Refusal kind) {
   EngineNews news;
   news.kind = EngineNews::Kind::kRefused;
   news.request_id = client_id;
   news.error = std::move(error);
-  news.out_of_resources = out_of_resources;
+  news.refusal = kind;
   return news;
+}
+
+// For one more node, which can be inserted without any more memory then.
+template <typename Nodes>
+void make_room(Nodes* nodes) {
+  // >=: the one bucket that an empty container may have is not its own.
+  if (nodes->size() + 1 >= nodes->bucket_count()) nodes->rehash(2 * nodes->bucket_count() + 8);
 }
 
 // As poll() takes it: whoever waits for more may look again in between.
@@ -125,12 +136,15 @@ struct EngineServer::State {
   void read(FrontEnd* front_end);
   void take(FrontEnd* front_end, Span<const char> frame);
   void take_no_memory(FrontEnd* front_end);
-  void add_request(FrontEnd* front_end, RequestId client_id, Request request);
-  void add_to_engine(FrontEnd* front_end, RequestId client_id, Request* request);
+  void add_request(FrontEnd* front_end, FrontEndMessage* order, bool may_postpone = true);
+  void add_to_engine(FrontEnd* front_end, FrontEndMessage* order);
+  void add_postponed();
   void abort(FrontEnd* front_end, const FrontEndMessage& message);
   void say_how_far(FrontEnd* front_end);
   void answer(FrontEnd* front_end, const EngineNews& news);
   bool abort_requests_of(FrontEnd* front_end);
+
+  void release_name(Owner* owner);  // of either thread, with `mutex` held
 
   Engine* const engine;
   const EngineServerConfig config;
@@ -139,7 +153,10 @@ struct EngineServer::State {
   FrontEnds listeners;         // of the calling thread
   FrontEnds front_ends;        // of the I/O thread; those that have left something behind, too
   std::vector<pollfd> polled;  // of the I/O thread: the pipe, then the front ends
-  CachedBlocks cached;         // of the calling thread; with takes_more
+  // Of the I/O thread: requests whose names are in use, until all sockets have been read. What ends
+  // the other request may lie in one of them, and have come before.
+  std::vector<std::pair<FrontEnd*, FrontEndMessage>> postponed;
+  CachedBlocks cached;  // of the calling thread; with takes_more
   std::atomic<bool> stopping{false};
   std::atomic<bool> io_ended{false};
   std::atomic<int64_t> num_turns{0};  // of the calling thread, with a step or without
@@ -149,6 +166,7 @@ struct EngineServer::State {
 
   std::mutex mutex;
   std::unordered_map<RequestId, Owner> owners;  // by the engine's ids
+  std::unordered_set<std::string> names;        // in use; only the I/O thread adds some
   FrontEnds new_listeners;
   FrontEnds new_front_ends;
   bool takes_more;
@@ -296,6 +314,7 @@ void EngineServer::State::distribute(StepOutput* step) {
     owner.front_end->news.outputs.push_back(std::move(output));
     if (!is_last) continue;
     owner.front_end->engine_ids.erase(owner.client_id);
+    release_name(&owner);
     owners.erase(place);
   }
 }
@@ -377,6 +396,7 @@ void EngineServer::State::do_io() {
         if (events & POLLIN) read(front_end);
       }
     }
+    add_postponed();
   }
   stopping = true;
   {
@@ -455,7 +475,7 @@ void EngineServer::State::take_no_memory(FrontEnd* front_end) {
   try {
     const FrontEndMessage message = read_message_head(head);
     if (message.kind != FrontEndMessage::Kind::kAddRequest) return front_end->close();
-    answer(front_end, refusal(message.id, kOutOfMemory, true));
+    answer(front_end, refusal(message.id, kOutOfMemory, Refusal::kResourceExhausted));
   } catch (const std::exception&) {
     front_end->close();
   }
@@ -468,11 +488,11 @@ void EngineServer::State::take(FrontEnd* front_end, Span<const char> frame) {
   } catch (const std::bad_alloc&) {
     if (message.kind != FrontEndMessage::Kind::kAddRequest) throw;
     message.request = {};
-    return answer(front_end, refusal(message.id, kOutOfMemory, true));
+    return answer(front_end, refusal(message.id, kOutOfMemory, Refusal::kResourceExhausted));
   }
   switch (message.kind) {
     case FrontEndMessage::Kind::kAddRequest:
-      return add_request(front_end, message.id, std::move(message.request));
+      return add_request(front_end, &message);
     case FrontEndMessage::Kind::kAbort:
     case FrontEndMessage::Kind::kAbortSample:
       return abort(front_end, message);
@@ -486,50 +506,76 @@ void EngineServer::State::take(FrontEnd* front_end, Span<const char> frame) {
   }
 }
 
-void EngineServer::State::add_request(FrontEnd* front_end, RequestId client_id, Request request) {
+void EngineServer::State::add_request(FrontEnd* front_end, FrontEndMessage* order,
+                                      bool may_postpone) {
+  const RequestId client_id = order->id;
+  bool name_in_use;
   {
     std::lock_guard<std::mutex> lock(mutex);
     if (front_end->engine_ids.count(client_id) > 0) BytesSource::damaged("an id is in use");
+    name_in_use = !order->name.empty() && names.count(order->name) > 0;
   }
   try {
-    add_to_engine(front_end, client_id, &request);
+    if (!name_in_use) {
+      add_to_engine(front_end, order);
+    } else if (may_postpone) {
+      postponed.emplace_back(front_end, std::move(*order));
+    } else {
+      answer(front_end, refusal(client_id, std::move(order->name), Refusal::kNameInUse));
+    }
   } catch (const InvalidArgument& error) {
-    answer(front_end, refusal(client_id, error.what(), false));
+    answer(front_end, refusal(client_id, error.what(), Refusal::kInvalidArgument));
   } catch (const std::bad_alloc&) {
-    answer(front_end, refusal(client_id, kOutOfMemory, true));
+    answer(front_end, refusal(client_id, kOutOfMemory, Refusal::kResourceExhausted));
   } catch (const Error& error) {
-    answer(front_end, refusal(client_id, error.what(), true));
+    answer(front_end, refusal(client_id, error.what(), Refusal::kResourceExhausted));
   }
+}
+
+void EngineServer::State::add_postponed() {
+  for (auto& [front_end, order] : postponed) {
+    try {
+      add_request(front_end, &order, false);
+    } catch (const std::exception&) {  // garbage, or no memory to answer
+      front_end->close();
+    }
+  }
+  postponed.clear();
 }
 
 // kAccepted goes out, or is held, before `mutex` is given up: distribute() needs it for any output.
 // A first request's is held: woken for it, the front end would take a core from the step that
 // computes the first token, which is all that it waits for.
-void EngineServer::State::add_to_engine(FrontEnd* front_end, RequestId client_id,
-                                        Request* request) {
+void EngineServer::State::add_to_engine(FrontEnd* front_end, FrontEndMessage* order) {
   EngineNews accepted;
   accepted.kind = EngineNews::Kind::kAccepted;
-  accepted.request_id = client_id;
-  const Owner owner{front_end, client_id, request->params.n};
+  accepted.request_id = order->id;
+  const Owner owner{front_end, order->id, order->request.params.n};
 
   std::lock_guard<std::mutex> lock(mutex);
-  const auto place = front_end->engine_ids.emplace(client_id, 0).first;
+  const auto place = front_end->engine_ids.emplace(order->id, 0).first;
   try {
     // All that needs memory, so that nothing fails once the engine has the request.
     std::unordered_map<RequestId, Owner> made = {{0, owner}};
     auto node = made.extract(0);
-    if (owners.size() + 1 > owners.bucket_count()) owners.rehash(2 * owners.bucket_count());
+    make_room(&owners);
+    std::unordered_set<std::string> its_name;
+    if (!order->name.empty()) {
+      node.mapped().name = &*its_name.insert(std::move(order->name)).first;
+      make_room(&names);
+    }
     const std::string& frame = make_frame(&io_writer, accepted);
-    front_end->reserve(frame.size());
+    FrontEnd::Room room(front_end, frame.size());
     const bool was_idle = owners.empty();
-    const RequestId id = engine->add_request(std::move(*request));
+    const RequestId id = engine->add_request(std::move(order->request));
     place->second = id;
     node.key() = id;
     owners.insert(std::move(node));
+    names.merge(its_name);
     if (was_idle) {
-      front_end->hold(frame, FrontEnd::Clock::now() + held_at_most);
+      room.hold(frame, FrontEnd::Clock::now() + held_at_most);
     } else {
-      front_end->send(frame);
+      room.send(frame);
     }
   } catch (...) {
     front_end->engine_ids.erase(place);
@@ -539,12 +585,22 @@ void EngineServer::State::add_to_engine(FrontEnd* front_end, RequestId client_id
 
 // Of a request that has ended meanwhile, most likely, there is nothing to be found.
 void EngineServer::State::abort(FrontEnd* front_end, const FrontEndMessage& message) {
+  const auto is_meant = [&](const auto& each) {
+    return each.first == front_end && each.second.id == message.id;
+  };
+  const auto waiting = std::find_if(postponed.begin(), postponed.end(), is_meant);
+  if (waiting != postponed.end()) {
+    FrontEndMessage order = std::move(waiting->second);
+    postponed.erase(waiting);
+    add_request(front_end, &order, false);
+  }
   RequestId id;
   {
     std::lock_guard<std::mutex> lock(mutex);
     const auto place = front_end->engine_ids.find(message.id);
     if (place == front_end->engine_ids.end()) return;
     id = place->second;
+    if (message.kind == FrontEndMessage::Kind::kAbort) release_name(&owners.at(id));
   }
   if (message.kind == FrontEndMessage::Kind::kAbort) {
     engine->abort(id);
@@ -582,8 +638,16 @@ bool EngineServer::State::abort_requests_of(FrontEnd* front_end) {
     }
     std::lock_guard<std::mutex> lock(mutex);
     front_end->engine_ids.erase(client_id);
-    owners.erase(id);
+    const auto owner = owners.find(id);
+    if (owner == owners.end()) continue;
+    release_name(&owner->second);
+    owners.erase(owner);
   }
+}
+
+void EngineServer::State::release_name(Owner* owner) {
+  if (owner->name != nullptr) names.erase(names.find(*owner->name));
+  owner->name = nullptr;
 }
 
 // ---------------------------------------------------------------- EngineServer

@@ -6,6 +6,10 @@ namespace fastpage {
 
 size_t FrontEnd::send(const std::string& frame) {
   std::lock_guard<std::mutex> lock(mutex);
+  return send_locked(frame);
+}
+
+size_t FrontEnd::send_locked(const std::string& frame) {
   if (gone) return 0;
   bool sent;
   if (held_until.has_value()) {
@@ -19,16 +23,17 @@ size_t FrontEnd::send(const std::string& frame) {
   return out.size();
 }
 
-void FrontEnd::hold(const std::string& frame, Clock::time_point latest) {
-  std::lock_guard<std::mutex> lock(mutex);
-  if (gone) return;
-  if (out.size() == 0) held_until = latest;
-  out.keep({frame.data(), frame.size()});
+FrontEnd::Room::Room(FrontEnd* front_end, size_t frame_bytes)
+    : front_end_(front_end), lock_(front_end->mutex) {
+  front_end->out.reserve(frame_bytes);
 }
 
-void FrontEnd::reserve(size_t frame_bytes) {
-  std::lock_guard<std::mutex> lock(mutex);
-  out.reserve(frame_bytes);
+void FrontEnd::Room::send(const std::string& frame) noexcept { front_end_->send_locked(frame); }
+
+void FrontEnd::Room::hold(const std::string& frame, Clock::time_point latest) noexcept {
+  if (front_end_->gone) return;
+  if (front_end_->out.size() == 0) front_end_->held_until = latest;
+  front_end_->out.keep({frame.data(), frame.size()});
 }
 
 void FrontEnd::flush() {

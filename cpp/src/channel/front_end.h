@@ -17,9 +17,19 @@ struct FrontEnd {
 
   // Sends the frame, or keeps what the socket does not take. Returns what is unsent then.
   size_t send(const std::string& frame);
-  // Keeps it for the next send(), or the first flush() that comes once `latest` is there.
-  void hold(const std::string& frame, Clock::time_point latest);
-  void reserve(size_t frame_bytes);  // send() or hold() of that much will not throw bad_alloc
+  // For one frame of so many bytes, which can be sent without any more memory. Nobody else sends
+  // meanwhile, or the room would be theirs.
+  class Room {
+   public:
+    Room(FrontEnd* front_end, size_t frame_bytes);
+    void send(const std::string& frame) noexcept;
+    // Keeps it for the next send(), or the first flush() that comes once `latest` is there.
+    void hold(const std::string& frame, Clock::time_point latest) noexcept;
+
+   private:
+    FrontEnd* const front_end_;
+    const std::lock_guard<std::mutex> lock_;
+  };
   void flush();
   struct Unsent {
     size_t num_bytes;
@@ -42,6 +52,7 @@ struct FrontEnd {
   void notify();  // `stopping` may say something else
   void close();
 
+  size_t send_locked(const std::string& frame);
   void give_up_locked();
 
   // Of the I/O thread.

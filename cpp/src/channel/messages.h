@@ -21,6 +21,7 @@ struct FrontEndMessage {
   RequestId id = 0;   // of the first three; given out by the client
   int32_t index = 0;  // kAbortSample
   Request request;    // kAddRequest
+  std::string name;   // kAddRequest
 };
 
 template <>
@@ -28,6 +29,8 @@ inline constexpr FrontEndMessage::Kind kLastOf<FrontEndMessage::Kind> =
     FrontEndMessage::Kind::kPing;
 template <>
 inline constexpr EngineNews::Kind kLastOf<EngineNews::Kind> = EngineNews::Kind::kAlive;
+template <>
+inline constexpr EngineNews::Refusal kLastOf<EngineNews::Refusal> = EngineNews::Refusal::kNameInUse;
 template <>
 inline constexpr FinishReason kLastOf<FinishReason> = FinishReason::kAbort;
 template <>
@@ -43,11 +46,11 @@ void transfer(Archive& archive, Request& request) {
 
 template <typename Archive>
 void transfer(Archive& archive, FrontEndMessage& message) {
-  auto& [kind, id, index, request] = message;
+  auto& [kind, id, index, request, name] = message;
   archive(kind);
   switch (kind) {
     case FrontEndMessage::Kind::kAddRequest:
-      return archive(id, request);
+      return archive(id, request, name);
     case FrontEndMessage::Kind::kAbort:
       return archive(id);
     case FrontEndMessage::Kind::kAbortSample:
@@ -110,13 +113,13 @@ void transfer(Archive& archive, EngineStats& stats) {
 
 template <typename Archive>
 void transfer(Archive& archive, EngineNews& news) {
-  auto& [kind, request_id, error, out_of_resources, done, progress, step, stats] = news;
+  auto& [kind, request_id, error, refusal, done, progress, step, stats] = news;
   archive(kind);
   switch (kind) {
     case EngineNews::Kind::kAccepted:
       return archive(request_id);
     case EngineNews::Kind::kRefused:
-      return archive(request_id, error, out_of_resources);
+      return archive(request_id, error, refusal);
     case EngineNews::Kind::kStep:
       return archive(step, stats);
     case EngineNews::Kind::kStepFailed:

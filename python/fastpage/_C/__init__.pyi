@@ -500,6 +500,20 @@ class EngineNews:
         def __index__(self) -> int: ...
         __members__: ClassVar[dict[str, EngineNews.Kind]]
 
+    class Refusal:
+        """An enum: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, NAME_IN_USE."""
+
+        INVALID_ARGUMENT: EngineNews.Refusal
+        RESOURCE_EXHAUSTED: EngineNews.Refusal
+        NAME_IN_USE: EngineNews.Refusal
+        @property
+        def value(self) -> int: ...
+        @property
+        def name(self) -> str: ...
+        def __int__(self) -> int: ...
+        def __index__(self) -> int: ...
+        __members__: ClassVar[dict[str, EngineNews.Refusal]]
+
     @property
     def kind(self) -> EngineNews.Kind: ...
     @property
@@ -507,7 +521,7 @@ class EngineNews:
     @property
     def error(self) -> str: ...
     @property
-    def out_of_resources(self) -> bool: ...
+    def refusal(self) -> EngineNews.Refusal: ...
     @property
     def done(self) -> bool: ...
     @property
@@ -543,6 +557,7 @@ class EngineClient:
         params: SamplingParams,
         priority: int = 0,
         cache_salt: str = "",
+        name: str = "",
     ) -> int:
         """ACCEPTED or REFUSED will follow. Raises InvalidArgument for a request of more than 64
         MiB."""

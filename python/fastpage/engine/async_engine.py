@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import itertools
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
@@ -13,7 +13,14 @@ from typing import Protocol
 
 from fastpage import _C
 from fastpage.engine.args import EngineArgs
-from fastpage.engine.core import Core, EngineDied, EngineLost, EngineStopped, LocalCore
+from fastpage.engine.core import (
+    Core,
+    DuplicateRequestId,
+    EngineDied,
+    EngineLost,
+    EngineStopped,
+    LocalCore,
+)
 from fastpage.engine.loading import LoadedModel, ModelInfo, ServedModel, load_model
 from fastpage.engine.observer import EngineObserver, StepReport
 from fastpage.engine.output_processor import OutputProcessor, RequestState
@@ -35,10 +42,6 @@ _LONG_PROMPT = 1 << 14
 
 # A server says it in every message of the answer.
 _LONGEST_REQUEST_ID = 1024
-
-
-class DuplicateRequestId(InvalidArgument):
-    """Another request in progress has that request_id."""
 
 
 class Siblings(Protocol):
@@ -118,7 +121,6 @@ class AsyncEngine:
         self._core_ids: dict[str, int] = {}
         self._siblings = siblings
         self._auto_prefix = "request-" if siblings is None else f"request-{siblings.index}-"
-        self._auto_ids = itertools.count()
         self._pace = _Pace()
         self._stopped = False
         self._lost = asyncio.Event()
@@ -161,10 +163,12 @@ class AsyncEngine:
         """Raises InvalidArgument if the request can never be served, ResourceExhausted if it cannot
         be served now (with `retry_after_seconds`, an estimate), EngineStopped if no request can.
         The caller reads the stream to its end or calls its abort()."""
-        request_id = request_id or f"{self._auto_prefix}{next(self._auto_ids)}"
+        is_callers = bool(request_id)
+        # Nobody can guess it: what others call theirs is never in its way.
+        request_id = request_id or self._auto_prefix + secrets.token_hex(8)
         try:
             stream = await self._add_request(
-                prompt, sampling_params, request_id, priority, output_kind
+                prompt, sampling_params, request_id, is_callers, priority, output_kind
             )
         except Exception as error:
             if isinstance(error, ResourceExhausted):
@@ -180,6 +184,7 @@ class AsyncEngine:
         prompt: PromptType | Prompt,
         sampling_params: SamplingParams | None,
         request_id: str,
+        is_callers: bool,
         priority: int,
         output_kind: RequestOutputKind,
     ) -> RequestStream:
@@ -197,12 +202,20 @@ class AsyncEngine:
         if self._stopped:
             raise EngineStopped("the engine is shutting down")
         if request_id in self._core_ids:
-            raise DuplicateRequestId(f"request_id={request_id!r} is in use by another request")
+            raise DuplicateRequestId(request_id)
         self._core.start(self)
         core_id = self._core.add_request(
-            prompt.token_ids, core_params, priority=priority, cache_salt=prompt.cache_salt
+            prompt.token_ids,
+            core_params,
+            priority=priority,
+            cache_salt=prompt.cache_salt,
+            name=request_id if is_callers and self._siblings is not None else "",
         )
-        state = self._processor.add(core_id, request_id, prompt, params)
+        try:
+            state = self._processor.add(core_id, request_id, prompt, params)
+        except BaseException:  # nobody would hear of it
+            self._core.abort(core_id)
+            raise
         stream = RequestStream(self, state, output_kind)
         self._streams[core_id] = stream
         self._core_ids[request_id] = core_id

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from fastpage import _C
-from fastpage.engine.core import CoreListener, EngineDied, EngineHung
+from fastpage.engine.core import CoreListener, DuplicateRequestId, EngineDied, EngineHung
 from fastpage.engine.engine_thread import SchedulerWatch
 from fastpage.engine.watchdog import Watchdog
 from fastpage.errors import FastpageError, InvalidArgument, ResourceExhausted
@@ -16,6 +16,12 @@ _logger = logging.getLogger("fastpage.engine")
 
 # What a front end may have waiting for an engine that does not read.
 _MOST_UNSENT_BYTES = 256 << 20
+
+_REFUSALS: dict[_C.EngineNews.Refusal, type[FastpageError]] = {
+    _C.EngineNews.Refusal.INVALID_ARGUMENT: InvalidArgument,
+    _C.EngineNews.Refusal.RESOURCE_EXHAUSTED: ResourceExhausted,
+    _C.EngineNews.Refusal.NAME_IN_USE: DuplicateRequestId,
+}
 
 
 class ChannelCore:
@@ -74,14 +80,22 @@ class ChannelCore:
         return self._client is not None
 
     def add_request(
-        self, token_ids: list[int], params: _C.SamplingParams, *, priority: int, cache_salt: str
+        self,
+        token_ids: list[int],
+        params: _C.SamplingParams,
+        *,
+        priority: int,
+        cache_salt: str,
+        name: str = "",
     ) -> int:
         client = self._ready_client()
         if client.num_unsent_bytes > _MOST_UNSENT_BYTES:
             raise ResourceExhausted(
                 "the engine is behind with reading requests: try again in a few seconds"
             )
-        core_id = client.add_request(token_ids, params, priority=priority, cache_salt=cache_salt)
+        core_id = client.add_request(
+            token_ids, params, priority=priority, cache_salt=cache_salt, name=name
+        )
         self._waiting[core_id] = self._loop.create_future()
         self._flush()
         return core_id
@@ -175,8 +189,7 @@ class ChannelCore:
         elif kind == _C.EngineNews.Kind.ACCEPTED:
             self._answer(news.request_id, None)
         elif kind == _C.EngineNews.Kind.REFUSED:
-            refusal = ResourceExhausted if news.out_of_resources else InvalidArgument
-            self._answer(news.request_id, refusal(news.error))
+            self._answer(news.request_id, _REFUSALS[news.refusal](news.error))
         elif kind == _C.EngineNews.Kind.STEP_FAILED:
             listener.on_step_error(FastpageError(news.error))
         elif kind == _C.EngineNews.Kind.ALIVE:

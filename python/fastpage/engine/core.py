@@ -9,7 +9,14 @@ from typing import Any, Protocol
 
 from fastpage import _C
 from fastpage.engine.engine_thread import EngineThread
-from fastpage.errors import FastpageError
+from fastpage.errors import FastpageError, InvalidArgument
+
+
+class DuplicateRequestId(InvalidArgument):
+    """Another request in progress has that request_id."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request_id={request_id!r} is in use by another request")
 
 
 class EngineStopped(FastpageError):
@@ -58,10 +65,17 @@ class Core(Protocol):
     def ready(self) -> bool: ...
 
     def add_request(
-        self, token_ids: list[int], params: _C.SamplingParams, *, priority: int, cache_salt: str
+        self,
+        token_ids: list[int],
+        params: _C.SamplingParams,
+        *,
+        priority: int,
+        cache_salt: str,
+        name: str = "",
     ) -> int:
-        """An id of its own for the request. Raises InvalidArgument, ResourceExhausted, EngineDied:
-        here or in accepted()."""
+        """An id of its own for the request. `name`: one that no request of another front end of the
+        engine may have meanwhile. Raises InvalidArgument, ResourceExhausted, DuplicateRequestId,
+        EngineDied: here or in accepted()."""
 
     async def accepted(self, core_id: int) -> None:
         """Returns when the request is in the queue, or raises."""
@@ -96,7 +110,13 @@ class LocalCore:
             self._thread.start()
 
     def add_request(
-        self, token_ids: list[int], params: _C.SamplingParams, *, priority: int, cache_salt: str
+        self,
+        token_ids: list[int],
+        params: _C.SamplingParams,
+        *,
+        priority: int,
+        cache_salt: str,
+        name: str = "",
     ) -> int:
         return self._engine.add_request(token_ids, params, priority=priority, cache_salt=cache_salt)
 

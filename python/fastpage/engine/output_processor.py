@@ -29,8 +29,8 @@ class EngineStepError(FastpageError):
 
 
 class SampleAbort(NamedTuple):
-    """What the core still computes but nobody needs: a sample whose stop string has come, or all of
-    a request that failed."""
+    """What the core still computes but nobody needs: a sample whose stop string has come, or all
+    that is left of a request that failed, or has ended with such a sample."""
 
     core_id: int
     sample: int | None  # None: all
@@ -181,6 +181,7 @@ class RequestState:
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
         self.num_cached_tokens = 0
+        self.num_in_core = params.n  # samples that the core still computes
         self.error: Exception | None = None
         self._sent_prompt_logprobs = 0
 
@@ -254,19 +255,25 @@ class OutputProcessor:
         step = ProcessedStep(time.monotonic())
         for output in outputs:
             state = self._requests.get(output.request_id)
-            if state is None or state.samples[output.index].finished:
+            if state is None:
+                continue
+            still_computed = output.finish_reason == _C.FinishReason.NONE
+            state.num_in_core -= not still_computed
+            sample = state.samples[output.index]
+            if sample.finished:
                 continue
             try:
                 self._take_in(state, output, step)
             except Exception as error:  # costs this request, nobody else
                 state.error = error
-                step.aborts.append(SampleAbort(state.core_id, None))
             changed[state.core_id] = state
-            still_computed = output.finish_reason == _C.FinishReason.NONE
-            if still_computed and state.samples[output.index].finished:
-                step.aborts.append(SampleAbort(state.core_id, output.index))
             if state.finished:
+                # All of it, so that the core knows that its name is free.
+                if state.num_in_core:
+                    step.aborts.append(SampleAbort(state.core_id, None))
                 del self._requests[state.core_id]
+            elif still_computed and sample.finished:
+                step.aborts.append(SampleAbort(state.core_id, output.index))
         self._step_error = None
         step.changed = list(changed.values())
         return step

@@ -10,8 +10,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from fastpage.engine.async_engine import DuplicateRequestId
-from fastpage.engine.core import EngineStopped
+from fastpage.engine.core import DuplicateRequestId, EngineStopped
 from fastpage.errors import InvalidArgument, ResourceExhausted
 
 # Requests of more bytes than this are looked at off the event loop: other calls go on meanwhile.

@@ -7,8 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fastpage.engine.async_engine import DuplicateRequestId
-from fastpage.engine.core import EngineDied, EngineStopped
+from fastpage.engine.core import DuplicateRequestId, EngineDied, EngineStopped
 from fastpage.errors import InvalidArgument, ResourceExhausted
 
 _INVALID = "invalid_request_error"

@@ -14,8 +14,8 @@ from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
-from fastpage.engine.async_engine import AsyncEngine, DuplicateRequestId, RequestStream
-from fastpage.engine.core import EngineStopped
+from fastpage.engine.async_engine import AsyncEngine, RequestStream
+from fastpage.engine.core import DuplicateRequestId, EngineStopped
 from fastpage.engine.prompts import truncate
 from fastpage.errors import InvalidArgument
 from fastpage.outputs import RequestOutput, RequestOutputKind
@@ -111,7 +111,7 @@ class VllmEngineService(pb_grpc.VllmEngineServicer):
         if not request_id:
             raise InvalidArgument("request_id is empty")
         if request_id in self._starting:
-            raise DuplicateRequestId(f"request_id={request_id!r} is in use by another request")
+            raise DuplicateRequestId(request_id)
         aborted = self._starting[request_id] = asyncio.Event()
         try:
             prompt = await aside(request, prompt_from_proto, request, engine)
