@@ -33,11 +33,13 @@ from server_process import (
     write_endless_model,
     write_tiny_model,
 )
-from waiting import PATIENCE, eventually
+from waiting import PATIENCE, eventually, until
 
-from fastpage import LLM, SamplingParams
+from fastpage import LLM, EngineArgs, SamplingParams
+from fastpage.engine.process_core import Hello, ProcessCore
 from fastpage.errors import FastpageError
 from fastpage.serving.front_ends.port import reserve_port
+from fastpage.serving.front_ends.supervised import SupervisedFrontEnd
 from fastpage.v1 import fastpage_pb2 as pb
 
 PROMPT = "def main"
@@ -253,6 +255,37 @@ def test_abort_finds_a_request_of_the_other_front_end(grpc_server: Server) -> No
     asyncio.run(main())
 
 
+def test_a_request_id_is_that_of_one_request_in_all_front_ends(
+    grpc_server: Server, expected: list[int]
+) -> None:
+    async def main() -> None:
+        a, b = await client_of(grpc_server, 0), await client_of(grpc_server, 1)
+        async with a, b:
+            stream = await Stream.start(a, ENDLESS, request_id="mine")
+            for client in (a, b):
+                with pytest.raises(grpc.aio.AioRpcError, match="request_id='mine' is in use") as no:
+                    await client.stub.GenerateUnary(request(1, request_id="mine"))
+                assert no.value.code() == grpc.StatusCode.ALREADY_EXISTS
+            for client in (b, a):
+                abort = pb.AbortRequest(request_id="mine")
+                assert (await client.stub.Abort(abort)).found
+                assert await stream.end() == grpc.StatusCode.OK
+                stream = await Stream.start(client, ENDLESS, request_id="mine")
+            pid = grpc_server.front_ends()[0]
+            os.kill(pid, signal.SIGKILL)
+            await assert_cut(stream, expected)
+
+            # Free once the engine has seen the end of the socket.
+            code = grpc.StatusCode.ALREADY_EXISTS
+            while code == grpc.StatusCode.ALREADY_EXISTS:
+                call = b.stub.GenerateUnary(request(20, request_id="mine"))
+                code = await call.code()
+            assert (await call).outputs[0].token_ids == expected[:20]
+            eventually("it is back", lambda: grpc_server.front_ends()[0] != pid)
+
+    asyncio.run(main())
+
+
 def test_a_front_end_that_is_killed(grpc_server: Server, expected: list[int]) -> None:
     async def main() -> None:
         server = grpc_server
@@ -275,6 +308,96 @@ def test_a_front_end_that_is_killed(grpc_server: Server, expected: list[int]) ->
         assert metric(metrics_of(server), "vllm:generation_tokens_total") >= before
 
     asyncio.run(main())
+
+
+def test_a_front_end_that_hangs(model: Path, expected: list[int]) -> None:
+    async def main() -> None:
+        # On a machine that is away for a second others may be killed, too.
+        with Server(GRPC, model, "--engine-timeout", "1", "--metrics-port", "0") as server:
+            pid = server.front_ends()[0]
+            os.kill(pid, signal.SIGSTOP)
+            killed = f"front end 0 (pid {pid}) has ended: it got nowhere for 1 s (engine_timeout)"
+            eventually("it is killed", lambda: killed in server.err)
+            eventually("it is back", lambda: server.front_ends()[0] != pid)
+            name = "fastpage:front_end_restarts_total"
+            eventually("it is counted", lambda: metric(metrics_of(server), name) >= 1)
+            answer = None
+            while answer is None:
+                async with await client_of(server, 0) as client:
+                    with contextlib.suppress(grpc.aio.AioRpcError):
+                        answer = await client.stub.GenerateUnary(request(20))
+            assert answer.outputs[0].token_ids == expected[:20]
+            assert server.stop() == 0
+
+    asyncio.run(main())
+
+
+class ParentOfOne:
+    """supervised.Owner, on a clock that stands still: the test looks when it wants to."""
+
+    NEVER = 8e6
+
+    def __init__(self, core: ProcessCore, said: Hello, port: int, model: Path) -> None:
+        self._core, self._said = core, said
+        self.num_restarts = 0
+        argv = ["--model", str(model), "--api-server-count", "2", *ENDLESS_OPTIONS]
+        self.front_end = SupervisedFrontEnd(self, 0, port, GRPC, argv, self.NEVER)
+        self.alive = asyncio.Event()
+        hear = self.front_end._on_alive
+        self.front_end._on_alive = lambda: (hear(), self.alive.set())  # type: ignore[method-assign]
+
+    async def start(self) -> None:
+        self.front_end.start()
+        await until(self.front_end.ready.is_set)
+
+    async def look(self) -> None:
+        """Once, and waits for the answer if it asked."""
+        watchdog = self.front_end._watchdog
+        asked = not watchdog.heard
+        self.alive.clear()
+        watchdog.look()
+        if asked:
+            await self.alive.wait()
+
+    def hand_engine(self, front_end: SupervisedFrontEnd) -> None:
+        front_end.control.tell("engine", self._core.add_front_end(), said=self._said)
+
+    def count_restart(self) -> None:
+        self.num_restarts += 1
+
+    def __getattr__(self, name: str) -> Any:  # what is nothing to it
+        return lambda *_: None
+
+
+def test_a_front_end_is_looked_at_while_it_is_ready(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        args = EngineArgs(model=str(model), num_kv_blocks=64, max_model_len=512)
+        core, said = await ProcessCore.launch_for_others(args)
+        with reserve_port("127.0.0.1", 0) as held:
+            parent = ParentOfOne(core, said, held.getsockname()[1], model)
+            front_end = parent.front_end
+            await parent.start()
+            for _ in range(30):
+                await parent.look()
+            pid = front_end.pid
+            os.kill(pid, signal.SIGSTOP)
+            while not front_end._why:
+                front_end._watchdog.look()
+            assert front_end._watchdog._timer is None
+            await until(lambda: parent.num_restarts == 1)
+            assert front_end.pid != pid and not is_alive(pid)
+            assert front_end._watchdog._timer is not None
+            await parent.look()
+            await parent.look()
+            front_end.drain()
+            assert front_end._watchdog._timer is None
+            await front_end.ended.wait()
+        await core.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 2 * PATIENCE))
+    assert "got nowhere for 8e+06 s (engine_timeout), and was killed" in caplog.text
 
 
 def test_an_engine_that_is_killed(grpc_server: Server, expected: list[int]) -> None:

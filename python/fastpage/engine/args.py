@@ -252,7 +252,8 @@ class EngineArgs:
         "Execution",
         "seconds without any progress after which a server kills its engine's process, and starts "
         "it again. A step that takes long makes progress, op by op; with the other executors than "
-        "cpu, only its end is. 0: wait for ever (default: %(default)g)",
+        "cpu, only its end is. Of several front ends, one that says nothing for as long is killed, "
+        "too. 0: wait for ever (default: %(default)g)",
         metavar="SECONDS",
         type=float,
     )

@@ -69,6 +69,7 @@ class ParentLink:
                 "drain": self.signals.drain,
                 "end": self.signals.end,
                 "abort": self._abort,
+                "ping": lambda: self._control.tell("alive"),
             },
             on_end=lambda: exit_now(1),  # nobody is left to serve for
         )

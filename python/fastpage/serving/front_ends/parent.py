@@ -1,6 +1,6 @@
 """The parent of several front ends: it owns the port, the engine's process and its supervisor,
-starts the front ends, starts those again that die, and passes signals on. It serves nobody but who
-asks for metrics.
+starts the front ends, starts those again that die or hang, and passes signals on. It serves nobody
+but who asks for metrics.
 """
 
 from __future__ import annotations
@@ -68,10 +68,12 @@ class Parent:
     async def _start(self, port: int) -> list[str]:
         """Front ends and engine. Returns where the front ends listen, when they do."""
         start = time.perf_counter()
+        timeout = self._args.engine_timeout
+        module = self._command.module
         self._launched = asyncio.Event()
         self._launching = asyncio.create_task(self._launch())
         for index in range(self._options.api_server_count):
-            front_end = SupervisedFrontEnd(self, index, port, self._command.module, self._argv)
+            front_end = SupervisedFrontEnd(self, index, port, module, self._argv, timeout)
             self._front_ends.append(front_end)
             front_end.start()
         await self._all(front_end.listening for front_end in self._front_ends)
@@ -155,6 +157,9 @@ class Parent:
 
     def forget_metrics(self, index: int) -> None:
         self._metrics.forget(index)
+
+    def count_restart(self) -> None:
+        self._metrics.engine.num_front_end_restarts += 1
 
     async def render(self, accept: str) -> tuple[str, str]:
         body, content_type = await asyncio.to_thread(self._metrics.render, accept)

@@ -1,4 +1,4 @@
-"""A front end as its parent sees it: its process, and the next one when it dies."""
+"""A front end as its parent sees it: its process, and the next one when it dies or hangs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from fastpage.child_process import how_it_ended, start_child
 from fastpage.engine.core import EngineLost
+from fastpage.engine.watchdog import Watchdog
 from fastpage.errors import FastpageError
 from fastpage.serving.front_ends.control import Control, ControlClosed, Handler
 
@@ -38,6 +39,9 @@ class Owner(Protocol):
     def forget_metrics(self, index: int) -> None:
         """Its process has ended."""
 
+    def count_restart(self) -> None:
+        """Its next process is ready."""
+
     async def render(self, accept: str) -> tuple[str, str]: ...
 
     async def abort(self, request_id: str, asked_by: SupervisedFrontEnd) -> bool: ...
@@ -45,8 +49,9 @@ class Owner(Protocol):
 
 class SupervisedFrontEnd:
     def __init__(
-        self, owner: Owner, index: int, port: int, module: str, argv: Sequence[str]
+        self, owner: Owner, index: int, port: int, module: str, argv: Sequence[str], timeout: float
     ) -> None:
+        """One whose event loop says nothing for `timeout` seconds is killed; 0: never."""
         self.index = index
         self.addresses: list[str] = []
         self.listening = asyncio.Event()
@@ -61,6 +66,8 @@ class SupervisedFrontEnd:
         self._why = ""
         self._stopping = False
         self._end: asyncio.Task[None]
+        self._timeout = timeout
+        self._watchdog = Watchdog(timeout, self._ping, self._on_hang)
 
     def start(self) -> None:
         ours, its_socket = socket.socketpair()
@@ -71,6 +78,7 @@ class SupervisedFrontEnd:
         handlers: dict[str, Handler] = {
             "listening": self._on_listening,
             "ready": self._on_ready,
+            "alive": self._on_alive,
             "failed": self._on_failed,
             "metrics": lambda taken: self._owner.take_metrics(self.index, taken),
             "reported": lambda: None,
@@ -86,6 +94,7 @@ class SupervisedFrontEnd:
 
     def drain(self) -> None:
         self._stopping = True
+        self._watchdog.stop()  # its end has a limit of its own
         if self.control.closed:  # it is about to be started again
             self.ended.set()
         self.control.tell("drain")
@@ -114,7 +123,13 @@ class SupervisedFrontEnd:
             _logger.warning(
                 "front end %d is back (pid %d) after %.1f s", self.index, self.pid, seconds
             )
+            self._owner.count_restart()
         self.ready.set()
+        if self._timeout and not self._stopping:
+            self._watchdog.start()
+
+    def _on_alive(self) -> None:
+        self._watchdog.heard = True
 
     def _on_failed(self, message: str, lost: bool) -> None:
         self._why = message
@@ -122,7 +137,19 @@ class SupervisedFrontEnd:
             self._stopping = True
             self._owner.on_lost(EngineLost(message))
 
+    # ---- what it does not say
+
+    def _ping(self) -> None:
+        self.control.tell("ping")
+
+    def _on_hang(self) -> None:
+        self._why = f"it got nowhere for {self._timeout:g} s (engine_timeout), and was killed"
+        self.kill()
+
+    # ---- its end
+
     def _on_end(self) -> None:
+        self._watchdog.stop()
         self._end = asyncio.create_task(self._see_to_its_end())
 
     async def _see_to_its_end(self) -> None:

@@ -299,6 +299,13 @@ _OURS = (
         lambda metrics: metrics.num_hangs,
     ),
     Metric(
+        "fastpage:front_end_restarts",
+        "counter",
+        "Times that a front end's process died, or got nowhere for --engine-timeout, and came back "
+        "(with --api-server-count).",
+        lambda metrics: metrics.num_front_end_restarts,
+    ),
+    Metric(
         "fastpage:requests_refused",
         "counter",
         "Requests that the engine did not take, by reason: invalid_argument, resource_exhausted "

@@ -113,6 +113,7 @@ class EngineMetrics(EngineObserver):
         self.engine_up = False
         self.num_restarts = 0
         self.num_hangs = 0
+        self.num_front_end_restarts = 0
         self.finished = dict.fromkeys(FINISH_REASONS, 0)  # outputs, by reason
         self.refused = dict.fromkeys((reason for _, reason in _REFUSALS), 0)
         self.num_prompt_tokens = 0
