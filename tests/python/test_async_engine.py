@@ -7,6 +7,7 @@ import contextlib
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -431,6 +432,37 @@ def test_no_id_of_a_callers_is_in_the_way_of_those_made_up_here() -> None:
     run(test, before_step=gate)
 
 
+@pytest.mark.parametrize(
+    "much",
+    [
+        {"bad_words": ["a" * 5000]},
+        {"bad_words": ["a" * i for i in range(1, 110)]},
+        {"allowed_token_ids": list(range(5000))},
+        {"logit_bias": {i: 1.0 for i in range(5000)}},
+    ],
+)
+def test_long_parameters_hold_nobody_up(
+    much: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    to_core = SamplingParams.to_core
+
+    def watched(self: SamplingParams, *arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return to_core(self, *arguments)
+
+    monkeypatch.setattr(SamplingParams, "to_core", watched)
+
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=1, **much)
+        with contextlib.suppress(InvalidArgument):
+            await last_of(engine, "a", params)
+        await last_of(engine, "a", SamplingParams(max_tokens=1))
+        assert [thread is threading.main_thread() for thread in threads] == [False, True]
+
+    run(test)
+
+
 class FirstOfTwo:
     """async_engine.Siblings."""
 
@@ -730,7 +762,7 @@ def test_news_that_cannot_be_taken_in_count_as_the_engines_end(
                 await core.wait_closed()
                 assert not engine.ready
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_shutdown_ends_what_is_in_progress() -> None:

@@ -307,7 +307,7 @@ def test_a_server_that_takes_no_connection_for_now_is_one_too(tmp_path: Path) ->
                 async with serve(address=Address(unix=f"unix:{name}")):
                     pass
 
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
 def test_addresses_that_cannot_be_had(tmp_path: Path) -> None:

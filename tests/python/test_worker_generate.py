@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import grpc
@@ -11,6 +12,7 @@ from fakes import EOS_ID, Gate
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from worker_harness import STATUS, Client, collect, generate, refused, run
 
+from fastpage import SamplingParams
 from fastpage.serving.worker import convert, service
 
 
@@ -177,6 +179,27 @@ def test_bad_requests_are_refused_by_name() -> None:
                     raise AssertionError(error.details())
         _, completes = await collect(client.stub.Generate(generate("ab")))
         assert len(completes) == 1
+
+    run(test)
+
+
+def test_a_long_request_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it is looked at on another thread."""
+    threads: list[threading.Thread] = []
+    convert = service.sampling_params_from_proto
+
+    def watched(message: pb.SamplingParams, defaults: SamplingParams) -> SamplingParams:
+        threads.append(threading.current_thread())
+        return convert(message, defaults)
+
+    monkeypatch.setattr(service, "sampling_params_from_proto", watched)
+
+    async def test(client: Client) -> None:
+        long = generate("a", logit_bias={token: 1.0 for token in range(10_000)})
+        error = await refused(client.stub.Generate(long))
+        assert error.code() == STATUS.INVALID_ARGUMENT
+        await collect(client.stub.Generate(generate("a")))
+        assert [thread is threading.main_thread() for thread in threads] == [False, True]
 
     run(test)
 

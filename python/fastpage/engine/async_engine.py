@@ -35,8 +35,11 @@ _News = Callable[[EngineObserver], None]
 
 _logger = logging.getLogger("fastpage.engine")
 
-# More bad_words than this are tokenized off the event loop.
+# More bad_words than this, or of more characters, are tokenized off the event loop.
 _MANY_WORDS = 100
+_LONG_WORDS = 1 << 12
+# Biases and allowed tokens: so many are looked at there, too.
+_MANY_TOKENS = 1 << 12
 # Texts, and lists of token ids, that are longer than this are looked at off the event loop.
 _LONG_PROMPT = 1 << 14
 
@@ -271,7 +274,13 @@ class AsyncEngine:
         return to_prompt(*arguments)
 
     async def _to_core(self, params: SamplingParams) -> _C.SamplingParams:
-        if len(params.bad_words or ()) > _MANY_WORDS:
+        words = params.bad_words or ()
+        num_tokens = len(params.logit_bias or ()) + len(params.allowed_token_ids or ())
+        if (
+            len(words) > _MANY_WORDS
+            or sum(map(len, words)) > _LONG_WORDS
+            or num_tokens > _MANY_TOKENS
+        ):
             return await asyncio.to_thread(params.to_core, self.tokenizer)
         return params.to_core(self.tokenizer)
 

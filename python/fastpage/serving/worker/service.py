@@ -16,7 +16,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
 from fastpage.engine.async_engine import AsyncEngine, RequestStream
 from fastpage.engine.core import DuplicateRequestId, EngineStopped
-from fastpage.engine.prompts import truncate
+from fastpage.engine.prompts import Prompt, truncate
 from fastpage.errors import InvalidArgument
 from fastpage.outputs import RequestOutput, RequestOutputKind
 from fastpage.sampling_params import SamplingParams
@@ -88,9 +88,7 @@ class VllmEngineService(pb_grpc.VllmEngineServicer):
         self._last_receive = time.time()
         try:
             engine = self._ready_engine()
-            check_supported(request)
-            params = sampling_params_from_proto(request.sampling_params, self._defaults)
-            stream = await self._add_request(request, params, engine)
+            stream, params = await self._add_request(request, engine)
         except Exception as error:
             await abort(context, error)
         answer = Answer(request, params)
@@ -105,8 +103,8 @@ class VllmEngineService(pb_grpc.VllmEngineServicer):
         await write_outputs(patient, context, messages, self._slow_client_timeout)
 
     async def _add_request(
-        self, request: pb.GenerateRequest, params: SamplingParams, engine: AsyncEngine
-    ) -> RequestStream:
+        self, request: pb.GenerateRequest, engine: AsyncEngine
+    ) -> tuple[RequestStream, SamplingParams]:
         request_id = request.request_id
         if not request_id:
             raise InvalidArgument("request_id is empty")
@@ -114,16 +112,25 @@ class VllmEngineService(pb_grpc.VllmEngineServicer):
             raise DuplicateRequestId(request_id)
         aborted = self._starting[request_id] = asyncio.Event()
         try:
-            prompt = await aside(request, prompt_from_proto, request, engine)
-            prompt = truncate(prompt, params, engine.info.max_model_len)
-            check_answer_size(params, len(prompt.token_ids))
+            params, prompt = await aside(request, self._read, request, engine)
             kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
             stream = await engine.add_request(prompt, params, request_id, output_kind=kind)
         finally:
             del self._starting[request_id]
         if aborted.is_set():
             stream.abort()
-        return stream
+        return stream, params
+
+    def _read(
+        self, request: pb.GenerateRequest, engine: AsyncEngine
+    ) -> tuple[SamplingParams, Prompt]:
+        """On any thread."""
+        check_supported(request)
+        params = sampling_params_from_proto(request.sampling_params, self._defaults)
+        prompt = prompt_from_proto(request, engine)
+        prompt = truncate(prompt, params, engine.info.max_model_len)
+        check_answer_size(params, len(prompt.token_ids))
+        return params, prompt
 
     async def Abort(
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
