@@ -18,9 +18,8 @@ struct AttentionPlanConfig {
   int32_t max_seq_len = 0;     // of one sequence
   int32_t num_multiprocessors = 132;
   // A row is the same to the bit whatever the batch, and however many new tokens its sequence
-  // brings in a step: nothing is decoded; every row goes the way of several new tokens, which sums
-  // over its KV in one order, in tiles at absolute positions. That reads a sequence's KV with no
-  // more blocks than it has KV heads: slower where there are few sequences, and long ones.
+  // brings in a step: KV is cut into pieces at absolute positions, each is summed up in one order,
+  // and they are folded from the first to the last. Who computes which piece is the plan's choice.
   bool batch_invariant = false;
   // The grids are as large as any plan within the maxima needs, rather than as this step's plan
   // does.
@@ -29,9 +28,14 @@ struct AttentionPlanConfig {
   bool decode_only = false;
 };
 
+// Constants of the batch-invariant mode: tokens of a piece of KV, and rows ((token, head) pairs of
+// a KV head) of a tile where a sequence has few: one new token, or no more than two such tiles.
+constexpr int32_t kPieceTokens = 512;
+constexpr int32_t kFewRows = 16;
+
 // One thread block's work. Sequences with one new token are decoded: their KV is split over several
-// blocks, which leave partial results, and the last to finish merges them (unless batch_invariant).
-// The others' new tokens, times the heads that share a KV head, are cut into tiles of rows.
+// blocks, which leave partial results, and the last to finish merges them. The others' new tokens,
+// times the heads that share a KV head, are cut into tiles of rows.
 struct DecodeItem {
   int32_t seq;
   int32_t begin;    // first token of the KV; a multiple of 16
@@ -49,10 +53,12 @@ class AttentionPlan {
   explicit AttentionPlan(const AttentionPlanConfig& config);
 
   // Sizes of the buffers: of the plan (int32), of partial results (fp32), and of counters (uint32,
-  // which have to be zero before the first run and are again after each).
+  // which have to be zero before the first run and are again after each). Batch-invariant partial
+  // results are num_heads * (head_dim + 2) floats for each of max_num_tokens (unless decode_only)
+  // and of min(kMostSplits, max_num_tokens * pieces of max_seq_len); none if that is one piece.
   int64_t plan_size() const { return layout_.size; }
   int64_t workspace_size() const;
-  int64_t num_counters() const;
+  int64_t num_counters() const { return num_counters_; }
 
   // Lays out a step into `buffer`, [plan_size()], in host memory. query_start_loc: [num_seqs + 1],
   // seq_lens: [num_seqs], the new tokens included. Throws InvalidArgument if a maximum is exceeded.
@@ -60,6 +66,7 @@ class AttentionPlan {
             Span<int32_t> buffer);
 
   const AttentionPlanConfig& config() const { return config_; }
+  // Batch-invariant: of few rows, and of many.
   int32_t num_decode_items() const { return num_decode_items_; }
   int32_t num_prefill_items() const { return num_prefill_items_; }
   // Of the step laid out last: 0 before the first.
@@ -74,8 +81,8 @@ class AttentionPlan {
     int64_t seq_lens = 0;         // [max_num_seqs]
     int64_t first_partial = 0;    // [max_num_seqs]
     int64_t num_partials = 0;     // [max_num_seqs]
-    int64_t decode = 0;           // [max_decode_items][4]
-    int64_t prefill = 0;          // [max_prefill_items][2]
+    int64_t decode = 0;           // [max_decode_items][4]; batch-invariant: [8]
+    int64_t prefill = 0;          // [max_prefill_items][2]; batch-invariant: [8]
     int64_t size = 0;
   };
   const Layout& layout() const { return layout_; }
@@ -83,15 +90,41 @@ class AttentionPlan {
   int32_t max_prefill_items() const { return max_prefill_items_; }
   // Rows of a prefill tile, (token, head) pairs.
   int32_t tile_rows() const;
+  // Of the workspace, for partial results of a head: a decoded split's, or of a row and its pieces.
+  int64_t max_partials() const { return max_partials_; }
 
  private:
-  bool is_decoded(int32_t new_tokens) const { return new_tokens == 1 && !config_.batch_invariant; }
+  // A tile of rows, batch-invariant, and how many pieces its last row sees.
+  struct PieceTile {
+    int32_t seq;
+    int32_t tile;
+    int32_t rows;
+    int32_t pieces;
+  };
+  struct PieceRun {
+    int32_t tile;  // of those that are laid out
+    int32_t first, end;
+    int32_t slot_row;  // of a KV head's part of the workspace
+    int32_t counter;
+  };
+
+  void set_sizes();
+  void set_batch_invariant_sizes();
+  void check_step(Span<const int32_t> query_start_loc, Span<const int32_t> seq_lens) const;
+  void plan_splits(Span<const int32_t> query_start_loc, Span<const int32_t> seq_lens,
+                   Span<int32_t> buffer);
+  void plan_pieces(Span<const int32_t> query_start_loc, Span<const int32_t> seq_lens,
+                   Span<int32_t> buffer);
+  int32_t run_length(const std::vector<PieceTile>& tiles, bool many_rows) const;
+  int32_t lay_out_runs(const std::vector<PieceTile>& tiles, bool many_rows, int32_t* to);
   int32_t split_size(const std::vector<int32_t>& lens) const;
 
   AttentionPlanConfig config_;
   Layout layout_;
   int32_t max_decode_items_ = 0;
   int32_t max_prefill_items_ = 0;
+  int64_t max_partials_ = 0;
+  int64_t num_counters_ = 0;
   int32_t num_decode_items_ = 0;
   int32_t num_prefill_items_ = 0;
   int32_t num_seqs_ = 0;
@@ -99,6 +132,8 @@ class AttentionPlan {
   int32_t longest_seq_len_ = 0;
   std::vector<DecodeItem> decode_;
   std::vector<std::pair<int64_t, PrefillItem>> prefill_;  // by the length of the KV
+  std::vector<PieceTile> few_rows_, many_rows_;
+  std::vector<PieceRun> runs_;
 };
 
 struct AttentionParams {

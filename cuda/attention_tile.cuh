@@ -33,9 +33,9 @@ struct AttentionArgs {
   AttentionParams params;
   const int32_t* plan;
   AttentionPlan::Layout layout;
-  float* partial_sums;   // [partial][num_heads][head_dim]
-  float* partial_stats;  // [partial][num_heads][2]: greatest score, sum of weights
-  uint32_t* counters;    // [max_num_seqs][KV heads and groups of 16 heads]
+  float* partial_sums;   // [partial][num_heads][head_dim]; batch-invariant: [slot row][head_dim]
+  float* partial_stats;  // [...][2]: greatest score, sum of weights
+  uint32_t* counters;    // [max_num_seqs][KV heads and groups of 16 heads], or [tile][KV head]
 };
 
 // Which of a sequence's blocks the tile-th 16 tokens are in: tile / tiles_per_block, exact as long
@@ -143,6 +143,11 @@ __device__ __forceinline__ void load_values(const char* tile, int step, uint32_t
   }
 }
 
+// Tokens whose scores go through the softmax at once, where the order of sums is prefill's. float8
+// is widened in registers: at 128 there are none left for the scores of 64 tokens.
+template <typename C, int kDim>
+constexpr int kSoftmaxTokens = kDim <= (kIsFloat8<C> ? 96 : 128) ? 64 : 32;
+
 // What scores go through before the softmax.
 struct ScoreRule {
   float scale;  // with that of the keys
@@ -154,6 +159,11 @@ struct RowRule {
   float slope;
 };
 
+// What brings scores into units of log 2, if nothing is added to them.
+__device__ __forceinline__ float score_factor(const ScoreRule& rule) {
+  return (rule.soft_cap > 0.0f ? rule.soft_cap : rule.scale) * kLog2E;
+}
+
 // scores[n][0..1] of row 0, [2..3] of row 1, tokens from `first` on: capped, biased, and hidden
 // ones -inf. Returns the positive factor that brings them into units of log 2. `end`: behind the
 // last token there is. row(i): position and slope of row i; asked for only if they are needed.
@@ -162,7 +172,7 @@ __device__ __forceinline__ float finish_scores(float (&scores)[kFragments][4],
                                                const ScoreRule& rule, int32_t first, int32_t end,
                                                bool has_slopes, bool needs_mask, Row row) {
   const int pair = fresh_thread() % 4;
-  float factor = rule.scale * kLog2E;
+  const float factor = score_factor(rule);
   if (rule.soft_cap > 0.0f) {
     const float inverse = rule.scale / rule.soft_cap;
 #pragma unroll
@@ -170,7 +180,6 @@ __device__ __forceinline__ float finish_scores(float (&scores)[kFragments][4],
 #pragma unroll
       for (int i = 0; i < 4; ++i) scores[n][i] = tanhf(scores[n][i] * inverse);
     }
-    factor = rule.soft_cap * kLog2E;
   }
   if (!has_slopes && !needs_mask) return factor;
 #pragma unroll
@@ -185,7 +194,7 @@ __device__ __forceinline__ float finish_scores(float (&scores)[kFragments][4],
         const int32_t token = first + n * 8 + pair * 2 + e % 2;
         if (has_slopes) {
           const float bias = r.slope * kLog2E * static_cast<float>(token - r.position);
-          scores[n][e] = scores[n][e] * factor + bias;
+          scores[n][e] = fmaf(scores[n][e], factor, bias);
         }
         if (token > visible || token <= begin) scores[n][e] = -INFINITY;
       }
@@ -235,7 +244,7 @@ __device__ __forceinline__ void update_softmax(float (&scores)[kFragments][4], f
         sum += scores[n][i];
       }
     }
-    state->sum[row] = state->sum[row] * correction[row] + sum;
+    state->sum[row] = fmaf(state->sum[row], correction[row], sum);
   }
 }
 
@@ -288,9 +297,12 @@ void with_attention_types(DType dtype, const KvCache& cache, Fn fn) {
   });
 }
 
-// In decode_attention.cu, prefill_attention.cu and float32_attention.cu.
+// In decode_attention.cu, few_rows_attention.cu, prefill_attention.cu and float32_attention.cu.
 void launch_decode(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream);
 void launch_prefill(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream);
+// Batch-invariant: few rows of a sequence, and many.
+void launch_few_rows(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream);
+void launch_many_rows(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream);
 void launch_float32(const AttentionArgs& args, int64_t num_rows, Stream stream);
 
 }  // namespace fastpage::cuda

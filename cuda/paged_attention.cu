@@ -51,7 +51,7 @@ void paged_attention(const Rows& q, const KvCache& cache, const Rows& block_tabl
   check_vectorized(out);
   check(reinterpret_cast<uintptr_t>(plan_buffer) % 16 == 0, "plan_buffer",
         "must begin on 16 bytes");
-  check(reinterpret_cast<uintptr_t>(workspace) % 8 == 0, "workspace", "must begin on 8 bytes");
+  check(reinterpret_cast<uintptr_t>(workspace) % 16 == 0, "workspace", "must begin on 16 bytes");
   check(int64_t{config.max_seq_len} * cache.block_size < (int64_t{1} << 40), "cache",
         "has blocks of " + std::to_string(cache.block_size) +
             " tokens: with max_seq_len that is too many");
@@ -75,14 +75,19 @@ void paged_attention(const Rows& q, const KvCache& cache, const Rows& block_tabl
   args.params = params;
   args.plan = plan_buffer;
   args.layout = plan.layout();
-  args.partial_stats = workspace;
-  args.partial_sums = workspace + int64_t{plan.max_decode_items()} * config.num_heads * 2;
+  args.partial_sums = workspace;
+  args.partial_stats = workspace + plan.max_partials() * config.num_heads * config.head_dim;
   args.counters = counters;
   if (q.dtype == DType::kFloat32) return launch_float32(args, q.rows, stream);
-  launch_decode(q.dtype, args,
-                config.fixed_grid ? plan.max_decode_items() : plan.num_decode_items(), stream);
-  launch_prefill(q.dtype, args,
-                 config.fixed_grid ? plan.max_prefill_items() : plan.num_prefill_items(), stream);
+  const int32_t decode = config.fixed_grid ? plan.max_decode_items() : plan.num_decode_items();
+  const int32_t prefill = config.fixed_grid ? plan.max_prefill_items() : plan.num_prefill_items();
+  if (config.batch_invariant) {
+    launch_few_rows(q.dtype, args, decode, stream);
+    launch_many_rows(q.dtype, args, prefill, stream);
+  } else {
+    launch_decode(q.dtype, args, decode, stream);
+    launch_prefill(q.dtype, args, prefill, stream);
+  }
 }
 
 }  // namespace fastpage::cuda

@@ -3,7 +3,10 @@
 // together, so that keys and values are read once for them. Its warps each keep 16 or 32 of the
 // rows. Keys and values come 64 (or 32) tokens at a time: values while scores are computed, the
 // next keys while weights are.
-#include "cuda/attention_tile.cuh"
+//
+// Batch-invariant, a block does this for a run of pieces (attention_pieces.cuh): at the end of
+// each, what the warps have goes to the workspace.
+#include "cuda/attention_pieces.cuh"
 
 namespace fastpage::cuda {
 
@@ -17,8 +20,8 @@ struct PrefillShape {
   using Tile = TileShape<C, kDim>;
   static constexpr int kFragments = kDim <= 128 ? 2 : 1;  // of 16 rows, each warp's
   static constexpr int kRows = kWarps * 16 * kFragments;
-  // float8 is widened in registers: at 128 there are none left for the scores of 64 tokens.
-  static constexpr int kTokens = kDim <= (kIsFloat8<C> ? 96 : 128) ? 64 : 32;
+  static constexpr int kTokens = kSoftmaxTokens<C, kDim>;
+  static_assert(kPieceTokens % kTokens == 0, "a tile is in one piece");
   static constexpr int kQueryStride = TileShape<Half, kDim>::kStride;
   static constexpr int kQueryBytes = kRows * kQueryStride;
   static constexpr int kTileBytes = kTokens * Tile::kStride;
@@ -29,78 +32,17 @@ struct PrefillShape {
   static constexpr int kBytes = kStatesAt + kStateBytes;
 };
 
-struct Work {
-  int64_t first_row;  // of q: the sequence's first new token
-  int32_t seq;
-  int32_t tokens;      // new ones
-  int32_t context;     // tokens before these
-  int32_t first_pair;  // of the tile
-  int32_t num_pairs;   // of the sequence
-  int32_t kv_head;
-};
-
-__device__ __forceinline__ bool find_work(const AttentionArgs& args, int rows, Work* work) {
-  const int32_t* const plan = args.plan;
+__device__ __forceinline__ bool find_tile(const AttentionArgs& args, int rows, RowTile* tile) {
   const int32_t index = static_cast<int32_t>(blockIdx.x);
-  if (index >= load_global(plan + args.layout.counts + 2)) return false;
-  const int32_t* const item = plan + args.layout.prefill + index * 2;
-  work->seq = load_global(item);
-  work->first_pair = load_global(item + 1) * rows;
-  const int32_t* const starts = plan + args.layout.query_start_loc + work->seq;
-  work->first_row = load_global(starts);
-  work->tokens = load_global(starts + 1) - load_global(starts);
-  work->context = load_global(plan + args.layout.seq_lens + work->seq) - work->tokens;
-  work->num_pairs = work->tokens * args.group;
-  work->kv_head = static_cast<int32_t>(blockIdx.y);
+  if (index >= load_global(args.plan + args.layout.counts + 2)) return false;
+  const int32_t* const item = args.plan + args.layout.prefill + index * 2;
+  *tile = row_tile(args, load_global(item), load_global(item + 1), rows);
   return true;
-}
-
-// Offset of a pair's elements in q or in out.
-__device__ __forceinline__ int64_t pair_offset(const AttentionArgs& args, const Work& work,
-                                               int64_t stride, int32_t pair) {
-  const int32_t token = pair / args.group;
-  const int32_t head = work.kv_head * args.group + (pair - token * args.group);
-  return (work.first_row + token) * stride + int64_t{head} * args.cache.head_dim;
-}
-
-template <typename T, typename C, int kDim>
-__device__ __forceinline__ void load_queries(const AttentionArgs& args, const Work& work,
-                                             char* to) {
-  using Shape = PrefillShape<C, kDim>;
-  const T* const q = static_cast<const T*>(args.q);
-  for (int i = threadIdx.x; i < Shape::kRows * kDim / 8; i += kPrefillThreads) {
-    const int row = i / (kDim / 8), at = i % (kDim / 8) * 8;
-    const int32_t pair = work.first_pair + row;
-    Vector<T> x;
-    x.words = uint4{0, 0, 0, 0};
-    if (pair < work.num_pairs && at < args.cache.head_dim) {
-      x = load_vector(q + pair_offset(args, work, args.q_stride, pair) + at);
-    }
-    T* const line = reinterpret_cast<T*>(to + row * Shape::kQueryStride);
-    if constexpr (kIsFloat8<C>) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) line[query_position<C>(at + e)] = x.elements[e];
-    } else {
-      *reinterpret_cast<uint4*>(line + at) = x.words;
-    }
-  }
-}
-
-// Positions and slopes of the tile's rows.
-__device__ __forceinline__ void fill_rules(const AttentionArgs& args, const Work& work, int rows,
-                                           RowRule* to) {
-  const float* const slopes = args.params.alibi_slopes;
-  for (int row = threadIdx.x; row < rows; row += kPrefillThreads) {
-    const int32_t pair = min(work.first_pair + row, work.num_pairs - 1);
-    const int32_t token = pair / args.group;
-    const int32_t head = work.kv_head * args.group + (pair - token * args.group);
-    to[row] = RowRule{work.context + token, slopes != nullptr ? load_global(slopes + head) : 0.0f};
-  }
 }
 
 // Keys or values of the tile of tokens from `first` on, four threads a token.
 template <typename C, int kDim>
-__device__ __forceinline__ void fetch_tile(const AttentionArgs& args, const Work& work,
+__device__ __forceinline__ void fetch_tile(const AttentionArgs& args, const RowTile& work,
                                            const void* cache, int32_t first, int32_t end,
                                            char* to) {
   using Tile = TileShape<C, kDim>;
@@ -225,6 +167,84 @@ struct WarpRows {
     }
   }
 
+  // fn(f, i, row): fragments f, sums 2 i and 2 i + 1, of this lane's rows that are in the tile.
+  template <typename Fn>
+  static __device__ __forceinline__ void for_rows(const PieceRun& run, int first_row, Fn fn) {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + f * 16 + fresh_thread() % 32 / 4 + 8 * i;
+        if (row < run.rows) fn(f, i, row);
+      }
+    }
+  }
+  __device__ __forceinline__ SoftmaxState* state(int f) {
+    return states + f * kPrefillThreads + fresh_thread();
+  }
+  // Of each row, in all of its lanes at once.
+  __device__ __forceinline__ void add_up_weights() {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) state(f)->sum[i] = sum_of_quad(state(f)->sum[i]);
+    }
+  }
+  // Back to a lane's part.
+  __device__ __forceinline__ void split_weights() {
+    if (fresh_thread() % 4 == 0) return;
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) state(f)->sum[0] = state(f)->sum[1] = 0.0f;
+  }
+
+  // Folds what is here into what is in a slot. Weights are added up.
+  __device__ __forceinline__ void fold_into(const AttentionArgs& args, const PieceRun& run,
+                                            int64_t slot_row, int first_row) {
+    for_rows(run, first_row, [&](int f, int i, int row) {
+      SoftmaxState* const mine = state(f);
+      const Fold fold(load_global(stats_of(args, slot_row + row)),
+                      Stats{mine->base[i], mine->sum[i]});
+      mine->base[i] = fold.stats.x;
+      mine->sum[i] = fold.stats.y;
+      const float* const from = sums_of(args, slot_row + row) + fresh_thread() % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        if (n * 8 >= args.cache.head_dim) continue;
+        const float2 before = load_global(reinterpret_cast<const float2*>(from + n * 8));
+        sums[f][n][2 * i] = fold(before.x, sums[f][n][2 * i]);
+        sums[f][n][2 * i + 1] = fold(before.y, sums[f][n][2 * i + 1]);
+      }
+    });
+  }
+  __device__ __forceinline__ void store(const AttentionArgs& args, const PieceRun& run,
+                                        int64_t slot_row, int first_row) {
+    __syncwarp();  // all lanes of a row have read what was there
+    for_rows(run, first_row, [&](int f, int i, int row) {
+      const int pair = fresh_thread() % 4;
+      if (pair == 0) {
+        store_global(stats_of(args, slot_row + row), Stats{state(f)->base[i], state(f)->sum[i]});
+      }
+      float* const to = sums_of(args, slot_row + row) + pair * 2;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        if (n * 8 >= args.cache.head_dim) continue;
+        store_global(reinterpret_cast<float2*>(to + n * 8),
+                     float2{sums[f][n][2 * i], sums[f][n][2 * i + 1]});
+      }
+    });
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+      *state(f) = SoftmaxState{};
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[f][n][i] = 0.0f;
+      }
+    }
+  }
+
   // The results, as rows of T.
   __device__ __forceinline__ void write(char* to, float v_scale) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
@@ -233,7 +253,7 @@ struct WarpRows {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float weights = sum_of_quad(states[f * kPrefillThreads + threadIdx.x].sum[i]);
-        const float factor = weights > 0.0f ? v_scale / weights : 0.0f;
+        const float factor = final_factor(weights, v_scale);
         T* const row = reinterpret_cast<T*>(to + (f * 16 + lane / 4 + 8 * i) * Shape::kQueryStride);
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n) {
@@ -247,30 +267,38 @@ struct WarpRows {
   }
 };
 
-template <typename T, typename C, int kDim>
+template <typename T, typename C, int kDim, bool kBatchInvariant>
 __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionArgs args) {
   using Shape = PrefillShape<C, kDim>;
-  Work work;
-  if (!find_work(args, Shape::kRows, &work)) return;
+  __shared__ PieceRun run;  // not in registers, which are short
+  RowTile work;
+  KvRange range;
+  if constexpr (kBatchInvariant) {
+    PieceRun found;
+    if (!find_run<Shape::kRows>(args, args.layout.prefill, args.layout.counts + 2, &work, &found)) {
+      return;
+    }
+    if (threadIdx.x == 0) run = found;
+    range = within(visible_range(args, work, Shape::kRows), found);
+  } else {
+    if (!find_tile(args, Shape::kRows, &work)) return;
+    range = visible_range(args, work, Shape::kRows);
+  }
   char* const queries = dynamic_shared();
   char* const keys = queries + Shape::kQueryBytes;
   char* const values = keys + Shape::kTileBytes;
   RowRule* const rules = reinterpret_cast<RowRule*>(queries + Shape::kRulesAt);
   const int first_row = static_cast<int>(threadIdx.x) / 32 * Shape::kRows / kWarps;  // the warp's
 
-  // The tile's first and last token see [begin, end) together.
-  const int32_t last_pair = min(work.first_pair + Shape::kRows, work.num_pairs) - 1;
-  const int32_t end = work.context + last_pair / args.group + 1;
   const int32_t window = args.params.sliding_window;
-  const int32_t first_position = work.context + work.first_pair / args.group;
-  const int32_t begin = window > 0 ? max(0, first_position + 1 - window) : 0;
-  const int32_t first_tile = begin / Shape::kTokens;
+  const int32_t end = range.end;
+  const int32_t first_tile = range.begin / Shape::kTokens;
   const int32_t end_tile = (end + Shape::kTokens - 1) / Shape::kTokens;
 
   fetch_tile<C, kDim>(args, work, args.cache.k, first_tile * Shape::kTokens, end, keys);
   cp_async_commit();
-  load_queries<T, C, kDim>(args, work, queries);
-  fill_rules(args, work, Shape::kRows, rules);
+  load_queries<T, C, kDim, Shape::kRows, kPrefillThreads>(args, work, queries);
+  fill_rules<Shape::kRows, kPrefillThreads>(args, work, rules);
   __syncthreads();
   // Of the warp's rows; where there are none, nothing is computed.
   const bool has_rows = work.first_pair + first_row < work.num_pairs;
@@ -288,8 +316,23 @@ __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionAr
   for (int f = 0; f < Shape::kFragments; ++f) {
     rows.states[f * kPrefillThreads + threadIdx.x] = SoftmaxState{};
   }
+  constexpr int32_t kPieceTiles = kPieceTokens / Shape::kTokens;
+  if constexpr (kBatchInvariant) {
+    leave_hidden_pieces<kPrefillThreads>(args, run, first_tile / kPieceTiles);
+  }
   for (int32_t tile = first_tile; tile < end_tile; ++tile) {
     const int32_t first = tile * Shape::kTokens;
+    if constexpr (kBatchInvariant) {
+      if (tile > first_tile && tile % kPieceTiles == 0) {
+        const int32_t piece = tile / kPieceTiles - 1;
+        rows.add_up_weights();
+        if (run.is_first() && piece > first_tile / kPieceTiles) {
+          rows.fold_into(args, run, run.slot_row(0), first_row);
+        }
+        rows.store(args, run, run.slot_row(piece), first_row);
+        rows.clear();
+      }
+    }
     cp_async_wait<0>();
     __syncthreads();  // keys are there; nobody reads the values any more
     fetch_tile<C, kDim>(args, work, args.cache.v, first, end, values);
@@ -317,9 +360,23 @@ __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionAr
   cp_async_wait<0>();
   __syncthreads();
 
-  // Rows go out through where the queries were, each warp's own, in whole vectors.
   const float v_scale =
       kIsFloat8<C> ? kv_scale(args.cache.v_scale, work.kv_head) * Widen<T>::kFactor : 1.0f;
+  if constexpr (kBatchInvariant) {
+    rows.add_up_weights();
+    if (run.is_first() && run.end - 1 > first_tile / kPieceTiles) {
+      rows.fold_into(args, run, run.slot_row(0), first_row);
+    }
+    if (!run.is_whole()) {
+      if (run.is_first() || first_tile < end_tile) {
+        rows.store(args, run, run.slot_row(run.end - 1), first_row);
+      }
+      return fold_runs<T, C, kPrefillThreads>(args, work, run, v_scale);
+    }
+    rows.split_weights();
+  }
+
+  // Rows go out through where the queries were, each warp's own, in whole vectors.
   rows.write(queries + first_row * Shape::kQueryStride, v_scale);
   __syncthreads();
   T* const out = static_cast<T*>(args.out);
@@ -333,16 +390,25 @@ __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionAr
   }
 }
 
-}  // namespace
-
-void launch_prefill(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream) {
+template <bool kBatchInvariant>
+void launch_tiles(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream) {
   with_attention_types(dtype, args.cache, [&](auto t, auto c, auto dim) {
     using C = typename decltype(c)::type;
     constexpr int kDim = decltype(dim)::value;
-    launch("paged_attention (prefill)", prefill_kernel<typename decltype(t)::type, C, kDim>,
+    launch("paged_attention (prefill)",
+           prefill_kernel<typename decltype(t)::type, C, kDim, kBatchInvariant>,
            dim3(static_cast<unsigned>(num_items), static_cast<unsigned>(args.cache.num_kv_heads)),
            kPrefillThreads, PrefillShape<C, kDim>::kBytes, stream, args);
   });
+}
+
+}  // namespace
+
+void launch_prefill(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream) {
+  launch_tiles<false>(dtype, args, num_items, stream);
+}
+void launch_many_rows(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream) {
+  launch_tiles<true>(dtype, args, num_items, stream);
 }
 
 }  // namespace fastpage::cuda

@@ -45,6 +45,9 @@ struct alignas(16) int4 {
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 using cudaStream_t = void*;
 
 // Of the fiber that runs.

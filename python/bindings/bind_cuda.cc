@@ -278,6 +278,8 @@ void bind_attention(py::module_& m) {
       .def_property_readonly("num_counters", &Plan::num_counters)
       .def_property_readonly("num_decode_items", &Plan::num_decode_items)
       .def_property_readonly("num_prefill_items", &Plan::num_prefill_items)
+      .def_property_readonly("max_decode_items", &Plan::max_decode_items)
+      .def_property_readonly("max_prefill_items", &Plan::max_prefill_items)
       .def("plan", &plan, arg("query_start_loc"), arg("seq_lens"), arg("buffer"));
   m.def("paged_attention", &paged_attention, arg("q"), arg("k_cache"), arg("v_cache"),
         arg("block_tables"), arg("plan"), arg("plan_buffer"), arg("workspace"), arg("counters"),

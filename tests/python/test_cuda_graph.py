@@ -26,10 +26,12 @@ def cuda() -> Kernels:
     return Kernels()
 
 
-def test_a_graph_replays_with_new_lengths(cuda: Kernels) -> None:
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_graph_replays_with_new_lengths(cuda: Kernels, batch_invariant: bool) -> None:
     limits = {"max_num_seqs": 3, "max_num_tokens": 3, "max_seq_len": 4096}
     lens = [700, 1500, 40]
     case = replace(DECODE, seq_lens=[4096] * 3, fixed_grid=True, plan=limits)
+    case = replace(case, batch_invariant=batch_invariant)
     attention = Attention(cuda, case)
     buffer = torch.zeros(attention.plan.plan_size, dtype=torch.int32, device="cuda")
     out = cuda.poisoned(3, case.heads * case.head_dim, dtype=case.dtype)

@@ -27,7 +27,9 @@ class AttentionPlan:
         fixed_grid: bool = False,
         decode_only: bool = False,
     ) -> None:
-        """fixed_grid: for CUDA graphs, which replay with any plan within the maxima.
+        """batch_invariant: a row's bits depend on its query and its KV alone.
+
+        fixed_grid: for CUDA graphs, which replay with any plan within the maxima.
 
         decode_only: no sequence brings more than one new token.
         """
@@ -45,9 +47,17 @@ class AttentionPlan:
         """int32s, zero before the first use."""
 
     @property
-    def num_decode_items(self) -> int: ...
+    def num_decode_items(self) -> int:
+        """Of the step laid out last; batch_invariant: items of sequences with few rows."""
+
     @property
     def num_prefill_items(self) -> int: ...
+    @property
+    def max_decode_items(self) -> int:
+        """Of any step: what a fixed grid is for."""
+
+    @property
+    def max_prefill_items(self) -> int: ...
     def plan(
         self, query_start_loc: DLPackTensor, seq_lens: DLPackTensor, buffer: DLPackTensor
     ) -> None:
