@@ -25,6 +25,7 @@ from fastpage.executors.device_sampler import DeviceSampler, arrays_of
 from fastpage.models import DecoderSpec, RotarySpec, decoder
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16
+BATCH_INVARIANT = "    batch-invariant"
 
 
 def median_seconds(launches: list[Callable[[], Any]], runs: int = 30) -> float:
@@ -66,7 +67,9 @@ class Bench:
 
     # ---- attention
 
-    def attention(self, lens: list[int], new: int, q: torch.Tensor) -> Callable[[], Any]:
+    def attention(
+        self, lens: list[int], new: int, q: torch.Tensor, *, batch_invariant: bool = False
+    ) -> Callable[[], Any]:
         blocks_each = -(-max(lens) // BLOCK)
         total = blocks_each * len(lens)
         tables = torch.randperm(total, device="cuda").int().view(len(lens), -1)
@@ -80,6 +83,7 @@ class Bench:
             max_num_tokens=len(q),
             max_seq_len=max(lens),
             num_multiprocessors=self.properties.multi_processor_count,
+            batch_invariant=batch_invariant,
         )
         host = torch.zeros(plan.plan_size, dtype=torch.int32)
         plan.plan(torch.arange(len(lens) + 1) * new, torch.tensor(lens), host)
@@ -92,10 +96,14 @@ class Bench:
     def decode(self, batch: int, length: int, goal: str) -> None:
         kv = 2 * batch * length * KV_HEADS * HEAD_DIM * 2
         q = torch.randn(batch, HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        launches = [self.attention([length] * batch, 1, q) for _ in range(self.rounds(kv))]
-        seconds = median_seconds([graphed(launch) for launch in launches])
         name = f"decode, {batch} x {length} tokens, {kv / 1e6:.0f} MB of KV"
-        self.add(name, seconds, "copy", kv / seconds / self.copy, goal)
+        for mode, in_mode in ((name, False), (BATCH_INVARIANT, True)):
+            launches = [
+                self.attention([length] * batch, 1, q, batch_invariant=in_mode)
+                for _ in range(self.rounds(kv))
+            ]
+            seconds = median_seconds([graphed(launch) for launch in launches])
+            self.add(mode, seconds, "copy", kv / seconds / self.copy, "" if in_mode else goal)
         if self.has_flashinfer:
             try:
                 self.flashinfer_decode(batch, length, kv, q)
@@ -132,10 +140,13 @@ class Bench:
 
     def prefill(self, tokens: int, goal: str) -> None:
         q = torch.randn(tokens, HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        seconds = median_seconds([self.attention([tokens], tokens, q)], runs=10)
         flops = 2 * tokens * tokens * HEADS * HEAD_DIM  # causal: half of 4
-        name = f"prefill, {tokens} tokens, {flops / seconds / 1e12:.0f} TFLOP/s"
-        self.add(name, seconds, "800 TFLOP/s", flops / seconds / 800e12, goal)
+        for mode, in_mode in ((f"prefill, {tokens} tokens", False), (BATCH_INVARIANT, True)):
+            launch = self.attention([tokens], tokens, q, batch_invariant=in_mode)
+            seconds = median_seconds([launch], runs=10)
+            name = f"{mode}, {flops / seconds / 1e12:.0f} TFLOP/s"
+            share = flops / seconds / 800e12
+            self.add(name, seconds, "800 TFLOP/s", share, "" if in_mode else goal)
 
     # ---- the cache
 
