@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_kernels import Kernels
+from cuda_kernels import Kernels, multiply_row_by_row
 from paging import PagedSequences, relative_error, run_in_chunks
 from small_decoder import VOCAB, load_random_weights, small_spec
 
@@ -89,13 +89,62 @@ def test_several_sequences_in_a_step(cuda: Kernels) -> None:
         assert relative_error(got, want) < 1e-2
 
 
-def test_float8_cache(cuda: Kernels) -> None:
-    reference = load(TorchExecutor(decoder(SPEC), num_kv_blocks=NUM_BLOCKS))
+@pytest.mark.parametrize("has_scales", [False, True])
+@pytest.mark.parametrize("name", ["llama", "alibi-layer-norm"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_float8_cache(cuda: Kernels, dtype: str, name: str, has_scales: bool) -> None:
+    """Beside the reference with the same rounding, and none."""
+    spec, options = SPECS[name], {"num_kv_blocks": NUM_BLOCKS}
+    reference, unrounded = (
+        load(TorchExecutor(decoder(spec), kv_cache_dtype=kept, **options), spec)  # type: ignore[arg-type]
+        for kept in ("float8_e4m3", None)
+    )
+    executor = new_executor(cuda, spec, dtype=dtype, kv_cache_dtype="float8_e4m3")
+    if has_scales:
+        # With the first, most values are saturated; with the second, most are below the least.
+        k, v = np.array([1e-3, 0.3], np.float32), np.array([2.0, 1e4], np.float32)
+        for each in (reference, executor):
+            each.set_kv_scales(1, k, v)
+    chunks = (60, 1, 1, 1, 37)
+    want, beside, got = (
+        run_in_chunks(each, TOKENS, chunks, NUM_BLOCKS, 16)
+        for each in (reference, unrounded, executor)
+    )
+    error = relative_error(got, want)
+    assert error < (5e-2 if dtype == "float16" else 0.1)
+    assert not has_scales or relative_error(got, beside) > 10 * error
+
+
+def test_rotary_and_cache_in_one(cuda: Kernels) -> None:
+    """The program that a pass makes of it, to the bit."""
+    plain = decoder(SPEC)
+    others = ["fuse_norm", "fuse_residual", "fuse_activation"]
+    fused = _C.apply_passes(plain, others)
+    assert "rotary_write_cache" in str(fused)
+    results = []
+    for program in (plain, fused):
+        executor = CudaExecutor(
+            program,
+            device=cuda.device,
+            kernels=None if cuda.is_gpu else cuda.ops,
+            num_kv_blocks=NUM_BLOCKS,
+            dtype="float16",
+            kv_cache_dtype="float8_e4m3",
+        )
+        load(executor)
+        executor.set_kv_scales(1, np.array([0.1, 0.3], np.float32), np.ones(2, np.float32))
+        results.append(run_in_chunks(executor, TOKENS, (60, 1, 39), NUM_BLOCKS, 16))
+    assert np.array_equal(*results)
+
+
+def test_scales_of_a_float8_cache(cuda: Kernels) -> None:
+    ones = np.ones(2, np.float32)
+    with pytest.raises(InvalidArgument, match="the cache is not float8_e4m3"):
+        new_executor(cuda).set_kv_scales(0, ones, ones)
     executor = new_executor(cuda, kv_cache_dtype="float8_e4m3")
-    chunks = (60, 1, 39)
-    want = run_in_chunks(reference, TOKENS, chunks, NUM_BLOCKS, 16)
-    got = run_in_chunks(executor, TOKENS, chunks, NUM_BLOCKS, 16)
-    assert 1e-4 < relative_error(got, want) < 0.2
+    for layer, k in ((2, ones), (-1, ones), (0, ones[:1])):
+        with pytest.raises(InvalidArgument, match=f"of layer {layer}.* 2 layers of 2 KV heads"):
+            executor.set_kv_scales(layer, k, ones)
 
 
 def test_transfers(cuda: Kernels) -> None:
@@ -147,8 +196,9 @@ def engine_tokens(cuda: Kernels, num_blocks: int, num_host_blocks: int = 0) -> l
     return tokens
 
 
-def test_an_engine_generates(cuda: Kernels) -> None:
+def test_an_engine_generates(cuda: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are copied for samples, and swapped where there are few: the tokens stay the same."""
+    multiply_row_by_row(monkeypatch)
     roomy, tight = engine_tokens(cuda, 40), engine_tokens(cuda, 9, num_host_blocks=12)
     assert [len(tokens) for tokens in roomy] == [20] * 8
     assert roomy[::2] == roomy[1::2]  # greedy: both samples alike
@@ -189,6 +239,11 @@ def test_engine_args_know_it() -> None:
     EngineArgs(model="x", executor="cuda")
     with pytest.raises(InvalidArgument, match="needs executor='cpu'"):
         EngineArgs(model="x", executor="cuda", quantization="int8")
+    for name in ("fp8", "fp8_e4m3", "float8_e4m3"):
+        args = EngineArgs(model="x", executor="cuda", kv_cache_dtype=name)
+        assert args.kv_cache_dtype == "float8_e4m3"
+    with pytest.raises(InvalidArgument, match="'float8_e4m3' needs executor='cuda'"):
+        EngineArgs(model="x", kv_cache_dtype="fp8")
     EngineArgs(model="x", executor="cuda", enforce_eager=True)
     EngineArgs(model="x", executor="cuda", cudagraph_capture_sizes=[1, 64])
     for options, message in (
@@ -206,6 +261,8 @@ def test_options_of_the_command_line() -> None:
     parser = argparse.ArgumentParser()
     EngineArgs.add_cli_args(parser)
     words = ["--model", "x", "--cudagraph-capture-sizes", "1", "8", "--no-enforce-eager"]
+    words += ["--executor", "cuda", "--kv-cache-dtype", "fp8"]
     args = EngineArgs.from_cli_args(parser.parse_args(words))
     assert args.cudagraph_capture_sizes == [1, 8]
+    assert args.kv_cache_dtype == "float8_e4m3"
     assert not args.enforce_eager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import string
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from cuda_kernels import Kernels
 
 from fastpage import LLM, SamplingParams
-from fastpage.errors import InvalidArgument, ResourceExhausted
+from fastpage.errors import CheckpointError, InvalidArgument, ResourceExhausted
 from fastpage.executors import cuda as cuda_executor
 from fastpage.executors.cuda import CudaExecutor
 from fastpage.executors.cuda_runner import CudaRunner
@@ -123,6 +124,69 @@ def test_text(cuda: Kernels, checkpoint: Path, options: dict[str, Any]) -> None:
     assert isinstance(runner, CudaRunner)
     sizes = options.get("cudagraph_capture_sizes", [1, 2, 3])
     assert runner._executor.graph_sizes == ([] if options.get("enforce_eager") else sizes)
+
+
+def with_scales(checkpoint: Path, to: Path, scales: dict[str, list[float]]) -> Path:
+    """The checkpoint with more tensors, of its layers' attention."""
+    shutil.copytree(checkpoint, to)
+    weights = safetensors.load_file(checkpoint / FILE)
+    more = {
+        f"model.layers.{name}": np.asarray(x, np.float32).reshape(-1 if len(x) > 1 else ())
+        for name, x in scales.items()
+    }
+    safetensors.save_file(weights | more, to / FILE)
+    return to
+
+
+SCALES = {  # with the first, most keys are saturated; with the second, most are below the least
+    "0.self_attn.k_scale": [1e-3],
+    "1.self_attn.k_scale": [0.02, 300.0],
+    "1.self_attn.v_scale": [1e-3],
+}
+
+
+@pytest.mark.parametrize("scales", [{}, SCALES], ids=["no scales", "scales"])
+def test_a_float8_cache(
+    cuda: Kernels, checkpoint: Path, tmp_path: Path, scales: dict[str, list[float]]
+) -> None:
+    """Beside the reference with the same rounding, and with none: what both think of a text."""
+    path = with_scales(checkpoint, tmp_path / "model", scales)
+    params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=0, ignore_eos=True)
+    prompts = ["the quick brown fox jumps over the lazy dog.", "and what does the dog do"]
+
+    def logprobs(executor: str, kv_cache_dtype: str) -> Any:
+        llm = LLM(
+            str(path),
+            executor=executor,
+            kv_cache_dtype=kv_cache_dtype,
+            num_kv_blocks=20,
+            **(OPTIONS | {"dtype": "float16"}),
+        )
+        info = llm._loaded.info
+        if kv_cache_dtype != "auto":
+            assert info.kv_cache_dtype == "float8_e4m3"
+            assert info.kv_block_bytes == 2 * LAYERS * 16 * KV_HEADS * HEAD_DIM
+        outputs = llm.generate(prompts, params)
+        assert all(len(output.outputs[0].token_ids) == 3 for output in outputs)
+        entries = [entry for output in outputs for entry in output.prompt_logprobs[1:]]
+        return np.asarray([x.logprob for entry in entries for x in entry.values()])
+
+    want, unrounded = logprobs("torch", "fp8"), logprobs("torch", "auto")
+    got = logprobs("cuda", "fp8_e4m3")
+    error = np.abs(got - want).max()
+    assert error < 0.25  # some values are rounded the other way
+    assert not scales or np.abs(got - unrounded).max() > 5 * error
+
+
+@pytest.mark.parametrize("scale", [[1.0] * 3, [0.0], [-1.0], [float("nan")]])
+def test_scales_that_are_none(
+    cuda: Kernels, checkpoint: Path, tmp_path: Path, scale: list[float]
+) -> None:
+    path = with_scales(checkpoint, tmp_path / "model", {"1.self_attn.v_scale": scale})
+    options = OPTIONS | {"dtype": "float16", "num_kv_blocks": 20}
+    with pytest.raises(CheckpointError, match=r"layers.1.self_attn.v_scale .* for each of 2 heads"):
+        LLM(str(path), executor="cuda", kv_cache_dtype="fp8", **options)
+    LLM(str(path), executor="cuda", **options)  # which needs none
 
 
 def test_the_cache_takes_what_the_gpu_has(

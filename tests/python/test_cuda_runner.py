@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_kernels import Kernels
+from cuda_kernels import Kernels, NoWaiting, multiply_row_by_row
 from test_cuda_executor import MAX_LEN, TOKENS, VOCAB, new_executor
 
 from fastpage import _C
@@ -18,10 +18,6 @@ from fastpage.executors.cuda_runner import CudaRunner
 from fastpage.executors.decode_graphs import FutureTokens
 from fastpage.executors.staging import Received
 from fastpage.executors.torch import TorchRunner
-
-torch = pytest.importorskip("torch")
-functional = torch.nn.functional
-TorchDispatchMode = pytest.importorskip("torch.utils._python_dispatch").TorchDispatchMode
 
 NUM_BLOCKS, EOS = 40, 3
 
@@ -46,13 +42,7 @@ def cuda() -> Kernels:
 
 @pytest.fixture
 def rows_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrix products that give a row the same bits whatever rows are beside it."""
-    linear = functional.linear
-
-    def by_rows(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
-        return torch.cat([linear(row, weight, bias) for row in x.split(1)])
-
-    monkeypatch.setattr(functional, "linear", by_rows)
+    multiply_row_by_row(monkeypatch)
 
 
 Results = list[tuple[list[int], list[list[int]], list[float]]]
@@ -202,19 +192,6 @@ def test_rows_that_the_device_cannot_sample(
 # ---- nobody waits
 
 
-class NoWaiting(TorchDispatchMode):
-    """Operations that have to know what is on the device are refused."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masks = [x for x in args[1:2] if isinstance(x, (list, tuple)) for x in x]
-        if any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in masks):
-            name += " of a mask"
-        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "index of a mask")
-        assert name not in waiting, name
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.usefixtures("rows_one_by_one")
 def test_a_step_waits_for_nothing(cuda: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither forward pass nor sampling: the next step takes its tokens on the device."""
@@ -236,15 +213,11 @@ def test_a_step_waits_for_nothing(cuda: Kernels, monkeypatch: pytest.MonkeyPatch
     def launching() -> Iterator[None]:
         nonlocal is_launching
         is_launching = True
-        if cuda.is_gpu:
-            torch.cuda.set_sync_debug_mode("error")
         try:
-            with NoWaiting():
+            with NoWaiting(cuda):
                 yield
         finally:
             is_launching = False
-            if cuda.is_gpu:
-                torch.cuda.set_sync_debug_mode("default")
 
     def execute(batch: _C.InputBatch, real: Any = runner.execute) -> None:
         calls["execute"] += 1

@@ -13,7 +13,7 @@ from fastpage.engine.memory import parse_bytes
 from fastpage.errors import InvalidArgument
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_CACHE_DTYPES = (*DTYPES, "int8")
+KV_CACHE_DTYPES = (*DTYPES, "int8", "float8_e4m3")
 POLICIES = ("fcfs", "priority")
 EXECUTORS = ("cpu", "torch", "cuda")
 QUANTIZATIONS = ("none", "int8", "int4", "gguf")
@@ -26,7 +26,13 @@ _GROUPS = {
 
 
 def full_dtype_name(name: str) -> str:
-    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
+    return {
+        "fp32": "float32",
+        "bf16": "bfloat16",
+        "fp16": "float16",
+        "fp8": "float8_e4m3",
+        "fp8_e4m3": "float8_e4m3",
+    }.get(name, name)
 
 
 def parse_cpus(text: str) -> list[int]:
@@ -142,7 +148,8 @@ class EngineArgs:
     kv_cache_dtype: str = _arg(
         "auto",
         "Memory and batching",
-        "how keys and values are kept; auto: as --dtype; int8: with a scale per token and head",
+        "how keys and values are kept; auto: as --dtype; int8: with a scale per token and head; "
+        "float8_e4m3 (or fp8; with --executor cuda and 16 bits): with the checkpoint's scales",
         choices=KV_CACHE_DTYPES,
         type=full_dtype_name,
     )
@@ -349,6 +356,11 @@ class EngineArgs:
             raise InvalidArgument(
                 f"quantization={self.quantization!r} needs executor='cpu': the others take weights "
                 "that are not quantized"
+            )
+        if self.executor == "cpu" and self.kv_cache_dtype == "float8_e4m3":
+            raise InvalidArgument(
+                "kv_cache_dtype='float8_e4m3' needs executor='cuda': 'cpu' has int8, which "
+                "is as small"
             )
         self._check_capture_sizes()
         if not self.model or not isinstance(self.model, str):

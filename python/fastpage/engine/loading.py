@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastpage import _C
 from fastpage.checkpoints import Checkpoint, open_checkpoint
@@ -21,6 +21,9 @@ from fastpage.models.loader import Model, build_model
 from fastpage.models.registry import architecture_names
 from fastpage.sampling_params import SamplingParams
 from fastpage.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fastpage.executors.torch import TorchExecutor
 
 # Of generation_config.json, to our names. (Its do_sample counts for nothing, as in vLLM.)
 _RECOMMENDED = {
@@ -234,9 +237,12 @@ def _decide(
     dtype = checkpoint.source_dtype if args.dtype == "auto" else args.dtype
     kv_cache_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
     num_layers, num_kv_heads, head_dim = model.program.kv_cache_spec
-    block_bytes = _C.CpuExecutor.kv_block_bytes(
-        num_layers, num_kv_heads, head_dim, kv_cache_dtype, args.block_size
-    )
+    if kv_cache_dtype == "float8_e4m3":  # which the CPU does not know
+        block_bytes = 2 * num_layers * args.block_size * num_kv_heads * head_dim
+    else:
+        block_bytes = _C.CpuExecutor.kv_block_bytes(
+            num_layers, num_kv_heads, head_dim, kv_cache_dtype, args.block_size
+        )
     weight_bytes = _QUANTIZED_BYTES.get(args.quantization, _ITEM_BYTES[dtype]) * sum(
         math.prod(buffer.shape) for buffer in model.program.buffers if buffer.kind == "weight"
     )
@@ -342,6 +348,7 @@ def _load_runner(
 
         reference = TorchExecutor(model.program, **options)
         model.load_weights(checkpoint, reference, progress=progress)
+        _load_kv_scales(info, checkpoint, model, reference)
         return TorchRunner(reference, info.num_threads, max_steps_in_flight), info.weight_bytes
     executor = _C.CpuExecutor(
         model.program,
@@ -373,6 +380,7 @@ def _load_cuda_runner(
     with naming_what_to_reduce():
         executor = CudaExecutor(model.program, dtype=info.dtype, **options)
         model.load_weights(checkpoint, executor, progress=progress)
+        _load_kv_scales(info, checkpoint, model, executor)
         executor.warm_up(
             max_num_seqs=info.max_num_seqs,
             max_num_batched_tokens=info.max_num_batched_tokens,
@@ -381,6 +389,15 @@ def _load_cuda_runner(
         )
         steps = 2 if info.async_scheduling else 1
         return new_runner(executor, info.num_threads, steps, info.max_num_seqs)
+
+
+def _load_kv_scales(
+    info: ModelInfo, checkpoint: Checkpoint, model: Model, executor: TorchExecutor
+) -> None:
+    if info.kv_cache_dtype != "float8_e4m3":
+        return
+    for layer, scales in model.kv_scales(checkpoint).items():
+        executor.set_kv_scales(layer, *scales)
 
 
 def _max_num_waiting_tokens(args: EngineArgs, info: ModelInfo) -> int:

@@ -7,7 +7,7 @@ there, too, and brings the tokens.
 from __future__ import annotations
 
 import contextlib
-import logging
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,20 +23,18 @@ from fastpage.executors.decode_graphs import (
     DecodeGraphs,
     FutureTokens,
     StepArrays,
-    obstacle,
 )
+from fastpage.executors.experts import Experts
 from fastpage.executors.staging import send
-from fastpage.executors.torch import Frame, IntArray, TorchExecutor
-
-_log = logging.getLogger(__name__)
+from fastpage.executors.torch import Frame, IntArray, TorchExecutor, activate
 
 
 class CudaExecutor(TorchExecutor):
     """Same calls as TorchExecutor, in bfloat16, float16 or (right rather than fast) float32.
 
     head_dim: a multiple of 16 up to 128, or 256.
-    kv_cache_dtype: that of activations, or "float8_e4m3" beside 16 bits. kernels:
-    fastpage._C.cuda; what has its functions may stand in for it.
+    kv_cache_dtype: that of activations, or "float8_e4m3" beside 16 bits (see set_kv_scales).
+    kernels: fastpage._C.cuda; what has its functions may stand in for it.
     """
 
     def __init__(
@@ -67,6 +65,31 @@ class CudaExecutor(TorchExecutor):
             for shape in {attention_shape(op) for op in program.ops if op.kind == "attend"}
         }
         self._graphs: DecodeGraphs | None = None
+        # Experts' matrices lie together: by buffer, those of its op, and which one it is.
+        self._stacks: dict[int, tuple[torch.Tensor, int]] = {}
+        self._experts: dict[int, Experts] = {}
+        for op in program.ops:
+            if op.kind == "moe":
+                self._add_experts(op)
+
+    def _add_experts(self, op: Op) -> None:
+        stacks = []
+        for buffers in ([x.buffer for x in op.inputs[first::2]] for first in (2, 3)):
+            shape = self._shapes[self.program.buffers[buffers[0]].name]
+            stacks.append(torch.empty(len(buffers), *shape, dtype=self._dtype, device=self._device))
+            self._stacks |= {buffer: (stacks[-1], i) for i, buffer in enumerate(buffers)}
+        self._experts[op.inputs[2].buffer] = Experts(
+            *stacks,
+            top_k=int(op.attrs["top_k"]),
+            renormalize=bool(op.attrs["renormalize"]),
+            activate=functools.partial(activate, kind=str(op.attrs["kind"])),
+        )
+
+    def _place(self, buffer: int, values: torch.Tensor) -> torch.Tensor:
+        if buffer not in self._stacks:
+            return super()._place(buffer, values)
+        stack, i = self._stacks[buffer]
+        return stack[i].copy_(values)
 
     def _cache_dtype(self, name: str) -> torch.dtype:
         return torch.uint8 if name == "float8_e4m3" else super()._cache_dtype(name)
@@ -93,10 +116,6 @@ class CudaExecutor(TorchExecutor):
         now, and records decode steps of graph_sizes sequences (none: no CUDA graphs)."""
         self.launch(_largest_step(max_num_seqs, max_num_batched_tokens, max_model_len))
         if not graph_sizes:
-            return
-        reason = obstacle(self.program)
-        if reason is not None:
-            _log.warning("no step is captured into a CUDA graph: %s", reason)
             return
         self._graphs = DecodeGraphs(
             self._run,
@@ -221,11 +240,15 @@ class CudaExecutor(TorchExecutor):
         self.kernels.rotary(x, frame.positions, table, head_dim, style, out)
         return out
 
+    def _scales(self, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of a float8 cache's keys and values; None: 1."""
+        return self._kv_scales.get(layer, (None, None))
+
     def _write_cache(self, op: Op, frame: Frame) -> None:
         k, v = (self._input(op, i, frame) for i in range(2))
         layer = int(op.attrs["layer"])
         self.kernels.reshape_and_cache(
-            k, v, frame.slot_mapping, self._keys[layer], self._values[layer]
+            k, v, frame.slot_mapping, self._keys[layer], self._values[layer], *self._scales(layer)
         )
 
     def _rotary_write_cache(self, op: Op, frame: Frame) -> torch.Tensor:
@@ -243,6 +266,7 @@ class CudaExecutor(TorchExecutor):
             self._keys[layer],
             self._values[layer],
             out,
+            *self._scales(layer),
         )
         return out
 
@@ -250,6 +274,7 @@ class CudaExecutor(TorchExecutor):
         q = self._input(op, 0, frame)
         planned: PlannedAttention = frame.attention[attention_shape(op)]
         layer = int(op.attrs["layer"])
+        k_scale, v_scale = self._scales(layer)
         out = self._empty(q)
         self.kernels.paged_attention(
             q,
@@ -265,6 +290,8 @@ class CudaExecutor(TorchExecutor):
             sliding_window=int(op.attrs.get("sliding_window", 0)),
             soft_cap=float(op.attrs.get("soft_cap", 0)),
             alibi_slopes=self._weight(op, 1) if len(op.inputs) == 2 else None,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         return out
 
@@ -273,6 +300,10 @@ class CudaExecutor(TorchExecutor):
         out = self._empty(x, x.shape[1] // 2 if kind.endswith("_and_mul") else None)
         self.kernels.activate(x, kind, out)
         return out
+
+    def _moe(self, op: Op, frame: Frame) -> torch.Tensor:
+        x, logits = (self._input(op, i, frame) for i in range(2))
+        return self._experts[op.inputs[2].buffer].run(x, logits, frame.may_wait)
 
 
 def require_gpu() -> None:

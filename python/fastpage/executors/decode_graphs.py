@@ -24,9 +24,6 @@ from fastpage.executors.torch import Frame, IntArray
 StepArrays = Mapping[str, IntArray]  # the arguments of forward_arrays
 Run = Callable[[Frame], torch.Tensor]  # computes a step's logits, launching work only
 
-# The torch code of these reads what is on the device to know what to do next.
-_NOT_TO_BE_RECORDED = ("moe",)
-
 
 @dataclass
 class FutureTokens:
@@ -44,14 +41,6 @@ class FutureTokens:
 def default_sizes(max_num_seqs: int) -> list[int]:
     """1, 2, 4, ... and max_num_seqs."""
     return [*(1 << i for i in range((max_num_seqs - 1).bit_length())), max_num_seqs]
-
-
-def obstacle(program: Program) -> str | None:
-    """Why the program's steps cannot be recorded."""
-    for op in program.ops:
-        if op.kind in _NOT_TO_BE_RECORDED:
-            return f"the model has the op '{op.kind}', which waits for the device"
-    return None
 
 
 class DecodeGraphs:
@@ -143,6 +132,7 @@ class _DecodeGraph:
                 shape: scratch[shape].beside(plan, self._buffer[self._places[shape]])
                 for shape, plan in plans.items()
             },
+            may_wait=False,
         )
         self._lay_out(_sequences_of_one_token(size))
         self._buffer.copy_(torch.from_numpy(self._image))

@@ -6,6 +6,7 @@ tables and slots, in the plain layout [num_blocks, block_size, num_kv_heads, hea
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class Frame:
     block_tables: torch.Tensor
     logits_indices: torch.Tensor
     attention: Any  # what else attend() wants to know: the executor's own
+    may_wait: bool = True  # for the device, to know what to do next
     activations: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -65,7 +67,9 @@ class TorchExecutor:
         self._block_size = block_size
         self._dtype = _torch_dtype(dtype)
         self._weight_dtype = _torch_dtype(weight_dtype or dtype)
-        self._has_int8_cache = kv_cache_dtype == "int8"
+        self._rounded = _ROUNDED.get(kv_cache_dtype or dtype)
+        self._has_float8_cache = kv_cache_dtype == "float8_e4m3"
+        self._kv_scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         cache_dtype = self._cache_dtype(kv_cache_dtype or dtype)
         layers, kv_heads, head_dim = program.kv_cache_spec
 
@@ -110,8 +114,8 @@ class TorchExecutor:
         }
 
     def _cache_dtype(self, name: str) -> torch.dtype:
-        # int8 is a rounding only: the reference keeps the rounded values as fp32.
-        return torch.float32 if name == "int8" else _torch_dtype(name)
+        # What is fewer bits is a rounding only: the reference keeps the rounded values as fp32.
+        return torch.float32 if name in _ROUNDED else _torch_dtype(name)
 
     # ---- loading
 
@@ -134,7 +138,11 @@ class TorchExecutor:
             values = values.to(self._weight_dtype).to(self._dtype)
         else:
             values = values.to(torch.float32)
-        self._weights[buffer] = values.to(self._device, copy=True)
+        self._weights[buffer] = self._place(buffer, values)
+
+    def _place(self, buffer: int, values: torch.Tensor) -> torch.Tensor:
+        """A copy on the device."""
+        return values.to(self._device, copy=True)
 
     def load_weight_blocks(self, name: str, blocks: Any, format: str) -> None:
         raise InvalidArgument(f"weight '{name}': TorchExecutor takes values, not {format} blocks")
@@ -143,6 +151,21 @@ class TorchExecutor:
         missing = [name for name, buffer in self._ids.items() if buffer not in self._weights]
         if missing:
             raise InvalidArgument(f"{len(missing)} weight(s) not loaded: {', '.join(missing)}")
+
+    def set_kv_scales(
+        self, layer: int, k: npt.NDArray[np.float32], v: npt.NDArray[np.float32]
+    ) -> None:
+        """Of a float8 cache: what a layer's keys and values are divided by, [num_kv_heads]."""
+        layers, kv_heads, _ = self.program.kv_cache_spec
+        if not self._has_float8_cache:
+            raise InvalidArgument("set_kv_scales: the cache is not float8_e4m3")
+        if not 0 <= layer < layers or k.shape != (kv_heads,) or v.shape != (kv_heads,):
+            raise InvalidArgument(
+                f"set_kv_scales of layer {layer}: {k.shape} and {v.shape}; there are {layers} "
+                f"layers of {kv_heads} KV heads"
+            )
+        as_tensor = functools.partial(torch.tensor, dtype=torch.float32, device=self._device)
+        self._kv_scales[layer] = as_tensor(k), as_tensor(v)
 
     # ---- running
 
@@ -252,7 +275,7 @@ class TorchExecutor:
             x = x.to(self._dtype)
         y = functional.linear(x, self._weight(op, 1), bias)
         if "activation" in op.attrs:
-            y = _activate(y, str(op.attrs["activation"]))
+            y = activate(y, str(op.attrs["activation"]))
         return y + self._input(op, len(op.inputs) - 1, frame) if has_residual else y
 
     def _rotary(self, op: Op, frame: Frame) -> torch.Tensor:
@@ -282,10 +305,12 @@ class TorchExecutor:
         layer = int(op.attrs["layer"])
         written = frame.slot_mapping >= 0
         slots = frame.slot_mapping[written]
-        for new, cache in ((k, self._keys[layer]), (v, self._values[layer])):
+        scales = self._kv_scales.get(layer, (None, None))
+        caches = (self._keys[layer], self._values[layer])
+        for new, cache, scale in zip((k, v), caches, scales, strict=True):
             x = new[written].unflatten(1, cache.shape[2:])
-            if self._has_int8_cache:
-                x = _rounded_to_int8(x.float())
+            if self._rounded is not None:
+                x = self._rounded(x.float(), scale)
             cache.view(-1, *cache.shape[2:])[slots] = x.to(cache.dtype)
 
     def _attend(self, op: Op, frame: Frame) -> torch.Tensor:
@@ -323,7 +348,7 @@ class TorchExecutor:
         return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(repeat, dim=1)).flatten(1)
 
     def _activate(self, op: Op, frame: Frame) -> torch.Tensor:
-        return _activate(self._input(op, 0, frame), str(op.attrs["kind"]))
+        return activate(self._input(op, 0, frame), str(op.attrs["kind"]))
 
     def _scale(self, op: Op, frame: Frame) -> torch.Tensor:
         return self._input(op, 0, frame) * float(op.attrs["factor"])
@@ -352,7 +377,7 @@ class TorchExecutor:
         for expert in range(logits.shape[1]):
             rows = chosen[:, expert].nonzero()[:, 0]
             gate_up, down = (self._weight(op, 2 + 2 * expert + i) for i in range(2))
-            gated = _activate(functional.linear(x[rows], gate_up), str(op.attrs["kind"]))
+            gated = activate(functional.linear(x[rows], gate_up), str(op.attrs["kind"]))
             part = functional.linear(gated, down)
             y[rows] += part * shares[rows, expert, None].to(self._dtype)
         return y
@@ -418,7 +443,7 @@ def _to_unit_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def _activate(x: torch.Tensor, kind: str) -> torch.Tensor:
+def activate(x: torch.Tensor, kind: str) -> torch.Tensor:
     function = _ACTIVATIONS[kind.removesuffix("_and_mul")]
     if not kind.endswith("_and_mul"):
         return function(x)
@@ -426,11 +451,21 @@ def _activate(x: torch.Tensor, kind: str) -> torch.Tensor:
     return function(gate) * up
 
 
-def _rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
+def _rounded_to_int8(x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
     """Symmetric, with a scale for each vector of the last dimension."""
     largest = x.abs().amax(dim=-1, keepdim=True)
     inverse = torch.where(largest > 0, 127 / largest, 0)
     return torch.round(x * inverse) * (largest / 127)
+
+
+def _rounded_to_float8(x: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """Saturated; scales: [heads], of x [..., heads, head_dim]."""
+    scale = 1 if scales is None else scales[:, None]
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+# How keys and values are rounded that are kept in fewer bits than activations.
+_ROUNDED = {"int8": _rounded_to_int8, "float8_e4m3": _rounded_to_float8}
 
 
 def _torch_dtype(name: str) -> torch.dtype:

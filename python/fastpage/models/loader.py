@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from fastpage.models.sources import Source, Sources
 
 # Tensors that old checkpoints carry and no model reads.
 _HARMLESS_SUFFIXES = ("rotary_emb.inv_freq",)
+# Of a layer's keys and values in float8, which only a cache of that type needs.
+_KV_SCALE = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.([kv])_scale")
 
 
 class Executor(Protocol):
@@ -74,6 +77,29 @@ class Model:
                 progress(done, len(shapes))
         executor.finish_loading()
 
+    def kv_scales(self, checkpoint: Checkpoint) -> dict[int, list[npt.NDArray[np.float32]]]:
+        """What the checkpoint has keys and values of a layer divided by, where a cache keeps them
+        in float8: [num_kv_heads] each. Layers of which it says nothing are left out.
+
+        Raises CheckpointError for what are no scales.
+        """
+        num_layers, num_kv_heads, _ = self.program.kv_cache_spec
+        scales: dict[int, list[npt.NDArray[np.float32]]] = {}
+        for name in checkpoint.names():
+            match = _KV_SCALE.fullmatch(name)
+            if match is None or int(match[1]) >= num_layers:
+                continue
+            values = _to_float32(*checkpoint.tensor(name)).reshape(-1)
+            if values.size not in (1, num_kv_heads) or not (values > 0).all():
+                raise CheckpointError(
+                    f"{name} {list(checkpoint.shape(name))} should be one positive scale, or one "
+                    f"for each of {num_kv_heads} heads"
+                )
+            ones = np.ones(num_kv_heads, np.float32)
+            both = scales.setdefault(int(match[1]), [ones, ones])
+            both["kv".index(match[2])] = values * ones
+        return scales
+
     def _check(
         self, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], sources: Sources
     ) -> None:
@@ -108,7 +134,11 @@ class Model:
 
     def _is_ignored(self, name: str) -> bool:
         beginnings = tuple(part for part in self.ignored if part.endswith("."))
-        return name.endswith((*_HARMLESS_SUFFIXES, *self.ignored)) or name.startswith(beginnings)
+        return (
+            name.endswith((*_HARMLESS_SUFFIXES, *self.ignored))
+            or name.startswith(beginnings)
+            or _KV_SCALE.fullmatch(name) is not None
+        )
 
 
 def build_model(
