@@ -28,7 +28,7 @@ CLANGXX ?= $(firstword $(foreach c,clang++ clang++-20 clang++-19 clang++-18 clan
   $(shell command -v $(c) 2>/dev/null)))
 
 .PHONY: help demo test format check-format bench bench-peers bench-kernels bench-scheduler bench-server check-model sanitize \
-  sanitize-address sanitize-threads fuzz fuzz-readers faults soak clean cpp-gcc cpp-clang pytest googletest cuda-build cuda-test cuda-bench
+  sanitize-address sanitize-threads fuzz fuzz-readers faults soak clean cpp-gcc cpp-clang pytest googletest cuda-test cuda-bench
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/' | expand -t 22
@@ -214,39 +214,13 @@ bench-scheduler: $(PACKAGE_DONE)  ## the scheduler alone, in C++ and from Python
 	@$(VENV)/bin/cmake --build build/bench -j $(JOBS) --target scheduler_bench -- --quiet
 	@$(PY) benchmarks/scheduler.py --cpp build/bench/scheduler_bench $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 
-# On a machine with a GPU, nvcc, and a Python that has torch, pybind11, numpy and pytest: nothing is installed.
+# On a machine with a GPU, nvcc, cmake, and a Python that has torch, pybind11, numpy and pytest: nothing is installed.
 CUDA_PY ?= python3
-CUDA_TESTS := $(sort $(wildcard tests/python/test_cuda_*.py))
-define need_gpu
-	@command -v nvcc > /dev/null || { echo "error: no nvcc found: nothing was built or run" >&2; exit 1; }
-	@nvidia-smi -L > /dev/null 2>&1 || { echo "error: no GPU found (nvidia-smi -L fails): nothing was built or run" >&2; exit 1; }
-endef
-
-cuda-build:
-	@mkdir -p build
-	@cmake -S . -B build/cuda -DFASTPAGE_CUDA=ON -DFASTPAGE_PYTHON=ON -DFASTPAGE_INPLACE=ON -DCMAKE_CUDA_ARCHITECTURES=native \
-	  -DPython_EXECUTABLE=$$(command -v $(CUDA_PY)) > build/cuda.log || { cat build/cuda.log; exit 1; }
-	@cmake --build build/cuda --target _C -j $(JOBS) > build/cuda.log || { tail -n 60 build/cuda.log; exit 1; }
-
 cuda-test:  ## build for the GPU here and test the CUDA kernels on it; fails without one
-	$(need_gpu)
-	@$(MAKE) --no-print-directory cuda-build
-	@nvidia-smi -L
-	@failed=0; export FASTPAGE_TEST_GPU=1 PYTHONPATH=$(CURDIR)/python; \
-	  timeout 180 $(CUDA_PY) -m pytest -q -p no:cacheprovider --junitxml=build/cuda.xml $(CUDA_TESTS) || failed=1; \
-	  $(CUDA_PY) tests/cuda_table.py build/cuda.xml; \
-	  for tool in memcheck racecheck; do \
-	    echo "-- compute-sanitizer $$tool, on a part"; \
-	    options=; if [ $$tool = memcheck ]; then options='--report-api-errors no'; fi; \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 compute-sanitizer --tool $$tool $$options --error-exitcode 9 $(CUDA_PY) -m pytest -q \
-	      -p no:cacheprovider tests/python/test_cuda_attention.py tests/python/test_cuda_cache.py tests/python/test_cuda_sampling.py \
-	      -k "plain or in_order or many_seeds or reshape_and_cache_float8" || failed=1; \
-	  done; exit $$failed
+	@$(CUDA_PY) tests/run_cuda.py test --jobs $(JOBS)
 
 cuda-bench:  ## time the CUDA kernels on the GPU here, against its copy bandwidth; fails without one
-	$(need_gpu)
-	@$(MAKE) --no-print-directory cuda-build
-	@PYTHONPATH=$(CURDIR)/python $(CUDA_PY) benchmarks/kernels_cuda.py --json build/cuda-bench.json
+	@$(CUDA_PY) tests/run_cuda.py bench --jobs $(JOBS)
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist

@@ -8,11 +8,13 @@ second. FlashInfer, where it is installed, runs beside.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,8 @@ import torch
 from fastpage import _C
 from fastpage.executors.cuda import CudaExecutor
 from fastpage.executors.device_sampler import DeviceSampler, arrays_of
+from fastpage.executors.experts import Experts
+from fastpage.executors.torch import activate
 from fastpage.models import DecoderSpec, RotarySpec, decoder
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16
@@ -212,6 +216,25 @@ class Bench:
                 "<= 3 passes" if top_k else "",
             )
 
+    # ---- experts
+
+    def experts(self, tokens: int, count: int = 128, top_k: int = 8) -> None:
+        """Of a layer of Qwen3-30B-A3B, over the time to read those that are chosen."""
+        hidden, intermediate = 2048, 768
+        gate_up = torch.randn(count, 2 * intermediate, hidden, device="cuda").bfloat16() * 0.02
+        down = torch.randn(count, hidden, intermediate, device="cuda").bfloat16() * 0.02
+        silu = functools.partial(activate, kind="silu_and_mul")
+        experts = Experts(gate_up, down, top_k=top_k, renormalize=True, activate=silu)
+        x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+        logits = torch.randn(tokens, count, device="cuda").bfloat16()
+        chosen = logits.float().topk(top_k).indices.unique().numel()
+        read = (gate_up.nbytes + down.nbytes) * chosen // count
+        with torch.inference_mode():
+            launch = graphed(lambda: experts.run(x, logits, may_wait=False))
+            seconds = median_seconds([launch])
+        name = f"experts, {tokens} tokens, {chosen} of {count} chosen, {read / 1e6:.0f} MB"
+        self.add(name, seconds, "copy", read / seconds / self.copy)
+
     # ---- whole steps
 
     def decode_steps(self, batch: int, length: int, layers: int = 8) -> None:
@@ -290,37 +313,64 @@ def graphed(launch: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
+SECTIONS = ("decode", "prefill", "cache", "sampling", "steps", "experts")
+
+
+def run(bench: Bench, section: str) -> None:
+    if section == "decode":
+        for batch, length, goal in (
+            (8, 1024, ">= 55 %"),
+            (16, 1024, ">= 55 %"),
+            (32, 1024, ">= 75 %"),
+            (64, 1024, ">= 85 %"),
+            (8, 16384, ">= 85 %"),
+            (1, 131072, ">= 85 %"),
+            (256, 2048, ">= 85 %"),
+        ):
+            bench.decode(batch, length, goal)
+    elif section == "prefill":
+        for tokens in (2048, 4096, 8192, 32768):
+            bench.prefill(tokens, ">= 300 TFLOP/s" if tokens >= 4096 else "")
+    elif section == "cache":
+        for tokens in (16384, 65536):
+            bench.reshape_and_cache(tokens)
+        bench.blocks()
+    elif section == "sampling":
+        bench.sample()
+    elif section == "steps":
+        for batch, length in ((1, 1024), (32, 1024), (256, 512)):
+            bench.decode_steps(batch, length)
+    elif section == "experts":
+        for tokens in (1, 8, 64, 256, 1024):
+            bench.experts(tokens)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="(default: all)"
+    )
     arguments = parser.parse_args()
     if not _C.cuda.is_available():
         sys.exit(f"error: nothing was measured: {_C.cuda.unavailable_reason()}")
     bench = Bench()
     print(f"{bench.properties.name}: copy {bench.copy / 1e12:.2f} TB/s (read and written)\n")
-    for batch, length, goal in (
-        (8, 1024, ">= 55 %"),
-        (16, 1024, ">= 55 %"),
-        (32, 1024, ">= 75 %"),
-        (64, 1024, ">= 85 %"),
-        (8, 16384, ">= 85 %"),
-        (1, 131072, ">= 85 %"),
-        (256, 2048, ">= 85 %"),
-    ):
-        bench.decode(batch, length, goal)
-    for tokens in (2048, 4096, 8192, 32768):
-        bench.prefill(tokens, ">= 300 TFLOP/s" if tokens >= 4096 else "")
-    for tokens in (16384, 65536):
-        bench.reshape_and_cache(tokens)
-    bench.blocks()
-    bench.sample()
-    for batch, length in ((1, 1024), (32, 1024), (256, 512)):
-        bench.decode_steps(batch, length)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(
-                {"device": bench.properties.name, "copy": bench.copy, "rows": bench.rows}, file
-            )
+    failed = []
+    for section in arguments.sections:
+        try:
+            run(bench, section)
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            failed.append(section)
+        # What was measured so far stays if a later section ends this process.
+        if arguments.json:
+            with open(arguments.json, "w") as file:
+                json.dump(
+                    {"device": bench.properties.name, "copy": bench.copy, "rows": bench.rows}, file
+                )
+    if failed:
+        sys.exit(f"error: not all was measured: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

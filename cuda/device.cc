@@ -11,8 +11,12 @@ std::string unavailable_reason() {
   const cudaError_t error = cudaGetDeviceCount(&count);
   cudaGetLastError();  // it is told here, not by the next call
   if (error != cudaSuccess) {
-    return std::string("no CUDA device can be used: ") + cudaGetErrorString(error) + " (" +
-           cudaGetErrorName(error) + ")";
+    std::string reason = std::string("no CUDA device can be used: ") + cudaGetErrorString(error) +
+                         " (" + cudaGetErrorName(error) + ")";
+    if (error == cudaErrorInitializationError) {
+      reason += "; a process that was forked from one that had used CUDA cannot: start a new one";
+    }
+    return reason;
   }
   if (count == 0) return "there is no CUDA device";
   int major = 0, minor = 0, device = 0;

@@ -34,6 +34,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is told here, not by whoever asks next
   throw Error(std::string(what) + ": " + cudaGetErrorString(error) + " (" +
               cudaGetErrorName(error) + ")");
 }

@@ -1,0 +1,121 @@
+"""tests/run_cuda.py, with tests that end as those of a GPU may: one that fails hides no other."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FILE = """
+import os, pathlib, signal
+import cuda_session
+import pytest
+
+def test_first():
+    pass
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_fails(n):
+    assert n == 1, "as it should"
+
+def test_crashes():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def test_skipped():
+    pytest.skip("no such GPU")
+
+def test_loses_the_device(monkeypatch):
+    cuda_session.device_error = lambda: "an illegal memory access"
+    assert False, "what was seen of it"
+
+def test_after_that():
+    pass
+
+def test_hangs():
+    pathlib.Path(__file__).with_name("hangs").touch()
+    signal.pause()
+
+def test_last():
+    pass
+"""
+
+
+@pytest.fixture
+def run_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = Path(__file__).parents[1] / "run_cuda.py"
+    spec = importlib.util.spec_from_file_location("run_cuda", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "run_cuda", module)  # for its dataclasses
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "TESTS", tmp_path)
+    return module
+
+
+def outcomes(report: object) -> dict[str, str]:
+    return {x.name.split("::")[-1]: x.outcome for x in report.outcomes}  # type: ignore[attr-defined]
+
+
+def test_every_test_has_an_outcome(
+    run_cuda: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, hours = tmp_path / "hangs", 0
+
+    def clock() -> float:
+        """An hour passes whenever it is asked for while a test hangs."""
+        nonlocal hours
+        hours += hangs.exists()
+        return time.monotonic() + 3600 * hours
+
+    def kill(*args: Any, real: Any = run_cuda.kill) -> None:
+        real(*args)
+        hangs.unlink(missing_ok=True)
+
+    monkeypatch.setattr(run_cuda, "kill", kill)
+    monkeypatch.setattr(run_cuda, "clock", clock)
+    (tmp_path / "test_cuda_x.py").write_text(FILE)
+    report = run_cuda.Report("cuda-test", tmp_path / "logs")
+    run_cuda.test_file(report, "test_cuda_x.py", each=600, until=time.monotonic() + 90_000)
+    assert outcomes(report) == {
+        "test_first": "passed",
+        "test_fails[1]": "passed",
+        "test_fails[2]": "failed",
+        "test_crashes": "failed",
+        "test_skipped": "skipped",
+        "test_loses_the_device": "failed",
+        "test_after_that": "passed",
+        "test_hangs": "failed",
+        "test_last": "passed",
+    }
+    summary = report.summary.read_text()
+    for said in (
+        "as it should",
+        "ended its process: -11",
+        "the device is lost: an illegal memory access",
+        "took longer than 600 s",
+        "in test_hangs",  # where it was
+        "no such GPU",
+        "4 passed, 4 failed, 1 skipped",
+    ):
+        assert said in summary, said
+    assert "what was seen of it" in report.log.read_text()
+
+
+def test_a_file_that_cannot_be_read(run_cuda: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "test_cuda_x.py").write_text("import no_such_module")
+    report = run_cuda.Report("cuda-test", tmp_path / "logs")
+    run_cuda.test_file(report, "test_cuda_x.py", each=600, until=time.monotonic() + 900)
+    assert outcomes(report) == {"(the rest)": "failed"}
+    assert "no_such_module" in report.text(all_tests=False)
+
+
+def test_no_time_is_left(run_cuda: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "test_cuda_x.py").write_text("def test_it(): pass")
+    report = run_cuda.Report("cuda-test", tmp_path / "logs")
+    run_cuda.test_file(report, "test_cuda_x.py", each=60, until=time.monotonic())
+    assert outcomes(report) == {"(the rest)": "failed"}
+    assert "no time was left" in report.text(all_tests=False)
