@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from fastpage.checkpoints import open_checkpoint
 from fastpage.checkpoints.gguf_file import GgufFile
+from fastpage.engine.prompts import chat_text
 from fastpage.errors import CheckpointError, InvalidArgument
 from fastpage.tokenizer import Tokenizer, bounded_jinja
 
@@ -448,6 +449,14 @@ def test_content_in_parts(smollm2):
     assert smollm2.apply_chat_template([{"role": "user", "content": parts}]) == (
         smollm2.apply_chat_template([{"role": "user", "content": "one\ntwo"}])
     )
+
+
+def test_a_message_goes_on_where_it_stands_last(smollm2):
+    tokenizer = with_template(
+        smollm2, "{{ messages[-1].content }}: {% for m in messages %}{{ m.content }}|{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y "}]
+    assert chat_text(chat, tokenizer, continue_final_message=True).endswith("x|y ")
 
 
 def test_tools_choose_their_template(smollm2):
