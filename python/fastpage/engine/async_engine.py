@@ -66,7 +66,8 @@ class RequestStream:
         self._engine = engine
         self._state = state
         self._kind = kind
-        self._news = asyncio.Event()
+        self._has_news = False
+        self._reader: asyncio.Future[None] | None = None  # who waits for news
         self._ended = False
         self._announced = False  # to the observers
         self._caller = contextvars.copy_context()
@@ -81,8 +82,10 @@ class RequestStream:
     async def __anext__(self) -> RequestOutput:
         if self._ended:
             raise StopAsyncIteration
-        await self._news.wait()
-        self._news.clear()
+        while not self._has_news:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        self._has_news = False
         state = self._state
         self._ended = state.finished
         if state.error is not None:
@@ -96,7 +99,9 @@ class RequestStream:
 
     def _notify(self) -> None:
         if self._kind is not RequestOutputKind.FINAL_ONLY or self._state.finished:
-            self._news.set()
+            self._has_news = True
+            if self._reader is not None and not self._reader.done():
+                self._reader.set_result(None)
 
 
 class AsyncEngine:
@@ -423,16 +428,14 @@ class AsyncEngine:
             return
         self._core.abort(state.core_id)
         self._processor.forget(state.core_id)
-        for sample in state.samples:
-            if not sample.finished:
-                sample.finish("abort")
+        state.abort()
         self._remove(stream)
         stream._notify()
 
     def _lose_all(self, error: EngineStopped) -> None:
         for stream in list(self._streams.values()):
             self._processor.forget(stream._state.core_id)
-            stream._state.error = type(error)(str(error))
+            stream._state.fail(type(error)(str(error)))
             self._remove(stream)
             stream._notify()
 

@@ -67,6 +67,7 @@ class _Sample:
         matcher: StopStringMatcher,
     ) -> None:
         self.output = CompletionOutput(index=index, text="", token_ids=[])
+        self.finished = False
         if params.logprobs is not None:
             self.output.logprobs = []
             self.output.cumulative_logprob = 0.0
@@ -107,10 +108,6 @@ class _Sample:
                 return
             self.output.text += self._matcher.flush()
         self._set_finished(reason, stop_reason)
-
-    @property
-    def finished(self) -> bool:
-        return self.output.finish_reason is not None
 
     def snapshot(self) -> CompletionOutput:
         out = self.output
@@ -153,6 +150,7 @@ class _Sample:
     def _set_finished(self, reason: str, stop_reason: int | str | None) -> None:
         self.output.finish_reason = reason
         self.output.stop_reason = stop_reason
+        self.finished = True
 
 
 class RequestState:
@@ -182,12 +180,25 @@ class RequestState:
             self.prompt_logprobs = [None]
         self.num_cached_tokens = 0
         self.num_in_core = params.n  # samples that the core still computes
+        self.num_output_tokens = 0
+        self.finished = False  # all of its samples, or it failed
         self.error: Exception | None = None
         self._sent_prompt_logprobs = 0
 
-    @property
-    def finished(self) -> bool:
-        return self.error is not None or all(sample.finished for sample in self.samples)
+    def sample_finished(self) -> None:
+        if all(sample.finished for sample in self.samples):
+            self.finished = True
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.finished = True
+
+    def abort(self) -> None:
+        """Ends what has not ended."""
+        for sample in self.samples:
+            if not sample.finished:
+                sample.finish("abort")
+        self.finished = True
 
     def snapshot(self) -> RequestOutput:
         """All so far."""
@@ -209,15 +220,15 @@ class RequestState:
         prompt_logprobs: list[PositionLogprobs | None] | None,
     ) -> RequestOutput:
         return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt.text,
-            prompt_token_ids=self.prompt.token_ids,
-            outputs=samples,
-            finished=self.finished,
-            prompt_logprobs=prompt_logprobs,
-            metrics=self.metrics,
-            num_cached_tokens=self.num_cached_tokens,
-            num_output_tokens=sum(len(sample.output.token_ids) for sample in self.samples),
+            self.request_id,
+            self.prompt.text,
+            self.prompt.token_ids,
+            samples,
+            self.finished,
+            prompt_logprobs,
+            self.metrics,
+            self.num_cached_tokens,
+            num_output_tokens=self.num_output_tokens,
         )
 
 
@@ -257,16 +268,19 @@ class OutputProcessor:
             state = self._requests.get(output.request_id)
             if state is None:
                 continue
-            still_computed = output.finish_reason == _C.FinishReason.NONE
+            reason = output.finish_reason
+            still_computed = reason == _C.FinishReason.NONE
             state.num_in_core -= not still_computed
             sample = state.samples[output.index]
             if sample.finished:
                 continue
             try:
-                self._take_in(state, output, step)
+                self._take_in(state, sample, output, None if still_computed else reason, step)
             except Exception as error:  # costs this request, nobody else
-                state.error = error
+                state.fail(error)
             changed[state.core_id] = state
+            if sample.finished:
+                state.sample_finished()
             if state.finished:
                 # All of it, so that the core knows that its name is free.
                 if state.num_in_core:
@@ -278,37 +292,44 @@ class OutputProcessor:
         step.changed = list(changed.values())
         return step
 
-    def _take_in(self, state: RequestState, output: _C.RequestOutput, step: ProcessedStep) -> None:
-        reason = output.finish_reason
+    def _take_in(
+        self,
+        state: RequestState,
+        sample: _Sample,
+        output: _C.RequestOutput,
+        reason: _C.FinishReason | None,  # None: it goes on
+        step: ProcessedStep,
+    ) -> None:
         if reason == _C.FinishReason.ABORT:
             # Aborts that were asked for are forgotten before they get here.
             why = self._step_error or "memory ran out before its first step"
-            state.error = EngineStepError(f"the engine gave the request up: {why}")
+            state.fail(EngineStepError(f"the engine gave the request up: {why}"))
             return
         state.num_cached_tokens = output.num_cached_tokens
         if state.prompt_logprobs is not None:
             state.prompt_logprobs += map(self._position_logprobs, output.prompt_logprobs)
         token_ids = output.new_token_ids
-        sample = state.samples[output.index]
         if token_ids:
+            metrics = state.metrics
             step.num_new_tokens += len(token_ids)
-            if state.metrics.first_token_time is None:
-                state.metrics.first_token_time = step.time
-                state.metrics.queue_seconds = output.queue_seconds
+            if metrics.first_token_time is None:
+                metrics.first_token_time = step.time
+                metrics.queue_seconds = output.queue_seconds
                 step.first_tokens.append(state)
             if sample.last_token_time is not None:
                 step.token_gaps.append(step.time - sample.last_token_time)
-            state.metrics.last_token_time = sample.last_token_time = step.time
+            metrics.last_token_time = sample.last_token_time = step.time
         logprobs: list[PositionLogprobs | None] = [None] * len(token_ids)
         if sample.output.logprobs is not None:
             logprobs = [self._position_logprobs(entry) for entry in output.logprobs]
         by_stop_token = reason == _C.FinishReason.STOP
         silent_end = by_stop_token and not state.params.include_stop_str_in_output
         for i, (token_id, entry) in enumerate(zip(token_ids, logprobs, strict=True)):
+            state.num_output_tokens += 1
             sample.push(token_id, entry, silent=silent_end and i + 1 == len(token_ids))
             if sample.finished:
                 return
-        if reason != _C.FinishReason.NONE:
+        if reason is not None:
             if state.ranked:
                 sample.output.cumulative_logprob = output.cumulative_logprob
             if state.params.beam_width:
