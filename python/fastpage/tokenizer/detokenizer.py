@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are not (yet) a character
 _PROMPT_CONTEXT = 6  # tokens of the prompt before the first one generated; at most 16 times that
-_MAX_WINDOW = 16  # tokens, before the settled ones are dropped
+_MAX_WINDOW = 4  # tokens, before the settled ones are dropped: to decode takes time for each
 _MAX_STALLED = 8  # tokens; a character is at most 4 bytes, each of which can be a token
 
 
@@ -101,7 +101,8 @@ class IncrementalDetokenizer:
         return [token_id for token_id in ids if token_id not in special]
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, self._skip_special_tokens)
+        # Those to be skipped are not in it: that the decoder does not look for them saves time.
+        return self._tokenizer.decode(self._window, skip_special_tokens=False)
 
     def _give_up_waiting(self) -> None:
         """The bytes at the end will never be a character, but for those of the last token or so."""
