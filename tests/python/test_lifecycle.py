@@ -5,16 +5,35 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from fakes import load_alphabet
 from waiting import PATIENCE
 
 from fastpage import AsyncEngine
 from fastpage.engine.args import EngineArgs
 from fastpage.serving import lifecycle
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_server_runs_on_uvloop_where_it_is_installed(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops = []
+
+    async def main() -> None:
+        loops.append(type(asyncio.get_running_loop()).__module__.partition(".")[0])
+
+    if installed:
+        pytest.importorskip("uvloop")
+    else:
+        monkeypatch.setitem(sys.modules, "uvloop", None)
+    lifecycle.run_on_a_loop(main())
+    assert loops == ["uvloop" if installed else "asyncio"]
 
 
 class Home:

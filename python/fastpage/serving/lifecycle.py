@@ -11,12 +11,13 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import importlib.util
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
@@ -113,7 +114,7 @@ class Command:
             server = Parent(self, argv, parsed, phases)
         phases["imports"] = time.perf_counter() - start
         try:
-            asyncio.run(server.run())
+            run_on_a_loop(server.run())
         except (FastpageError, OSError, MemoryError) as error:
             _exit_with_error(self.program, error)
 
@@ -292,6 +293,16 @@ class Server:
         second = self._signals.second
         if second.is_set() or not await first_of(stop(grace), second):
             await stop(_SECONDS_AT_ONCE / 2)
+
+
+def run_on_a_loop(main: Coroutine[Any, Any, None]) -> None:
+    """asyncio.run(), on uvloop if that is installed."""
+    if importlib.util.find_spec("uvloop") is None:
+        asyncio.run(main)
+    else:
+        import uvloop
+
+        uvloop.run(main)
 
 
 async def first_of(awaitable: Any, event: asyncio.Event) -> Any:

@@ -23,7 +23,7 @@ from fastpage.engine.process_core import Hello, check_same, load_tokenizer, serv
 from fastpage.engine.shared_core import SharedCore
 from fastpage.errors import FastpageError
 from fastpage.serving.front_ends.control import Control
-from fastpage.serving.lifecycle import Command, Server, Signals, exit_now
+from fastpage.serving.lifecycle import Command, Server, Signals, exit_now, run_on_a_loop
 from fastpage.serving.metrics.calls import CallCounts
 from fastpage.serving.metrics.recorder import EngineMetrics
 from fastpage.serving.metrics.shared import Snapshot, snapshot
@@ -41,7 +41,7 @@ def main() -> None:
     end_with(parent)
     command: Command = importlib.import_module(module).COMMAND
     control = socket.socket(fileno=fileno)
-    asyncio.run(_serve(command, control, index, port, argv))
+    run_on_a_loop(_serve(command, control, index, port, argv))
 
 
 async def _serve(
