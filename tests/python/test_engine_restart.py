@@ -228,7 +228,7 @@ def test_an_engine_of_another_build_is_refused_by_name(
             monkeypatch.setattr(process_core, "BUILD", "fastpage 0.0.1, channel 1")
             os.kill(core.pid, signal.SIGKILL)
             lost = str(await engine.wait_lost())
-            assert BUILD in lost and "[fastpage 0.0.1, channel 1]" in lost
+            assert f"process is of [{BUILD}], and the server of [fastpage 0.0.1, channel 1]" in lost
             assert "start the server again" in lost
 
     run(test())
