@@ -188,6 +188,7 @@ class LLM:
         max_model_len = self._loaded.info.max_model_len
         prompt = truncate(prompt, params, max_model_len)
         core_params = params.to_core(self._loaded.tokenizer)
+        self._loaded.info.check_logprobs(core_params)
         room = max_model_len - len(prompt.token_ids)
         # As in vLLM, an output that reaches the model's length ends there.
         if room >= 1 and core_params.max_tokens > room:

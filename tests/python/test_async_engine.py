@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -494,6 +495,19 @@ def test_an_id_is_free_in_all_front_ends_when_its_request_has_ended() -> None:
                 gate.open(1000)
 
     asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
+
+
+def test_more_logprobs_than_max_logprobs() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        engine._model.info = dataclasses.replace(engine.info, max_logprobs=3)
+        for name in ("logprobs", "prompt_logprobs"):
+            with pytest.raises(InvalidArgument, match=rf"^{name} must be between 0 and 3 "):
+                await engine.add_request("a", SamplingParams(**{name: 4}))
+            params = SamplingParams(max_tokens=1, **{name: 3})
+            async for _ in await engine.add_request("a", params):
+                pass
+
+    run(test)
 
 
 def test_a_full_queue_refuses() -> None:

@@ -325,6 +325,7 @@ def test_chat_client_errors(arguments: list[str | bytes], code: int, words: str)
         ({"host_cache_memory": "no"}, InvalidArgument, "host_cache_memory='no'"),
         ({"host_cache_memory": 100}, ResourceExhausted, "too little for one KV block"),
         ({"num_speculative_tokens": -1}, InvalidArgument, "num_speculative_tokens=-1"),
+        ({"max_logprobs": -1}, InvalidArgument, "max_logprobs=-1"),
         ({"prompt_lookup_min": 5}, InvalidArgument, "prompt_lookup_min=5 is more than"),
         ({"max_num_partial_prefills": 1.5}, InvalidArgument, "max_num_partial_prefills=1.5"),
         ({"host_cache_memory": float("nan")}, InvalidArgument, "host_cache_memory=nan"),

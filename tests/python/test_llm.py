@@ -195,6 +195,14 @@ def test_bad_lists_of_parameters(llm: LLM) -> None:
         llm.chat([], GREEDY, use_tqdm=False)
 
 
+def test_more_logprobs_than_max_logprobs(llm: LLM) -> None:
+    for name in ("logprobs", "prompt_logprobs"):
+        params = SamplingParams(max_tokens=1, **{name: 20})
+        assert llm.generate(PARIS, params, use_tqdm=False)[0].finished
+        with pytest.raises(InvalidArgument, match=rf"^{name} .* 20 \(max_logprobs\), got 21"):
+            llm.generate(PARIS, SamplingParams(max_tokens=1, **{name: 21}), use_tqdm=False)
+
+
 def test_ctrl_c_ends_the_requests_where_they_are(
     llm: LLM, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

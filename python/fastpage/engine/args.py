@@ -124,6 +124,15 @@ class EngineArgs:
         type=int,
     )
 
+    max_logprobs: int = _arg(
+        20,
+        "Model",
+        "most logprobs, and prompt_logprobs, that a request may ask for, up to 1024; each takes "
+        "some 170 bytes until the request is done (default: %(default)s)",
+        metavar="N",
+        type=int,
+    )
+
     kv_cache_memory: int | str | None = _arg(
         None,
         "Memory and batching",
@@ -322,6 +331,7 @@ class EngineArgs:
                 raise InvalidArgument(f"{name}={value!r} is not a text: leave it out, or give one")
         for name, least in (
             ("max_model_len", 1),
+            ("max_logprobs", 0),
             ("num_kv_blocks", 1),
             ("block_size", 1),
             ("max_num_seqs", 1),

@@ -206,6 +206,7 @@ class AsyncEngine:
             prompt = await self.to_prompt(prompt)
         prompt = truncate(prompt, params, self.info.max_model_len)
         core_params = await self._to_core(params)
+        self.info.check_logprobs(core_params)
         # No await from here on until the request is known: of two with one id, one comes first.
         if self._stopped:
             raise EngineStopped("the engine is shutting down")

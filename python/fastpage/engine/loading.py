@@ -72,6 +72,7 @@ class ModelInfo:
     num_host_kv_blocks: int = 0
     async_scheduling: bool = False
     num_speculative_tokens: int = 0
+    max_logprobs: int = 1024
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -87,6 +88,14 @@ class ModelInfo:
                 f"priority={priority} has no meaning with scheduling_policy="
                 f'"{self.scheduling_policy}": start with "priority", or leave it out'
             )
+
+    def check_logprobs(self, params: _C.SamplingParams) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if value > self.max_logprobs:
+                raise InvalidArgument(
+                    f"{name} must be between 0 and {self.max_logprobs} (max_logprobs), got {value}"
+                )
 
     @property
     def max_concurrency(self) -> float:
@@ -272,6 +281,7 @@ def _decide(
         num_host_kv_blocks=num_host_kv_blocks,
         async_scheduling=args.async_scheduling,
         num_speculative_tokens=args.num_speculative_tokens,
+        max_logprobs=args.max_logprobs,
     )
 
 
