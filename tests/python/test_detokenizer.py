@@ -142,6 +142,17 @@ def test_skipped_tokens_do_not_pile_up(smollm2):
     assert len(detokenizer._window) < 100
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_ids_without_a_token_do_not_pile_up_nor_end_a_character(smollm2, skip):
+    absent = smollm2.vocab_size + 7
+    begun = next(token for token in range(1000) if smollm2.decode([token]) == "\ufffd")
+    for before in ([], [begun]):
+        detokenizer = IncrementalDetokenizer(smollm2, before, skip)
+        assert {detokenizer.push([absent]) for _ in range(1000)} == {""}
+        assert len(detokenizer._window) < 100
+        assert detokenizer.flush() == "\ufffd" * len(before)
+
+
 @pytest.mark.parametrize("step", [1, 3])
 def test_sentencepiece_with_and_without_a_prompt(sentencepiece, step):
     text = "the quick  brown 🤗日本 fox\n\njumps"

@@ -95,10 +95,13 @@ class IncrementalDetokenizer:
 
     def _select(self, ids: Sequence[int]) -> list[int]:
         # The decoder would drop them too, but a window of nothing else has no text to build on.
-        if not self._skip_special_tokens:
-            return list(ids)
-        special = self._tokenizer.special_token_ids
-        return [token_id for token_id in ids if token_id not in special]
+        tokenizer = self._tokenizer
+        dropped = tokenizer.special_token_ids if self._skip_special_tokens else ()
+        return [
+            token_id
+            for token_id in ids
+            if token_id not in dropped and tokenizer.id_to_token(token_id) is not None
+        ]
 
     def _decode(self) -> str:
         # Those to be skipped are not in it: that the decoder does not look for them saves time.
