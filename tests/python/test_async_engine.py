@@ -439,6 +439,7 @@ def test_no_id_of_a_callers_is_in_the_way_of_those_made_up_here() -> None:
         {"bad_words": ["a" * 5000]},
         {"bad_words": ["a" * i for i in range(1, 110)]},
         {"allowed_token_ids": list(range(5000))},
+        {"stop_token_ids": list(range(5000))},
         {"logit_bias": {i: 1.0 for i in range(5000)}},
     ],
 )

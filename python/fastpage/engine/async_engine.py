@@ -38,7 +38,7 @@ _logger = logging.getLogger("fastpage.engine")
 # More bad_words than this, or of more characters, are tokenized off the event loop.
 _MANY_WORDS = 100
 _LONG_WORDS = 1 << 12
-# Biases and allowed tokens: so many are looked at there, too.
+# Biases, allowed tokens and those that stop: so many are looked at there, too.
 _MANY_TOKENS = 1 << 12
 # Texts, and lists of token ids, that are longer than this are looked at off the event loop.
 _LONG_PROMPT = 1 << 14
@@ -281,11 +281,11 @@ class AsyncEngine:
 
     async def _to_core(self, params: SamplingParams) -> _C.SamplingParams:
         words = params.bad_words or ()
-        num_tokens = len(params.logit_bias or ()) + len(params.allowed_token_ids or ())
+        tokens = (params.logit_bias, params.allowed_token_ids, params.stop_token_ids)
         if (
             len(words) > _MANY_WORDS
             or sum(map(len, words)) > _LONG_WORDS
-            or num_tokens > _MANY_TOKENS
+            or sum(len(each or ()) for each in tokens) > _MANY_TOKENS
         ):
             return await asyncio.to_thread(params.to_core, self.tokenizer)
         return params.to_core(self.tokenizer)
