@@ -95,7 +95,10 @@ class GatedModel : public ModelRunner {
     return output_;
   }
 
-  int64_t progress() const override { return num_parts_done; }
+  int64_t progress() const override {
+    if (when_asked) when_asked();
+    return num_parts_done;
+  }
 
   void close() { set_open(false); }
   void open() { set_open(true); }
@@ -110,6 +113,7 @@ class GatedModel : public ModelRunner {
   std::function<void(ModelRunnerOutput*)> tamper;
   std::vector<int64_t> waited_for;
   std::atomic<int64_t> num_parts_done{0};
+  std::function<void()> when_asked;  // for its progress
   size_t num_future_tokens = 0;
 
  private:

@@ -154,7 +154,7 @@ struct EngineServer::State {
   FrontEnds front_ends;        // of the I/O thread; those that have left something behind, too
   std::vector<pollfd> polled;  // of the I/O thread: the pipe, then the front ends
   // Of the I/O thread: requests whose names are in use, until all sockets have been read. What ends
-  // the other request may lie in one of them, and have come before.
+  // the other request, or its front end, may lie in one of them, and have come before.
   std::vector<std::pair<FrontEnd*, FrontEndMessage>> postponed;
   CachedBlocks cached;  // of the calling thread; with takes_more
   std::atomic<bool> stopping{false};
@@ -533,6 +533,10 @@ void EngineServer::State::add_request(FrontEnd* front_end, FrontEndMessage* orde
 }
 
 void EngineServer::State::add_postponed() {
+  if (postponed.empty()) return;
+  for (const auto& front_end : front_ends) {
+    if (front_end->socket.get() < 0) abort_requests_of(front_end.get());
+  }
   for (auto& [front_end, order] : postponed) {
     try {
       add_request(front_end, &order, false);
