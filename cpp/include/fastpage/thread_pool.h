@@ -64,10 +64,10 @@ class ThreadPool {
   };
 
   // Deals out num_threads() parts of count(part) pieces each, fewer than 2^31. Every thread that
-  // gets to a piece calls fn(pieces) once, which does that piece and goes on while pieces.next().
-  // Returns when all are done. A loop waits for that of another caller to end; fn must not throw
-  // and must not start another loop. In a child of fork(), which has no workers, the caller does
-  // all of it.
+  // gets to a piece calls fn(pieces), which does that piece and goes on while pieces.next(): once,
+  // or again where it was there before all parts were dealt out. Returns when all are done. A loop
+  // waits for that of another caller to end; fn must not throw and must not start another loop. In
+  // a child of fork(), which has no workers, the caller does all of it.
   template <typename Count, typename F>
   void share(const Count& count, F&& fn) {
     using Fn = std::remove_reference_t<F>;
