@@ -219,11 +219,14 @@ struct ThreadPool::Impl {
 
   void announce() {
     epoch.fetch_add(1, std::memory_order_seq_cst);
-    if (sleeping_workers.load(std::memory_order_seq_cst) > 0) {
+    if (sleeping_workers.load(std::memory_order_seq_cst) == 0) return;
+    {
       std::lock_guard<std::mutex> lock(mutex);
       caller_cpu.store(current_cpu(), std::memory_order_relaxed);
       work.notify_all();
     }
+    // One that the system has woken on this very CPU gets it for as long as it takes to move off.
+    std::this_thread::yield();
   }
 
   void wait_for_epoch_after(uint64_t seen) {
