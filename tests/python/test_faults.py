@@ -140,10 +140,12 @@ def inflict(
             await probe(client, expected)
             files = server.num_open_files()
             memory = MemoryRecord(server, kept)
-            while not memory.is_flat(rounds):
+            is_flat = False
+            while not is_flat:
                 await fault(client)
                 await client.wait_until_idle()
                 await probe(client, expected)
+                is_flat = memory.is_flat(rounds)
             # A connection that its client left is closed when the server next looks at it.
             while server.num_open_files() > files:
                 await asyncio.sleep(0.01)

@@ -130,10 +130,12 @@ def inflict(
             await probe(client, expected)
             files = server.num_open_files()
             memory = MemoryRecord(server, kept)
-            while not memory.is_flat(rounds):
+            is_flat = False
+            while not is_flat:
                 await fault(client)
                 await wait_until_idle(client)
                 await probe(client, expected)
+                is_flat = memory.is_flat(rounds)
             await client.aclose()
             while server.num_open_files() > files:  # a connection is closed a moment later
                 await asyncio.sleep(0.01)
