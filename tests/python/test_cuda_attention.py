@@ -35,6 +35,7 @@ class Case:
     batch_invariant: bool = False
     fixed_grid: bool = False
     decode_only: bool = False
+    blocks_before: int = 0  # those used, in the cache
     sharpness: float = 1.0  # of the softmax
     plan: dict[str, int] = field(default_factory=dict)
 
@@ -58,22 +59,26 @@ class Attention:
         self.block_tables = ids.view(len(c.seq_lens), self.blocks_each).to(cuda.device)
         self.k, self.k_scale = self.new_cache(total, seed=3)
         self.v, self.v_scale = self.new_cache(total, seed=4)
+        self.block_tables += c.blocks_before
         self.slopes = None
         if c.alibi:
             self.slopes = torch.linspace(0.5, 0.01, c.heads).to(cuda.device)
         self.scale = c.head_dim**-0.5
-        ops = cuda.ops
+        self.new_plan(c.batch_invariant)
+
+    def new_plan(self, batch_invariant: bool) -> None:
+        c, cuda = self.case, self.cuda
         limits = {
             "max_num_seqs": max(1, len(c.seq_lens)),
-            "max_num_tokens": max(1, rows),
+            "max_num_tokens": max(1, self.starts[-1]),
             "max_seq_len": max([1, *c.seq_lens]),
         } | c.plan
-        self.plan = ops.AttentionPlan(
+        self.plan = cuda.ops.AttentionPlan(
             num_heads=c.heads,
             num_kv_heads=c.kv_heads,
             head_dim=c.head_dim,
             num_multiprocessors=c.num_multiprocessors,
-            batch_invariant=c.batch_invariant,
+            batch_invariant=batch_invariant,
             fixed_grid=c.fixed_grid,
             decode_only=c.decode_only,
             **limits,
@@ -95,11 +100,15 @@ class Attention:
         flat = cache.view(torch.uint8)
         used = torch.zeros(total, c.block_size, dtype=torch.bool)
         for table, n in zip(self.block_tables.cpu(), c.seq_lens, strict=True):
-            for i in range(n):
-                used[table[i // c.block_size], i % c.block_size] = True
+            at = torch.arange(n)
+            used[table[at // c.block_size], at % c.block_size] = True
         flat[~used.to(cuda.device)] = 0xFF
         if c.head_major:
             cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+        if c.blocks_before:
+            memory = cache.new_empty(c.blocks_before + total, *cache.shape[1:])
+            cache = memory[c.blocks_before :].copy_(cache)
+            return memory, scale
         return cache, scale
 
     def run(self) -> torch.Tensor:
@@ -149,9 +158,8 @@ class Attention:
     def values(self, cache: torch.Tensor, scale: torch.Tensor | None, seq: int) -> torch.Tensor:
         """[seq_len, heads, head_dim] in float64."""
         c = self.case
-        table = self.block_tables[seq].long()
-        x = from_float8(cache) * scale.double()[:, None] if scale is not None else cache.double()
-        x = x[table].flatten(0, 1)[: c.seq_lens[seq]]
+        x = cache[self.block_tables[seq].long()].flatten(0, 1)[: c.seq_lens[seq]]
+        x = from_float8(x) * scale.double()[:, None] if scale is not None else x.double()
         return x.repeat_interleave(c.heads // c.kv_heads, dim=1)
 
     def reference(self) -> torch.Tensor:

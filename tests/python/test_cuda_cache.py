@@ -164,6 +164,31 @@ def test_rotary_and_cache(
         assert same(cache, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_more_elements_than_32_bits_count(cuda: Kernels, dtype: torch.dtype) -> None:
+    """Caches of 4 GB each, of which the emulation's are hardly touched."""
+    heads, head_dim, block_size = 4, 128, 16
+    elements = block_size * heads * head_dim
+    blocks = (1 << (31 if dtype == torch.bfloat16 else 32)) // elements + 4
+    shape = (blocks, block_size, heads, head_dim)
+    caches = [torch.empty(shape, dtype=dtype, device=cuda.device) for _ in range(2)]
+    for cache in caches:
+        cache[-4:] = 0
+    k, v = (cuda.random(3, heads * head_dim, dtype=torch.bfloat16, seed=i) for i in (1, 2))
+    slots = cuda.ints([blocks * block_size - 1, (blocks - 2) * block_size, -1])
+    ends = [cache[-4:].flatten(2).flatten(0, 1) for cache in caches]
+    wants = [end.clone() for end in ends]
+    for want, x in zip(wants, (k, v), strict=True):
+        bits = x if dtype == torch.bfloat16 else to_float8(x)
+        want[-1], want[2 * block_size] = bits[0], bits[1]
+    cuda.run(lambda: cuda.ops.reshape_and_cache(k, v, slots, *caches))
+    assert all(same(end, want) for end, want in zip(ends, wants, strict=True))
+    copies = torch.tensor([[blocks - 1, blocks - 3]])
+    cuda.run(lambda: cuda.ops.copy_blocks(caches[0].view(1, blocks, elements), copies))
+    wants[0][block_size : 2 * block_size] = wants[0][3 * block_size :]
+    assert same(ends[0], wants[0])
+
+
 def test_copy_blocks_in_order(cuda: Kernels) -> None:
     """A block that was copied to is copied from, is written twice, and is read before that."""
     layers, blocks = 3, 300
@@ -186,8 +211,6 @@ def test_swap_blocks(cuda: Kernels) -> None:
     for there, here in out:
         want[:, here] = device[:, there].cpu()
     cuda.run(lambda: cuda.ops.swap_blocks(device, host, torch.tensor(out), "out"), host)
-    if cuda.is_gpu:
-        torch.cuda.synchronize()
     assert same(host, want)
     back = [[299 - i, i] for i in range(5)]
     want_device = device.cpu().clone()
