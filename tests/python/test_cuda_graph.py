@@ -134,3 +134,30 @@ def test_replays_take_no_memory(cuda: Kernels) -> None:
     logits = [executor.forward_arrays(**paged.step({0: 1})) for _ in range(80)]
     assert torch.cuda.memory_allocated() == before
     assert np.isfinite(logits).all()
+
+
+def test_what_is_swapped_out_goes_beside_the_steps(cuda: Kernels) -> None:
+    """A step is done while the stream of the swaps is still held up."""
+    executor = new_executor(cuda, num_kv_blocks=6, num_host_kv_blocks=4)
+    outs, none = np.array([[1, 3], [2, 0]], np.int32), np.zeros((0, 2), np.int32)
+    paged = paging.PagedSequences([TOKENS[:90]], 6, 16)
+    executor.apply_transfers(outs, none, none)  # to load a kernel may wait for the whole device
+    executor.forward_arrays(**paged.step({0: 1}))
+    before = executor._keys[:, [1, 2]].cpu()
+    side, awake = executor._transfers._side._stream, torch.cuda.Event()
+    for doubling in range(6):
+        torch.cuda.synchronize()
+        executor._host_keys.zero_()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(200_000_000 << doubling)
+            awake.record()
+        executor._keys[:, [1, 2]] = before.to("cuda")
+        executor.apply_transfers(outs, none, none)
+        executor._keys[:, [1, 2]] = 0
+        executor.forward_arrays(**paged.step({0: 1}))
+        if not awake.query():
+            break
+    else:
+        pytest.fail("the steps wait for what is swapped out")
+    torch.cuda.synchronize()
+    assert torch.equal(executor._host_keys[:, [3, 0]], before)

@@ -192,9 +192,9 @@ def test_scales_that_are_none(
 def test_the_cache_takes_what_the_gpu_has(
     cuda: Kernels, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def num_blocks(free: int) -> int:
+    def num_blocks(free: int, **options: Any) -> int:
         monkeypatch.setattr(cuda_executor, "free_bytes", lambda: free)
-        llm = LLM(str(checkpoint), executor="cuda", enforce_eager=True, **OPTIONS)
+        llm = LLM(str(checkpoint), executor="cuda", enforce_eager=True, **OPTIONS, **options)
         return llm._loaded.info.num_kv_blocks
 
     assert num_blocks(1 << 30) == 3 * 6  # what three sequences of 96 tokens can use
@@ -204,6 +204,8 @@ def test_the_cache_takes_what_the_gpu_has(
     )
     room = weight_bytes + 96 * HEAD_DIM * 4  # and the table of rotary embedding
     assert num_blocks(room + 10 * block_bytes) == 8
+    # Two blocks on the host have four for staging on the device.
+    assert num_blocks(room + 14 * block_bytes, host_cache_memory=2 * block_bytes) == 8
     monkeypatch.setattr(cuda_executor, "free_bytes", lambda: 1000)
     with pytest.raises(ResourceExhausted, match="the memory that is free"):
         LLM(str(checkpoint), executor="cuda", **OPTIONS)

@@ -256,9 +256,7 @@ def _decide(
         math.prod(buffer.shape) for buffer in model.program.buffers if buffer.kind == "weight"
     )
     num_host_kv_blocks = _num_host_kv_blocks(args, block_bytes)
-    taken = weight_bytes
-    if args.executor != "cuda":  # else the host's cache is in another memory
-        taken += num_host_kv_blocks * block_bytes
+    taken = weight_bytes + block_bytes * _num_blocks_beside(args.executor, num_host_kv_blocks)
     return ModelInfo(
         served_model_name=args.served_model_name or checkpoint.name,
         model=args.model,
@@ -295,6 +293,17 @@ def _num_host_kv_blocks(args: EngineArgs, block_bytes: int) -> int:
             f"takes {block_bytes} bytes"
         )
     return min(size // block_bytes, _MOST_SLOTS // args.block_size)
+
+
+def _num_blocks_beside(executor: str, num_host_kv_blocks: int) -> int:
+    """In the memory that the KV cache is in."""
+    if executor != "cuda":
+        return num_host_kv_blocks
+    if num_host_kv_blocks == 0:
+        return 0
+    from fastpage.executors.block_transfers import num_staging_blocks
+
+    return num_staging_blocks(num_host_kv_blocks)
 
 
 def _num_kv_blocks(args: EngineArgs, max_model_len: int, block_bytes: int, taken: int) -> int:

@@ -19,6 +19,7 @@ from fastpage import _C
 from fastpage._C import InputBatch, Op, Program
 from fastpage.errors import InvalidArgument, ResourceExhausted
 from fastpage.executors.attention_plans import GrowingPlans, PlannedAttention, attention_shape
+from fastpage.executors.block_transfers import BlockTransfers, num_staging_blocks
 from fastpage.executors.decode_graphs import (
     DecodeGraphs,
     FutureTokens,
@@ -41,6 +42,8 @@ class CudaExecutor(TorchExecutor):
         self,
         program: Program,
         *,
+        num_kv_blocks: int,
+        num_host_kv_blocks: int = 0,
         device: str = "cuda",
         dtype: str = "bfloat16",
         kv_cache_dtype: str | None = None,
@@ -57,9 +60,22 @@ class CudaExecutor(TorchExecutor):
                 f"{' or '.join(cached)}"
             )
         super().__init__(
-            program, device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype, **options
+            program,
+            num_kv_blocks=num_kv_blocks + num_staging_blocks(num_host_kv_blocks),
+            num_host_kv_blocks=num_host_kv_blocks,
+            device=device,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            **options,
         )
         self.kernels = kernels
+        self._transfers = BlockTransfers(
+            kernels,
+            ((self._keys, self._host_keys), (self._values, self._host_values)),
+            num_blocks=num_kv_blocks,
+            device=self._device,
+        )
+        self._keys, self._values = self._keys[:, :num_kv_blocks], self._values[:, :num_kv_blocks]
         self._plans = {
             shape: GrowingPlans(kernels, shape, self._device)
             for shape in {attention_shape(op) for op in program.ops if op.kind == "attend"}
@@ -198,14 +214,7 @@ class CudaExecutor(TorchExecutor):
     def apply_transfers(
         self, swap_outs: IntArray, block_copies: IntArray, swap_ins: IntArray
     ) -> None:
-        for cache, host in ((self._keys, self._host_keys), (self._values, self._host_values)):
-            blocks, host_blocks = cache.flatten(2), host.flatten(2)
-            if len(swap_outs):
-                self.kernels.swap_blocks(blocks, host_blocks, swap_outs, "out")
-            if len(block_copies):
-                self.kernels.copy_blocks(blocks, block_copies)
-            if len(swap_ins):
-                self.kernels.swap_blocks(blocks, host_blocks, swap_ins, "in")
+        self._transfers.launch(swap_outs, block_copies, swap_ins)
 
     def _empty(self, like: torch.Tensor, cols: int | None = None) -> torch.Tensor:
         return like.new_empty(like.shape[0], like.shape[1] if cols is None else cols)
