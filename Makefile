@@ -214,7 +214,7 @@ bench-scheduler: $(PACKAGE_DONE)  ## the scheduler alone, in C++ and from Python
 	@$(VENV)/bin/cmake --build build/bench -j $(JOBS) --target scheduler_bench -- --quiet
 	@$(PY) benchmarks/scheduler.py --cpp build/bench/scheduler_bench $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 
-# On a machine with a GPU, nvcc, cmake, and a Python that has torch, pybind11, numpy and pytest: nothing is installed.
+# On a machine with a GPU, nvcc, cmake, and a Python that has its headers, torch, pybind11, numpy and pytest: nothing is installed.
 CUDA_PY ?= python3
 cuda-test:  ## build for the GPU here and test the CUDA kernels on it; fails without one
 	@$(CUDA_PY) tests/run_cuda.py test --jobs $(JOBS)

@@ -1,5 +1,6 @@
 """A pytest plugin of run_cuda.py: says which test runs and how each ended, as it happens, in the
 file that FASTPAGE_CUDA_RESULTS names, a JSON object a line. What is in that file is not run again.
+With FASTPAGE_CUDA_SHARE=2/5 it is the second fifth of the tests that are run.
 
 A kernel that fails leaves an error in the process which every later call returns: the process ends
 there, so that no other test is blamed, and run_cuda.py starts one for the rest.
@@ -27,7 +28,8 @@ def note(**fields: Any) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     done = {json.loads(line).get("test") for line in lines}
-    items[:] = [item for item in items if item.nodeid not in done]
+    share, of = (int(x) for x in os.environ.get("FASTPAGE_CUDA_SHARE", "1/1").split("/"))
+    items[:] = [item for item in items[share - 1 :: of] if item.nodeid not in done]
     note(collected=len(items))
 
 

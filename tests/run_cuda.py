@@ -1,10 +1,11 @@
 """The CUDA kernels on a GPU: builds, then tests or times them: python tests/run_cuda.py test|bench.
 
 For a machine that is there for minutes, and a build that may never have run on one: what fails is
-told, and the rest goes on. Tests run in a process a file, several at once; a test that hangs,
-crashes or loses the device is a failure of its own, and a new process has the rest. All output goes
-to one file, the summary to another, which is up to date whenever this is killed: both in the folder
-that OUT names, or in build/cuda-logs. Nothing is installed. Exit status 0: all has passed.
+told, and the rest goes on. Tests run in a process a file (or a share of it), several at once; a
+test that hangs, crashes or loses the device is a failure of its own, and a new process has the
+rest. All output goes to one file, the summary to another, which is up to date whenever this is
+killed: both in the folder that OUT names, or in build/cuda-logs. Nothing is installed. Exit status
+0: all has passed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -20,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -32,7 +35,10 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "cuda"
 TESTS = ROOT / "tests" / "python"
 MODULES = ("torch", "numpy", "pybind11", "pytest")
-SECTIONS = ("decode", "prefill", "cache", "sampling", "steps", "experts")
+# What runs beside is the last: it may have to be compiled first.
+SECTIONS = ("decode", "prefill", "cache", "sampling", "steps", "experts", "peers")
+# Those that take longest, and into how many processes each is split.
+SHARES = {"test_cuda_attention_combinations.py": 5, "test_cuda_batch_invariant.py": 2}
 SANITIZED = ("attention", "cache", "elementwise", "sampling")
 SANITIZED_TESTS = "plain or in_order or many_seeds or cache_float8 or residual or processed"
 SANITIZERS = {
@@ -42,6 +48,13 @@ SANITIZERS = {
     "synccheck": [],
 }
 MOST_RESTARTS = 6  # of a file's process
+# Reads what torch consists of from the disk, beside the build: gigabytes, the first time.
+WARM_UP = """
+import torch
+x = torch.ones(1024, 1024, device="cuda", dtype=torch.bfloat16)
+torch.cuda.CUDAGraph()
+print(f"{torch.cuda.get_device_name()}: {float((x @ x)[0, 0]):.0f} of 1024")
+"""
 SHOWN_LINES = 14  # of a failure, in the summary
 
 
@@ -179,8 +192,20 @@ def environment(**more: str) -> dict[str, str]:
         "PYTHONPATH": path + (os.pathsep + old if old else ""),
         "PYTHONUNBUFFERED": "1",
         "FASTPAGE_TEST_GPU": "1",
+        "HF_HUB_OFFLINE": "1",
         **more,
     }
+
+
+def pytest_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+
+
+def test_environment(processes: int, **more: str) -> dict[str, str]:
+    """Of one of so many processes: threads for its share of the CPUs, and no plugins but ours,
+    whatever this Python has."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    return environment(OMP_NUM_THREADS=str(threads), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", **more)
 
 
 # ---- the machine and the build
@@ -197,6 +222,10 @@ def find_nvcc() -> str | None:
 
 def look_around(report: Report) -> tuple[str, str] | None:
     """The GPU's architecture and nvcc, unless something is missing."""
+    # A virtual environment that was not activated has its cmake and ninja there.
+    os.environ["PATH"] = os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")]
+    )
     gpu = ask("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
     nvcc = find_nvcc()
     missing = [
@@ -207,15 +236,27 @@ def look_around(report: Report) -> tuple[str, str] | None:
     missing += [] if gpu else ["a GPU: nvidia-smi lists none"]
     missing += [] if nvcc else ["nvcc: on the PATH, in CUDA_HOME or in /usr/local/cuda"]
     missing += [] if shutil.which("cmake") else ["cmake, on the PATH"]
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    missing += [] if header.exists() else [f"{header}: the package python3-dev or the like"]
     if missing or nvcc is None:
         report.fact("error: nothing was built or run. Missing: " + "; ".join(missing))
         return None
     report.fact(f"GPU: {gpu.splitlines()[0]}")
-    report.fact(f"nvcc: {ask(nvcc, '--version').splitlines()[-1]}")
-    versions = "; ".join(f"print('{m}', __import__('{m}').__version__)" for m in MODULES)
-    modules = " ".join(ask(sys.executable, "-c", versions).split())
+    report.fact(f"nvcc: {ask(nvcc, '--version').rpartition(chr(10))[2]}")
+    modules = " ".join(f"{name} {importlib.metadata.version(name)}" for name in MODULES)
     report.fact(f"Python {platform.python_version()} with {modules}; {os.cpu_count()} CPUs")
     return gpu.splitlines()[0].split(",")[1].strip().replace(".", ""), nvcc
+
+
+def warm_up(report: Report, limit: float) -> None:
+    begin = clock()
+    status, output = run([sys.executable, "-c", WARM_UP], limit)
+    report.keep("torch on the GPU", output)
+    outcome = Outcome("torch on the GPU", "passed", clock() - begin)
+    if status != 0:
+        outcome.outcome, outcome.message = "failed", output
+    report.add(outcome)
+    report.say(f"torch on the GPU: {outcome.outcome} in {outcome.seconds:.0f} s")
 
 
 def build(report: Report, architecture: str, nvcc: str, jobs: int, limit: float) -> bool:
@@ -296,8 +337,10 @@ def wait_for(process: subprocess.Popen[Any], results: Path, each: float, until: 
         if size != last:
             last, since = size, now
         reason = ""
-        if now - since > each:
-            reason = f"took longer than {each:.0f} s"
+        # Until it has said how many tests it collected, it imports.
+        allowed = each if size > 0 else 2 * each
+        if now - since > allowed:
+            reason = f"took longer than {allowed:.0f} s"
         elif now > until:
             reason = "no time was left"
         if reason:
@@ -316,14 +359,19 @@ def last_words(output: str) -> str:
     return "\n".join((fatal + stack).splitlines()[: SHOWN_LINES - 1])
 
 
-def test_file(report: Report, name: str, each: float, until: float) -> None:
-    """One file's tests, in as many processes as it takes."""
+def test_file(
+    report: Report, name: str, each: float, until: float, *, share: str = "1/1", processes: int = 1
+) -> None:
+    """One file's tests or a share of them, in as many processes as it takes; `processes` run
+    beside each other."""
     begin = clock()
+    title = name if share == "1/1" else f"{name} {share}"
     with tempfile.TemporaryDirectory() as folder:
         results, output = Path(folder) / "results", Path(folder) / "output"
-        env = environment(FASTPAGE_CUDA_RESULTS=str(results))
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += ["-p", "cuda_session", str(TESTS / name)]
+        env = test_environment(
+            processes, FASTPAGE_CUDA_RESULTS=str(results), FASTPAGE_CUDA_SHARE=share
+        )
+        command = pytest_command("-p", "cuda_session", str(TESTS / name))
         failure = ""
         for _ in range(MOST_RESTARTS + 1):
             with output.open("w") as file:
@@ -333,7 +381,7 @@ def test_file(report: Report, name: str, each: float, until: float) -> None:
                 )  # fmt: skip
                 reason = wait_for(process, results, each, until)
             text = output.read_text(errors="replace")
-            report.keep(f"pytest {name}: {reason or f'exit status {process.returncode}'}", text)
+            report.keep(f"pytest {title}: {reason or f'exit status {process.returncode}'}", text)
             outcomes, started = read_results(results)
             if started is not None:
                 ending = reason or f"ended its process: {process.returncode}"
@@ -351,14 +399,14 @@ def test_file(report: Report, name: str, each: float, until: float) -> None:
         else:
             failure = f"given up after {MOST_RESTARTS} processes"
         if failure:
-            outcomes.append(Outcome(f"tests/python/{name}::(the rest)", "failed", 0.0, failure))
+            outcomes.append(Outcome(f"tests/python/{title}::(the rest)", "failed", 0.0, failure))
         # Pytest tells at its end, which a process may not see.
         for outcome in outcomes:
             if outcome.outcome == "failed":
                 report.keep(f"FAILED {outcome.name}", outcome.message)
         report.add(*outcomes)
     counts = collections.Counter(x.outcome for x in outcomes)
-    report.say(f"{name}: {dict(counts)} in {clock() - begin:.0f} s")
+    report.say(f"{title}: {dict(counts)} in {clock() - begin:.0f} s")
 
 
 def sanitize(report: Report, tool: str, limit: float) -> None:
@@ -374,10 +422,9 @@ def sanitize(report: Report, tool: str, limit: float) -> None:
         report.add(Outcome(name, "skipped", 0.0, "no time was left for compute-sanitizer"))
         return
     command = [sanitizer, "--tool", tool, *SANITIZERS[tool], "--error-exitcode", "9"]
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += [str(TESTS / f"test_cuda_{name}.py") for name in SANITIZED]
-    command += ["-k", SANITIZED_TESTS]
-    env = environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    files = [str(TESTS / f"test_cuda_{name}.py") for name in SANITIZED]
+    command += pytest_command(*files, "-k", SANITIZED_TESTS)
+    env = test_environment(len(SANITIZERS), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     status, output = run(command, limit, cwd=ROOT, env=env)
     report.keep(name, output)
     outcome = Outcome(name, "passed", clock() - begin)
@@ -392,12 +439,20 @@ def sanitize(report: Report, tool: str, limit: float) -> None:
 
 
 def test(report: Report, options: argparse.Namespace, until: float) -> None:
+    processes = options.processes
     # The slowest first.
-    files = sorted(TESTS.glob("test_cuda_*.py"), key=lambda p: -p.stat().st_size)
-    with concurrent.futures.ThreadPoolExecutor(options.processes) as pool:
-        for future in [
-            pool.submit(test_file, report, file.name, options.each, until - 60) for file in files
-        ]:
+    files = sorted(
+        TESTS.glob("test_cuda_*.py"), key=lambda p: (-SHARES.get(p.name, 1), -p.stat().st_size)
+    )
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        futures = []
+        for file in files:
+            count = SHARES.get(file.name, 1)
+            for share in (f"{i}/{count}" for i in range(1, count + 1)):
+                arguments = (report, file.name, options.each, until - 60)
+                options_ = {"share": share, "processes": processes}
+                futures.append(pool.submit(test_file, *arguments, **options_))
+        for future in futures:
             future.result()
     with concurrent.futures.ThreadPoolExecutor(len(SANITIZERS)) as pool:
         for future in [pool.submit(sanitize, report, tool, until - clock()) for tool in SANITIZERS]:
@@ -417,8 +472,11 @@ def bench(report: Report, options: argparse.Namespace, until: float) -> None:
             part = Path(folder) / "rows.json"
             command = [sys.executable, str(ROOT / "benchmarks" / "kernels_cuda.py")]
             command += ["--sections", section, "--json", str(part)]
-            limit = min(options.each, until - begin)
-            status, output = run(command, limit, cwd=ROOT, env=environment())
+            limit = until - begin
+            if section != SECTIONS[-1]:
+                limit = min(options.each, limit)
+            env = environment(FLASHINFER_WORKSPACE_BASE=str(BUILD))  # what it compiles
+            status, output = run(command, limit, cwd=ROOT, env=env)
             rows += json.loads(part.read_text())["rows"] if part.exists() else []
         report.keep(f"benchmark {section}", output)
         report.tables.append(output.rstrip())
@@ -435,7 +493,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("test", "bench"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 4, help="compilers at once")
-    parser.add_argument("--processes", type=int, default=5, help="test files at once")
+    parser.add_argument("--processes", type=int, default=7, help="of tests at once")
     parser.add_argument("--each", type=float, default=60, help="most seconds of a test or section")
     parser.add_argument("--limit", type=float, default=540, help="seconds for all")
     options = parser.parse_args()
@@ -445,7 +503,11 @@ def main() -> None:
     found = look_around(report)
     if found is None:
         sys.exit(1)
-    if build(report, *found, options.jobs, options.limit * 0.7):
+    warm = threading.Thread(target=warm_up, args=(report, options.limit * 0.3))
+    warm.start()
+    is_built = build(report, *found, options.jobs, options.limit * 0.7)
+    warm.join()
+    if is_built:
         (test if options.what == "test" else bench)(report, options, until)
     report.add()
     print(report.text(all_tests=False))

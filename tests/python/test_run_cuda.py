@@ -105,6 +105,34 @@ def test_every_test_has_an_outcome(
     assert "what was seen of it" in report.log.read_text()
 
 
+def test_shares_are_the_whole(run_cuda: ModuleType, tmp_path: Path) -> None:
+    file = "import pytest\n@pytest.mark.parametrize('n', range(7))\ndef test_it(n): pass\n"
+    (tmp_path / "test_cuda_x.py").write_text(file)
+    report = run_cuda.Report("cuda-test", tmp_path / "logs")
+    seen = []
+    for share in ("1/3", "2/3", "3/3"):
+        until = time.monotonic() + 900
+        run_cuda.test_file(report, "test_cuda_x.py", 600, until, share=share, processes=3)
+        seen.append(len(report.outcomes))
+    assert seen == [3, 5, 7]
+    assert outcomes(report) == {f"test_it[{n}]": "passed" for n in range(7)}
+
+
+def test_plugins_of_this_python_stay_out(
+    run_cuda: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that cannot be loaded, as found by its entry point."""
+    info = tmp_path / "site" / "bad-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[pytest11]\nbad = no_such_module\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    (tmp_path / "test_cuda_x.py").write_text("def test_it(): pass")
+    report = run_cuda.Report("cuda-test", tmp_path / "logs")
+    run_cuda.test_file(report, "test_cuda_x.py", each=600, until=time.monotonic() + 900)
+    assert outcomes(report) == {"test_it": "passed"}
+
+
 def test_a_file_that_cannot_be_read(run_cuda: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "test_cuda_x.py").write_text("import no_such_module")
     report = run_cuda.Report("cuda-test", tmp_path / "logs")
