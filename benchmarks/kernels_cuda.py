@@ -2,24 +2,27 @@
 
 Times are medians of CUDA events over rounds of different inputs, together larger than L2. A decode
 kernel's share is the KV bytes it reads, over its time, over the copy's bytes read and written a
-second. FlashInfer, where it is installed, runs beside.
+second. FlashInfer and FlashAttention-3, where they are installed, run beside (peers).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import importlib.util
 import json
 import math
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import attention_peers
 import numpy as np
 import torch
+from attention_peers import BLOCK, HEAD_DIM, HEADS, KV_HEADS, Paged
 
 from fastpage import _C
 from fastpage.executors.cuda import CudaExecutor
@@ -28,7 +31,6 @@ from fastpage.executors.experts import Experts
 from fastpage.executors.torch import activate
 from fastpage.models import DecoderSpec, RotarySpec, decoder
 
-HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16
 BATCH_INVARIANT = "    batch-invariant"
 
 
@@ -50,11 +52,11 @@ def median_seconds(launches: list[Callable[[], Any]], runs: int = 30) -> float:
 
 
 class Bench:
-    def __init__(self) -> None:
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
         self.properties = torch.cuda.get_device_properties(0)
         self.rows: list[dict[str, Any]] = []
         self.copy = self.copy_bandwidth()
-        self.has_flashinfer = importlib.util.find_spec("flashinfer") is not None
 
     def copy_bandwidth(self) -> float:
         a, b = (torch.randn(1 << 28, device="cuda") for _ in range(2))
@@ -68,89 +70,99 @@ class Bench:
         row = {"kernel": name, "us": seconds * 1e6, "of": bound, "share": share, "goal": goal}
         self.rows.append(row)
         print(f"{name:58}{seconds * 1e6:10.1f} us {share:8.1%} of {bound:14}{goal}", flush=True)
+        if self.file is not None:  # at once: this process may be ended
+            told = {"device": self.properties.name, "copy": self.copy, "rows": self.rows}
+            self.file.write_text(json.dumps(told))
 
     # ---- attention
 
     def attention(
-        self, lens: list[int], new: int, q: torch.Tensor, *, batch_invariant: bool = False
-    ) -> Callable[[], Any]:
-        blocks_each = -(-max(lens) // BLOCK)
-        total = blocks_each * len(lens)
-        tables = torch.randperm(total, device="cuda").int().view(len(lens), -1)
-        shape = (total, BLOCK, KV_HEADS, HEAD_DIM)
-        k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        self, paged: Paged, *, batch_invariant: bool = False
+    ) -> tuple[Callable[[], Any], torch.Tensor]:
+        """What launches it, and where the output will be."""
         plan = _C.cuda.AttentionPlan(
             num_heads=HEADS,
             num_kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
-            max_num_seqs=len(lens),
-            max_num_tokens=len(q),
-            max_seq_len=max(lens),
+            max_num_seqs=len(paged.lens),
+            max_num_tokens=len(paged.q),
+            max_seq_len=max(paged.lens),
             num_multiprocessors=self.properties.multi_processor_count,
             batch_invariant=batch_invariant,
         )
         host = torch.zeros(plan.plan_size, dtype=torch.int32)
-        plan.plan(torch.arange(len(lens) + 1) * new, torch.tensor(lens), host)
-        buffer, out = host.cuda(), torch.empty_like(q)
+        starts = torch.arange(len(paged.lens) + 1) * paged.new
+        plan.plan(starts, torch.tensor(paged.lens), host)
+        buffer, out = host.cuda(), torch.empty_like(paged.q)
         workspace = torch.empty(plan.workspace_size, device="cuda")
         counters = torch.zeros(plan.num_counters, dtype=torch.int32, device="cuda")
-        arguments = (q, k, v, tables, plan, buffer, workspace, counters, out)
-        return lambda: _C.cuda.paged_attention(*arguments, scale=HEAD_DIM**-0.5)
+        arguments = (paged.q, paged.k, paged.v, paged.tables, plan, buffer, workspace, counters)
+        scale = HEAD_DIM**-0.5
+        return lambda: _C.cuda.paged_attention(*arguments, out, scale=scale), out
+
+    def add_decode(self, name: str, kv: int, launches: list[Callable[[], Any]], goal: str) -> None:
+        """All in one graph, so that what a graph takes to begin is not a kernel's."""
+        seconds = median_seconds([graphed(*launches)]) / len(launches)
+        self.add(name, seconds, "copy", kv / seconds / self.copy, goal)
+
+    def add_prefill(self, name: str, tokens: int, launch: Callable[[], Any], goal: str) -> None:
+        seconds = median_seconds([launch], runs=10)
+        flops = 2 * tokens * tokens * HEADS * HEAD_DIM  # causal: half of 4
+        name = f"{name}, {flops / seconds / 1e12:.0f} TFLOP/s"
+        self.add(name, seconds, "800 TFLOP/s", flops / seconds / 800e12, goal)
 
     def decode(self, batch: int, length: int, goal: str) -> None:
         kv = 2 * batch * length * KV_HEADS * HEAD_DIM * 2
-        q = torch.randn(batch, HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         name = f"decode, {batch} x {length} tokens, {kv / 1e6:.0f} MB of KV"
+        inputs = [Paged.random([length] * batch, 1) for _ in range(self.rounds(kv))]
         for mode, in_mode in ((name, False), (BATCH_INVARIANT, True)):
-            launches = [
-                self.attention([length] * batch, 1, q, batch_invariant=in_mode)
-                for _ in range(self.rounds(kv))
-            ]
-            seconds = median_seconds([graphed(launch) for launch in launches])
-            self.add(mode, seconds, "copy", kv / seconds / self.copy, "" if in_mode else goal)
-        if self.has_flashinfer:
-            try:
-                self.flashinfer_decode(batch, length, kv, q)
-            except Exception as error:  # its kernels may not build here; ours are still to be timed
-                self.has_flashinfer = False
-                print(f"    FlashInfer is left out: {type(error).__name__}: {error}", flush=True)
-
-    def flashinfer_decode(self, batch: int, length: int, kv: int, q: torch.Tensor) -> None:
-        import flashinfer
-
-        pages = -(-length // BLOCK)
-        shape = (batch * pages, 2, BLOCK, KV_HEADS, HEAD_DIM)
-        launches = []
-        for _ in range(self.rounds(kv)):
-            cache = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-            space = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
-            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                space, use_tensor_cores=True, backend="fa2"
-            )
-            wrapper.plan(
-                torch.arange(batch + 1, dtype=torch.int32, device="cuda") * pages,
-                torch.randperm(batch * pages, device="cuda").int(),
-                torch.full((batch,), (length - 1) % BLOCK + 1, dtype=torch.int32, device="cuda"),
-                HEADS,
-                KV_HEADS,
-                HEAD_DIM,
-                BLOCK,
-                q_data_type=torch.bfloat16,
-            )
-            heads = q.view(batch, HEADS, HEAD_DIM)
-            launches.append(lambda w=wrapper, c=cache, h=heads: w.run(h, c))
-        seconds = median_seconds([graphed(launch) for launch in launches])
-        self.add("    FlashInfer (fa2)", seconds, "copy", kv / seconds / self.copy)
+            launches = [self.attention(x, batch_invariant=in_mode)[0] for x in inputs]
+            self.add_decode(mode, kv, launches, "" if in_mode else goal)
 
     def prefill(self, tokens: int, goal: str) -> None:
-        q = torch.randn(tokens, HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        flops = 2 * tokens * tokens * HEADS * HEAD_DIM  # causal: half of 4
+        paged = Paged.random([tokens], tokens)
         for mode, in_mode in ((f"prefill, {tokens} tokens", False), (BATCH_INVARIANT, True)):
-            launch = self.attention([tokens], tokens, q, batch_invariant=in_mode)
-            seconds = median_seconds([launch], runs=10)
-            name = f"{mode}, {flops / seconds / 1e12:.0f} TFLOP/s"
-            share = flops / seconds / 800e12
-            self.add(name, seconds, "800 TFLOP/s", share, "" if in_mode else goal)
+            launch, _ = self.attention(paged, batch_invariant=in_mode)
+            self.add_prefill(mode, tokens, launch, "" if in_mode else goal)
+
+    # ---- others' attention, over the same inputs as ours
+
+    def beside(self, peer: attention_peers.Peer, inputs: list[Paged]) -> list[Callable[[], Any]]:
+        """Its launches, of which each has computed what ours does."""
+        launches = []
+        for paged in inputs:
+            launch, out = self.attention(paged)
+            launch()
+            want = out.double()
+            theirs = peer(paged)
+            error = float((theirs().view_as(out).double() - want).norm() / want.norm())
+            if not error < 1e-2:
+                raise ValueError(f"its output is not ours: a relative error of {error:.2g}")
+            launches.append(theirs)
+        return launches
+
+    def peers(self) -> None:
+        missing = attention_peers.missing()
+        if missing:
+            print(f"not installed, and left out: {', '.join(missing)}", flush=True)
+        decodes = attention_peers.DECODE
+        for batch, length in DECODES if decodes else ():
+            kv = 2 * batch * length * KV_HEADS * HEAD_DIM * 2
+            inputs = [Paged.random([length] * batch, 1) for _ in range(self.rounds(kv))]
+            ours = [self.attention(x)[0] for x in inputs]
+            self.add_decode(f"decode, {batch} x {length} tokens", kv, ours, "")
+            for name in list(decodes):
+                with leaving_out(decodes, name):
+                    launches = self.beside(decodes[name], inputs)
+                    self.add_decode(f"    {name}", kv, launches, "")
+        prefills = attention_peers.PREFILL
+        for tokens in PREFILLS if prefills else ():
+            paged = Paged.random([tokens], tokens)
+            self.add_prefill(f"prefill, {tokens} tokens", tokens, self.attention(paged)[0], "")
+            for name in list(prefills):
+                with leaving_out(prefills, name):
+                    launch = self.beside(prefills[name], [paged])[0]
+                    self.add_prefill(f"    {name}", tokens, launch, "")
 
     # ---- the cache
 
@@ -303,34 +315,48 @@ class Bench:
         self.add(name, seconds, "copy", read / seconds / self.copy)
 
 
-def graphed(launch: Callable[[], Any]) -> Callable[[], Any]:
-    """Without the time to launch it."""
-    launch()
+def graphed(*launches: Callable[[], Any]) -> Callable[[], Any]:
+    """One after the other, without the time to launch them."""
+    for launch in launches:
+        launch()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch()
+        for launch in launches:
+            launch()
     return graph.replay
 
 
-SECTIONS = ("decode", "prefill", "cache", "sampling", "steps", "experts")
+@contextlib.contextmanager
+def leaving_out(peers: dict[str, Any], name: str) -> Iterator[None]:
+    """What cannot be built or run here is told, and not tried again."""
+    try:
+        yield
+    except Exception as error:
+        del peers[name]
+        print(f"    {name} is left out: {type(error).__name__}: {error}", flush=True)
+
+
+DECODES = {  # batch and length, and what is to be reached
+    (8, 1024): ">= 55 %",
+    (16, 1024): ">= 55 %",
+    (32, 1024): ">= 75 %",
+    (64, 1024): ">= 85 %",
+    (8, 16384): ">= 85 %",
+    (1, 131072): ">= 85 %",
+    (256, 2048): ">= 85 %",
+}
+PREFILLS = {2048: "", **dict.fromkeys((4096, 8192, 32768), ">= 300 TFLOP/s")}
+SECTIONS = ("decode", "prefill", "cache", "sampling", "steps", "experts", "peers")
 
 
 def run(bench: Bench, section: str) -> None:
     if section == "decode":
-        for batch, length, goal in (
-            (8, 1024, ">= 55 %"),
-            (16, 1024, ">= 55 %"),
-            (32, 1024, ">= 75 %"),
-            (64, 1024, ">= 85 %"),
-            (8, 16384, ">= 85 %"),
-            (1, 131072, ">= 85 %"),
-            (256, 2048, ">= 85 %"),
-        ):
+        for (batch, length), goal in DECODES.items():
             bench.decode(batch, length, goal)
     elif section == "prefill":
-        for tokens in (2048, 4096, 8192, 32768):
-            bench.prefill(tokens, ">= 300 TFLOP/s" if tokens >= 4096 else "")
+        for tokens, goal in PREFILLS.items():
+            bench.prefill(tokens, goal)
     elif section == "cache":
         for tokens in (16384, 65536):
             bench.reshape_and_cache(tokens)
@@ -343,18 +369,20 @@ def run(bench: Bench, section: str) -> None:
     elif section == "experts":
         for tokens in (1, 8, 64, 256, 1024):
             bench.experts(tokens)
+    elif section == "peers":
+        bench.peers()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument(
         "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="(default: all)"
     )
     arguments = parser.parse_args()
     if not _C.cuda.is_available():
         sys.exit(f"error: nothing was measured: {_C.cuda.unavailable_reason()}")
-    bench = Bench()
+    bench = Bench(arguments.json)
     print(f"{bench.properties.name}: copy {bench.copy / 1e12:.2f} TB/s (read and written)\n")
     failed = []
     for section in arguments.sections:
@@ -363,12 +391,6 @@ def main() -> None:
         except Exception:
             traceback.print_exc(file=sys.stdout)
             failed.append(section)
-        # What was measured so far stays if a later section ends this process.
-        if arguments.json:
-            with open(arguments.json, "w") as file:
-                json.dump(
-                    {"device": bench.properties.name, "copy": bench.copy, "rows": bench.rows}, file
-                )
     if failed:
         sys.exit(f"error: not all was measured: {', '.join(failed)}")
 
