@@ -206,12 +206,27 @@ void bind_executor(py::module_& m) {
 }
 
 void bind_passes(py::module_& m) {
-  m.def("passes", [] {
-    std::vector<std::pair<std::string, std::string>> named;
-    for (const Pass& pass : passes()) named.emplace_back(pass.name, pass.summary);
-    return named;
-  });
-  m.def("apply_passes", &apply_passes, "program"_a, "disabled"_a = std::vector<std::string>());
+  m.def(
+      "passes",
+      [](const std::string& target) {
+        std::vector<std::pair<std::string, std::string>> named;
+        for (const Pass& pass : passes()) {
+          if (pass.is_for(target_from_name(target))) named.emplace_back(pass.name, pass.summary);
+        }
+        return named;
+      },
+      "target"_a = "cpu");
+  const auto for_target = [](auto apply) {
+    return [apply](const Program& program, const std::vector<std::string>& disabled,
+                   const std::string& target) {
+      return apply(program, target_from_name(target), disabled);
+    };
+  };
+  const auto none = std::vector<std::string>();
+  m.def("apply_passes", for_target(&apply_passes), "program"_a, "disabled"_a = none, py::kw_only(),
+        "target"_a = "cpu");
+  m.def("optimized", for_target(&optimized), "program"_a, "disabled"_a = none, py::kw_only(),
+        "target"_a = "cpu");
 }
 
 }  // namespace

@@ -11,9 +11,10 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from fastpage import _C
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
+tree_leaves = pytest.importorskip("torch.utils._pytree").tree_leaves
+is_tensor = torch.is_tensor
 TorchDispatchMode = pytest.importorskip("torch.utils._python_dispatch").TorchDispatchMode
 
 SHARED_MEMORY = 227 << 10  # of a block, as on sm_90
@@ -128,6 +131,51 @@ class NoWaiting(TorchDispatchMode):
         waiting = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "index of a mask")
         assert name not in waiting, name
         return func(*args, **(kwargs or {}))
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be given to do: our kernels by name, and torch's operations that
+    compute. `kernels`: what has the functions of `ops`, for an executor.
+
+    compute: False for kernels that do nothing.
+    """
+
+    _MEMORY_ONLY = ("empty", "empty_like", "empty_strided", "new_empty")
+
+    def __init__(self, ops: Any, compute: bool = True) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.kernels = SimpleNamespace(
+            **{
+                name: value if isinstance(value, type) else self._counted(value, compute)
+                for name, value in vars(ops).items()
+                if callable(value)
+            }
+        )
+
+    def _counted(self, kernel: Callable[..., Any], compute: bool) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            self.counts[kernel.__name__] += 1
+            return kernel(*args, **kwargs) if compute else None
+
+        return launch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        returns = zip(func._schema.returns, tree_leaves(result), strict=False)
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if is_tensor(x)}
+        computes = any(
+            is_tensor(x)
+            and (
+                (returned.alias_info is not None and returned.alias_info.is_write)
+                or x.untyped_storage()._cdata not in known
+            )
+            for returned, x in returns
+        )
+        if computes and name not in self._MEMORY_ONLY:
+            self.counts[name] += 1
+        return result
 
 
 def multiply_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:

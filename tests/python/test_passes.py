@@ -12,7 +12,7 @@ from paging import PagedSequences, relative_error
 from test_program import MAX_POSITION, NUM_BLOCKS, VOCAB, mixed_steps, random_spec, random_tokens
 
 from fastpage import ops
-from fastpage._C import CpuExecutor, Program, ThreadPool, apply_passes, passes
+from fastpage._C import CpuExecutor, Operand, Program, ThreadPool, apply_passes, passes
 from fastpage.errors import InvalidArgument
 from fastpage.models import DecoderSpec, MoeSpec, RotarySpec, decoder
 from fastpage.models.rotary import cos_sin_table
@@ -36,6 +36,28 @@ sliding_window=0, soft_cap=0)
 activation="silu_and_mul", norm_eps=1e-05)
 %14: logits x 6 = linear(%12, layers.0.mlp.down, %9, residual=1)
 %16: logits x 61 = linear(%14, embed, final_norm, norm_eps=1e-05)
+output %16
+"""
+
+FUSED_FOR_A_GPU = """\
+%0: tokens x 6 = embed(embed)
+%1: tokens x 6 = norm(%0, layers.0.attn_norm, eps=1e-05, group=6, kind="rms")
+%2: tokens x 16 = linear(%1, layers.0.attn.qkv)
+%3.q: tokens x 8 = rotary_write_cache(%2[0:8], %2[8:12], %2[12:16], rotary.cos_sin, head_dim=4, \
+layer=0, style="neox")
+%5: tokens x 8 = attend(%3.q, head_dim=4, layer=0, num_heads=2, num_kv_heads=1, scale=0.5, \
+sliding_window=0, soft_cap=0)
+%6: logits x 8 = gather_rows(%5)
+%7: logits x 6 = gather_rows(%0)
+%8: logits x 6 = linear(%6, layers.0.attn.o)
+%10: logits x 6 = %9: logits x 6 = norm(%8, layers.0.mlp_norm, %7, eps=1e-05, group=6, \
+kind="rms", residual=1)
+%11: logits x 128 = linear(%10, layers.0.mlp.gate_up)
+%12: logits x 64 = activate(%11, kind="silu_and_mul")
+%13: logits x 6 = linear(%12, layers.0.mlp.down)
+%15: logits x 6 = %14: logits x 6 = norm(%13, final_norm, %9, eps=1e-05, group=6, kind="rms", \
+residual=1)
+%16: logits x 61 = linear(%15, embed)
 output %16
 """
 
@@ -79,6 +101,7 @@ def kinds(program: Program) -> list[str]:
 
 def test_text_of_a_fused_program() -> None:
     assert str(apply_passes(decoder(spec()))).endswith(FUSED)
+    assert str(apply_passes(decoder(spec()), target="gpu")).endswith(FUSED_FOR_A_GPU)
 
 
 def test_each_pass_by_its_name() -> None:
@@ -97,6 +120,10 @@ def test_each_pass_by_its_name() -> None:
         assert gone[name] <= set(kinds(apply_passes(program, [name])))
     with pytest.raises(InvalidArgument, match="unknown pass 'fuse': one of all, fuse_rotary_cache"):
         apply_passes(program, ["fuse"])
+    assert [name for name, _ in passes("gpu")] == ["fuse_rotary_cache", "fuse_add_norm"]
+    assert "add" in kinds(apply_passes(program, ["fuse_add_norm"], target="gpu"))
+    with pytest.raises(InvalidArgument, match="unknown target 'tpu': one of cpu, gpu"):
+        passes("tpu")
 
 
 def test_switched_off_in_the_executor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +169,47 @@ def rotated_read_again(x: ops.Tensor) -> ops.Tensor:
     return ops.add(x, y)
 
 
+def sum_of_what_stays(x: ops.Tensor) -> ops.Tensor:
+    y = ops.scale(x, 2.0)
+    z = ops.norm(ops.add(x, y), ops.weight("norm", (8,)), 1e-5)
+    return ops.linear(ops.add(z, ops.add(x, y)), ops.weight("w", (8, 8)))
+
+
+def sum_read_before_the_norm(x: ops.Tensor) -> ops.Tensor:
+    x = ops.add(x, ops.scale(x, 2.0))
+    y = ops.scale(x, 0.5)
+    return ops.add(ops.norm(x, ops.weight("norm", (8,)), 1e-5), y)
+
+
+def norm_of_a_part(x: ops.Tensor) -> ops.Tensor:
+    x = ops.split(ops.add(x, ops.scale(x, 2.0)), (4, 4))[1]
+    return ops.norm(x, ops.weight("norm", (4,)), 1e-5)
+
+
+def sum_of_parts(x: ops.Tensor) -> ops.Tensor:
+    return ops.norm(ops.add(*ops.split(x, (4, 4))), ops.weight("norm", (4,)), 1e-5)
+
+
+def sum_with_itself(x: ops.Tensor) -> ops.Tensor:
+    return ops.norm(ops.add(x, x), ops.weight("norm", (8,)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        sum_of_what_stays,
+        sum_read_before_the_norm,
+        norm_of_a_part,
+        sum_of_parts,
+        sum_with_itself,
+    ],
+)
+def test_left_as_it_is_on_a_gpu(build: Callable[[ops.Tensor], ops.Tensor]) -> None:
+    with ops.trace() as program:
+        ops.output(ops.gather_rows(build(ops.embed(ops.weight("embed", (VOCAB, 8))))))
+    assert str(apply_passes(program, target="gpu")) == str(program)
+
+
 @pytest.mark.parametrize(
     "build", [two_readers, norm_of_groups, part_of_a_linear, added_to_itself, rotated_read_again]
 )
@@ -151,6 +219,31 @@ def test_left_as_it_is(build: Callable[[ops.Tensor], ops.Tensor]) -> None:
         ops.output(ops.gather_rows(x))
     fused = apply_passes(program, ["fuse_residual"] if build is two_readers else [])
     assert str(fused) == str(program)
+
+
+def test_a_norm_with_a_residual_is_checked() -> None:
+    def program(cols: int = 8, outputs: int = 2, same: bool = False, flag: int = 1) -> None:
+        with ops.trace() as program:
+            x = ops.embed(ops.weight("embed", (VOCAB, 8)))
+            y = ops.embed(ops.weight("other", (VOCAB, cols)))
+            results = [program.add_activation(name, "tokens", 8) for name in "ab"]
+            program.add_op(
+                "norm",
+                [x.operand(), ops.weight("norm", (8,)).operand(), y.operand()],
+                [Operand(results[0 if same else i], 0, 8) for i in range(outputs)],
+                {"kind": "rms", "eps": 1e-5, "residual": flag},
+            )
+            ops.output(ops.gather_rows(ops.Tensor(results[1], 0, 8, "tokens")))
+
+    program()
+    with pytest.raises(InvalidArgument, match=r"residual '1' \(6 columns\) differs in shape"):
+        program(cols=6)
+    with pytest.raises(InvalidArgument, match="1 outputs, 2 needed"):
+        program(outputs=1)
+    with pytest.raises(InvalidArgument, match=r"both outputs are 'a'"):
+        program(same=True)
+    with pytest.raises(InvalidArgument, match="attribute residual must be 1"):
+        program(flag=2)
 
 
 # ---- the same bits

@@ -42,6 +42,8 @@ enum class OpKind : uint8_t {
   kEmbedPositions,  // table              y      offset               rows: positions + offset
   kNorm,            // x, weight [, bias] y      kind="rms"|"layer", eps, group; weight and bias:
                     //                           [group] or [columns of x]
+                    // Fused: residual=1: another input, the last one; x + residual is normed, and
+                    // a second output.
   // Fused (by passes): an RMSNorm's weight after the bias, and norm_eps: x is normed first;
   // activation: of what comes out; residual=1: another input, the last one, is added in the end.
   kLinear,      // x, weight [, bias]       y        [norm_eps] [activation] [residual]

@@ -6,7 +6,6 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <sstream>
 
 #include "fastpage/passes.h"
 #include "program/batch_checks.h"
@@ -68,24 +67,11 @@ ops::KvCacheView cache_layout(const KvCacheSpec& spec, DType dtype, int32_t bloc
   return view;
 }
 
-std::vector<std::string> disabled_passes(const ExecutorConfig& config) {
-  std::vector<std::string> names = config.disabled_passes;
-  const char* const value = std::getenv("FASTPAGE_DISABLED_PASSES");
-  std::istringstream list(value == nullptr ? "" : value);
-  for (std::string name; std::getline(list, name, ',');) names.push_back(name);
-  return names;
-}
-
-Program rewritten(const Program& program, const ExecutorConfig& config) {
-  program.validate();
-  return apply_passes(program, disabled_passes(config));
-}
-
 }  // namespace
 
 struct CpuExecutor::Impl {
   Impl(const Program& p, const ExecutorConfig& c, std::shared_ptr<ThreadPool> threads)
-      : program(rewritten(p, c)),
+      : program(optimized(p, Target::kCpu, c.disabled_passes)),
         config(c),
         pool(threads != nullptr ? std::move(threads) : std::make_shared<ThreadPool>()),
         weights(program, c.weight_dtype, c.quantization) {

@@ -122,9 +122,9 @@ class OpChecker {
     return b;
   }
 
-  // The output: a whole activation of `cols` columns, written here and nowhere else.
-  void check_output(Rows rows, int64_t cols) const {
-    const Operand& y = op_.outputs[0];
+  // An output: a whole activation of `cols` columns, written here and nowhere else.
+  void check_output(Rows rows, int64_t cols, size_t index = 0) const {
+    const Operand& y = op_.outputs[index];
     const Buffer& b = buffer(y);
     require(b.kind == Buffer::Kind::kActivation, "weight '" + b.name + "' cannot be written");
     require(y.offset == 0 && y.cols == b.shape[0], "output '" + b.name + "' must be written whole");
@@ -203,8 +203,11 @@ class OpChecker {
   }
 
   void check_norm() const {
-    check_counts(2, 3, 1);
-    check_attrs({"kind", "eps", "group"});
+    const bool has_residual = op_.attrs.count("residual") > 0;
+    check_counts(2u + has_residual, 3u + has_residual, 1u + has_residual);
+    check_attrs({"kind", "eps", "group", "residual"});
+    require(!has_residual || op_.attr_int("residual", 0) == 1, "attribute residual must be 1");
+    const NormParts parts = NormParts::of(op_);
     one_of("kind", {"rms", "layer"});
     const Operand& x = activation(0);
     const int64_t group = op_.attr_int("group", x.cols);
@@ -214,10 +217,16 @@ class OpChecker {
     require(width == group || width == x.cols, "weight " + describe(op_.inputs[1]) + " must be [" +
                                                    std::to_string(group) + "] or [" +
                                                    std::to_string(x.cols) + "]");
-    require(op_.inputs.size() == 2 || weight(2, 1).shape[0] == width,
+    require(parts.bias.buffer < 0 || weight(2, 1).shape[0] == width,
             "bias and weight " + describe(op_.inputs[1]) + " differ in shape");
     require(op_.attr_double("eps", -1) >= 0, "attribute eps must be given, 0 or more");
     check_output(buffer(x).rows, x.cols);
+    if (!has_residual) return;
+    const Operand& residual = activation(op_.inputs.size() - 1);
+    require(residual.cols == x.cols && buffer(residual).rows == buffer(x).rows,
+            "residual " + describe(residual) + " differs in shape from what it is added to");
+    require(parts.sum.buffer != parts.y.buffer, "both outputs are " + describe(parts.y));
+    check_output(buffer(x).rows, x.cols, 1);
   }
 
   void check_linear() const {
@@ -465,14 +474,28 @@ Op LinearParts::op() const {
   return op;
 }
 
+NormParts NormParts::of(const Op& op) {
+  NormParts parts;
+  parts.x = op.inputs[0];
+  parts.weight = op.inputs[1];
+  parts.y = op.outputs[0];
+  const bool has_residual = op.attr_int("residual", 0) != 0;
+  if (op.inputs.size() > 2u + has_residual) parts.bias = op.inputs[2];
+  if (has_residual) {
+    parts.residual = op.inputs.back();
+    parts.sum = op.outputs[1];
+  }
+  return parts;
+}
+
 bool may_run_in_place(OpKind kind, size_t index) {
   switch (kind) {
-    case OpKind::kNorm:
     case OpKind::kRotary:
     case OpKind::kScale:
     case OpKind::kClamp:
     case OpKind::kSoftCap:
       return index == 0;
+    case OpKind::kNorm:  // x, or the residual
     case OpKind::kAdd:
       return true;
     default:

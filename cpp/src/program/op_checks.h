@@ -27,6 +27,18 @@ struct LinearParts {
   Op op() const;
 };
 
+// The inputs and outputs of a norm op by their names; absent ones have buffer -1.
+struct NormParts {
+  Operand x;
+  Operand weight;
+  Operand bias;
+  Operand residual;
+  Operand y;
+  Operand sum;  // of x and residual
+
+  static NormParts of(const Op& op);
+};
+
 // The inputs of a moe op by their names.
 struct MoeParts {
   static constexpr size_t kFirstExpert = 2;  // input: its gate_up, its down, the next one's, ...
@@ -42,7 +54,7 @@ struct MoeParts {
   }
 };
 
-// True if the op computes in place when its output shares the memory of input `index`.
+// True if the op computes in place when an output shares the memory of input `index`.
 bool may_run_in_place(OpKind kind, size_t index);
 
 std::string shape_to_string(const std::vector<int64_t>& shape);

@@ -87,13 +87,15 @@ class Planner {
   // The op that writes `to` reads `from` for the last time, and may write over it.
   bool in_place(BufferId from, BufferId to) const {
     const Op& op = program_.ops()[lives_[to].begin];
+    bool is_read = false;  // else it is another output
     for (size_t i = 0; i < op.inputs.size(); ++i) {
       const Operand& in = op.inputs[i];
       if (in.buffer != from) continue;
       // A range of columns has other row starts than the output.
       if (!may_run_in_place(op.kind, i) || in.cols != cols(from)) return false;
+      is_read = true;
     }
-    return true;
+    return is_read;
   }
 
   const Program& program_;

@@ -26,7 +26,7 @@ class Compiler {
       case OpKind::kEmbedPositions:
         return EmbedPositionsStep{positions_table(op), slab(op.outputs[0])};
       case OpKind::kNorm:
-        return NormStep{slab(op.inputs[0]), norm_params(op), slab(op.outputs[0])};
+        return norm(op);
       case OpKind::kLinear:
         return linear(LinearParts::of(op));
       case OpKind::kRotary:
@@ -82,17 +82,23 @@ class Compiler {
     return {table.row(offset), table.rows - offset, table.cols};
   }
 
-  ops::NormParams norm_params(const Op& op) const {
-    const int64_t cols = op.inputs[0].cols;
-    ops::NormParams params;
-    params.kind =
+  NormStep norm(const Op& op) const {
+    const NormParts parts = NormParts::of(op);
+    NormStep step;
+    step.x = slab(parts.x);
+    step.params.kind =
         op.attr_string("kind", "") == "layer" ? ops::NormKind::kLayer : ops::NormKind::kRms;
-    params.weight = vector(op.inputs[1]);
-    if (op.inputs.size() == 3) params.bias = vector(op.inputs[2]);
-    params.eps = static_cast<float>(op.attr_double("eps", 0));
-    params.group = op.attr_int("group", cols);
-    params.is_per_column = program_.buffers()[op.inputs[1].buffer].shape[0] == cols;
-    return params;
+    step.params.weight = vector(parts.weight);
+    if (parts.bias.buffer >= 0) step.params.bias = vector(parts.bias);
+    step.params.eps = static_cast<float>(op.attr_double("eps", 0));
+    step.params.group = op.attr_int("group", parts.x.cols);
+    step.params.is_per_column = program_.buffers()[parts.weight.buffer].shape[0] == parts.x.cols;
+    if (parts.residual.buffer >= 0) {
+      step.residual = slab(parts.residual);
+      step.sum = slab(parts.sum);
+    }
+    step.y = slab(parts.y);
+    return step;
   }
 
   LinearStep linear(const LinearParts& parts) const {

@@ -57,8 +57,14 @@ struct NormStep {
   static constexpr OpKind kKind = OpKind::kNorm;
   Slab x;
   ops::NormParams params;
+  Slab residual;  // of no data: none
+  Slab sum;
   Slab y;
-  void run(const Frame& frame) const { ops::norm(frame.pool, x.at(frame), params, y.at(frame)); }
+  void run(const Frame& frame) const {
+    const bool has_sum = residual.data != nullptr;
+    if (has_sum) ops::add(frame.pool, x.at(frame), residual.at(frame), sum.at(frame));
+    ops::norm(frame.pool, (has_sum ? sum : x).at(frame), params, y.at(frame));
+  }
 };
 
 struct LinearStep {

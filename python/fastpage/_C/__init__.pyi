@@ -639,11 +639,16 @@ class Program:
     def workspace_bytes(self, max_tokens: int, max_logits: int) -> int: ...
     def __str__(self) -> str: ...
 
-def passes() -> list[tuple[str, str]]:
-    """Names and summaries of the rewrites of a Program, in the order in which they are applied."""
+def passes(target: str = "cpu") -> list[tuple[str, str]]:
+    """Names and summaries of the rewrites of a Program that save time on the target ("cpu", "gpu"),
+    in the order in which they are applied."""
 
-def apply_passes(program: Program, disabled: Sequence[str] = ()) -> Program:
-    """All passes but those named; "all" names all."""
+def apply_passes(program: Program, disabled: Sequence[str] = (), *, target: str = "cpu") -> Program:
+    """All of the target's passes but those named; "all" names all."""
+
+def optimized(program: Program, disabled: Sequence[str] = (), *, target: str = "cpu") -> Program:
+    """What an executor runs: validated, and all passes applied but those named here or by
+    FASTPAGE_DISABLED_PASSES in the environment."""
 
 class ThreadPool:
     def __init__(self, num_threads: int = 0, cpus: list[int] = []) -> None:

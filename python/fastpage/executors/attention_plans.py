@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from fastpage._C import Op
-from fastpage.executors.torch import IntArray
+from fastpage.executors.torch import IntArray, Step
 
 Shape = tuple[int, int, int]  # heads, KV heads, head_dim
 
 
-def attention_shape(op: Op) -> Shape:
+def attention_shape(op: Op | Step) -> Shape:
     """Of an attend."""
     return int(op.attrs["num_heads"]), int(op.attrs["num_kv_heads"]), int(op.attrs["head_dim"])
 

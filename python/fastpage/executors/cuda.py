@@ -27,7 +27,7 @@ from fastpage.executors.decode_graphs import (
 )
 from fastpage.executors.experts import Experts
 from fastpage.executors.staging import send
-from fastpage.executors.torch import Frame, IntArray, TorchExecutor, activate
+from fastpage.executors.torch import Frame, IntArray, Step, TorchExecutor
 
 
 class CudaExecutor(TorchExecutor):
@@ -36,6 +36,7 @@ class CudaExecutor(TorchExecutor):
     head_dim: a multiple of 16 up to 128, or 256.
     kv_cache_dtype: that of activations, or "float8_e4m3" beside 16 bits (see set_kv_scales).
     kernels: fastpage._C.cuda; what has its functions may stand in for it.
+    disabled_passes: of those over the program that are for a GPU.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class CudaExecutor(TorchExecutor):
         dtype: str = "bfloat16",
         kv_cache_dtype: str | None = None,
         kernels: Any | None = None,
+        disabled_passes: Sequence[str] = (),
         **options: Any,
     ) -> None:
         if kernels is None:
@@ -59,6 +61,7 @@ class CudaExecutor(TorchExecutor):
                 f"kv_cache_dtype {kv_cache_dtype}: with {dtype} CUDA kernels need "
                 f"{' or '.join(cached)}"
             )
+        program = _C.optimized(program, disabled_passes, target="gpu")
         super().__init__(
             program,
             num_kv_blocks=num_kv_blocks + num_staging_blocks(num_host_kv_blocks),
@@ -68,6 +71,8 @@ class CudaExecutor(TorchExecutor):
             kv_cache_dtype=kv_cache_dtype,
             **options,
         )
+        # In the type of activations, so that nothing has to be converted in a step.
+        self._packed |= _biases_and_positions(program)
         self.kernels = kernels
         self._transfers = BlockTransfers(
             kernels,
@@ -98,7 +103,7 @@ class CudaExecutor(TorchExecutor):
             *stacks,
             top_k=int(op.attrs["top_k"]),
             renormalize=bool(op.attrs["renormalize"]),
-            activate=functools.partial(activate, kind=str(op.attrs["kind"])),
+            activate=functools.partial(self._activated, kind=str(op.attrs["kind"])),
         )
 
     def _place(self, buffer: int, values: torch.Tensor) -> torch.Tensor:
@@ -167,7 +172,10 @@ class CudaExecutor(TorchExecutor):
             logits = self._graphs.run(step, future)
             if logits is not None:
                 return logits
-        names = ("token_ids", "positions", "slot_mapping", "block_tables", "logits_indices")
+        names = ["token_ids", "positions", "slot_mapping", "block_tables"]
+        wanted = step["logits_indices"]
+        if not np.array_equal(wanted, np.arange(len(step["token_ids"]))):
+            names.append("logits_indices")
         arrays = {name: step[name] for name in names}
         for i, plans in enumerate(self._plans.values()):
             arrays[f"plan {i}"] = plans.lay_out(step["query_start_loc"], step["seq_lens"])
@@ -176,7 +184,7 @@ class CudaExecutor(TorchExecutor):
         sent = send(arrays, self._device)
         if future is not None:
             future.write(sent["future"], sent["token_ids"])
-        inputs: dict[str, Any] = {name: sent[name] for name in names}
+        inputs: dict[str, Any] = {"logits_indices": None} | {name: sent[name] for name in names}
         inputs["attention"] = {
             shape: plans.beside(sent[f"plan {i}"])
             for i, (shape, plans) in enumerate(self._plans.items())
@@ -221,14 +229,26 @@ class CudaExecutor(TorchExecutor):
 
     # ---- the ops
 
-    def _embed(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _embed(self, op: Step, frame: Frame) -> torch.Tensor:
         table = self._weight(op, 0)
         out = table.new_empty(len(frame.token_ids), table.shape[1])
         self.kernels.embed(frame.token_ids, table, out)
         return out
 
-    def _norm(self, op: Op, frame: Frame) -> torch.Tensor:
-        x = self._input(op, 0, frame)
+    def _embed_positions(self, op: Step, frame: Frame) -> torch.Tensor:
+        table = self._weight(op, 0)[int(op.attrs.get("offset", 0)) :]
+        out = table.new_empty(len(frame.positions), table.shape[1])
+        self.kernels.embed(frame.positions, table, out)
+        return out
+
+    def _norm(self, op: Step, frame: Frame) -> torch.Tensor:
+        x, inputs, residual = self._input(op, 0, frame), len(op.inputs), None
+        if "residual" in op.attrs:
+            inputs -= 1
+            residual = self._input(op, inputs, frame)
+            if not op.may_overwrite(inputs):
+                residual = residual.clone()
+            frame.activations[op.outputs[1].buffer] = residual  # the sum, once this is done
         out = self._empty(x)
         self.kernels.norm(
             x,
@@ -236,13 +256,13 @@ class CudaExecutor(TorchExecutor):
             str(op.attrs["kind"]),
             float(op.attrs["eps"]),
             self._weight(op, 1),
-            self._weight(op, 2) if len(op.inputs) == 3 else None,
-            None,
+            self._weight(op, 2) if inputs == 3 else None,
+            residual,
             int(op.attrs.get("group", x.shape[1])),
         )
         return out
 
-    def _rotary(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _rotary(self, op: Step, frame: Frame) -> torch.Tensor:
         x = self._input(op, 0, frame)
         out = self._empty(x)
         table, head_dim, style = self._weight(op, 1), int(op.attrs["head_dim"]), op.attrs["style"]
@@ -253,14 +273,14 @@ class CudaExecutor(TorchExecutor):
         """Of a float8 cache's keys and values; None: 1."""
         return self._kv_scales.get(layer, (None, None))
 
-    def _write_cache(self, op: Op, frame: Frame) -> None:
+    def _write_cache(self, op: Step, frame: Frame) -> None:
         k, v = (self._input(op, i, frame) for i in range(2))
         layer = int(op.attrs["layer"])
         self.kernels.reshape_and_cache(
             k, v, frame.slot_mapping, self._keys[layer], self._values[layer], *self._scales(layer)
         )
 
-    def _rotary_write_cache(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _rotary_write_cache(self, op: Step, frame: Frame) -> torch.Tensor:
         q, k, v = (self._input(op, i, frame) for i in range(3))
         layer = int(op.attrs["layer"])
         out = self._empty(q)
@@ -279,7 +299,7 @@ class CudaExecutor(TorchExecutor):
         )
         return out
 
-    def _attend(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _attend(self, op: Step, frame: Frame) -> torch.Tensor:
         q = self._input(op, 0, frame)
         planned: PlannedAttention = frame.attention[attention_shape(op)]
         layer = int(op.attrs["layer"])
@@ -304,15 +324,57 @@ class CudaExecutor(TorchExecutor):
         )
         return out
 
-    def _activate(self, op: Op, frame: Frame) -> torch.Tensor:
-        x, kind = self._input(op, 0, frame), str(op.attrs["kind"])
+    def _activate(self, op: Step, frame: Frame) -> torch.Tensor:
+        return self._activated(self._input(op, 0, frame), str(op.attrs["kind"]))
+
+    def _activated(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         out = self._empty(x, x.shape[1] // 2 if kind.endswith("_and_mul") else None)
         self.kernels.activate(x, kind, out)
         return out
 
-    def _moe(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _overwritten(self, op: Step, frame: Frame) -> torch.Tensor | None:
+        """An input that ends here, for the result, which has its shape."""
+        for i in range(len(op.inputs)):
+            if op.may_overwrite(i):
+                return self._input(op, i, frame)
+        return None
+
+    def _scale(self, op: Step, frame: Frame) -> torch.Tensor:
+        out = self._overwritten(op, frame)
+        return torch.mul(self._input(op, 0, frame), float(op.attrs["factor"]), out=out)
+
+    def _clamp(self, op: Step, frame: Frame) -> torch.Tensor:
+        limit, out = float(op.attrs["limit"]), self._overwritten(op, frame)
+        return torch.clamp(self._input(op, 0, frame), -limit, limit, out=out)
+
+    def _soft_cap(self, op: Step, frame: Frame) -> torch.Tensor:
+        cap, out = float(op.attrs["cap"]), self._overwritten(op, frame)
+        return torch.div(self._input(op, 0, frame), cap, out=out).tanh_().mul_(cap)
+
+    def _add(self, op: Step, frame: Frame) -> torch.Tensor:
+        a, b = (self._input(op, i, frame) for i in range(2))
+        return torch.add(a, b, out=self._overwritten(op, frame))
+
+    def _moe(self, op: Step, frame: Frame) -> torch.Tensor:
         x, logits = (self._input(op, i, frame) for i in range(2))
         return self._experts[op.inputs[2].buffer].run(x, logits, frame.may_wait)
+
+    def _gather_rows(self, op: Step, frame: Frame) -> torch.Tensor:
+        if frame.logits_indices is not None:
+            return super()._gather_rows(op, frame)
+        x = self._input(op, 0, frame)
+        return x if op.may_overwrite(0) else x.clone()
+
+
+def _biases_and_positions(program: Program) -> set[int]:
+    """Weights that are only a linear layer's bias, or rows for positions."""
+    found: set[int] = set()
+    others: set[int] = set()
+    for op in program.ops:
+        for i, x in enumerate(op.inputs):
+            is_bias = op.kind == "linear" and i == 2 and not op.attrs  # nothing is fused into it
+            (found if is_bias or op.kind == "embed_positions" else others).add(x.buffer)
+    return found - others
 
 
 def require_gpu() -> None:

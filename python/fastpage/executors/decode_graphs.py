@@ -127,7 +127,7 @@ class _DecodeGraph:
         self._frame = Frame(
             **rows,
             block_tables=tables,
-            logits_indices=torch.arange(size, dtype=torch.int32, device=device),
+            logits_indices=None,
             attention={
                 shape: scratch[shape].beside(plan, self._buffer[self._places[shape]])
                 for shape, plan in plans.items()

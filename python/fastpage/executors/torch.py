@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +31,26 @@ class Frame:
     positions: torch.Tensor
     slot_mapping: torch.Tensor
     block_tables: torch.Tensor
-    logits_indices: torch.Tensor
+    logits_indices: torch.Tensor | None  # None: all rows in order (CudaExecutor only)
     attention: Any  # what else attend() wants to know: the executor's own
     may_wait: bool = True  # for the device, to know what to do next
     activations: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class Step:
+    """An Op as plain data (each look into an Op makes new objects), and what ends with it."""
+
+    def __init__(self, op: Op, read_last: Sequence[int]) -> None:
+        self.kind: str = op.kind
+        self.inputs: list[Operand] = op.inputs
+        self.outputs: list[Operand] = op.outputs
+        self.attrs = dict(op.attrs)
+        self.read_last = read_last  # buffers that no later op reads
+
+    def may_overwrite(self, index: int) -> bool:
+        """True if nothing else of the program needs what input `index` is a part of."""
+        buffer = self.inputs[index].buffer
+        return buffer in self.read_last and [x.buffer for x in self.inputs].count(buffer) == 1
 
 
 @dataclass
@@ -93,9 +109,9 @@ class TorchExecutor:
             for kind, index in (("embed", 0), ("linear", 1))
             if op.kind == kind
         } | {x.buffer for op in program.ops if op.kind == "moe" for x in op.inputs[2:]}
-        self._steps = list(program.ops)
-        self._read_last = _read_last(program)
-        self._ops: dict[str, Callable[[Op, Frame], torch.Tensor | None]] = {
+        self._steps = _steps(program)
+        # Those of an op's result, or of the first where there are two.
+        self._ops: dict[str, Callable[[Step, Frame], torch.Tensor | None]] = {
             "embed": self._embed,
             "embed_positions": self._embed_positions,
             "norm": self._norm,
@@ -207,11 +223,11 @@ class TorchExecutor:
     def _run(self, frame: Frame) -> torch.Tensor:
         """The logits, of the type of activations."""
         frame.activations = {}
-        for op, read_last in zip(self._steps, self._read_last, strict=True):
+        for op in self._steps:
             result = self._ops[op.kind](op, frame)
             if result is not None:
                 frame.activations[op.outputs[0].buffer] = result
-            for buffer in read_last:
+            for buffer in op.read_last:
                 frame.activations.pop(buffer, None)
         return frame.activations.pop(self.program.output)
 
@@ -232,24 +248,32 @@ class TorchExecutor:
 
     # ---- the ops
 
-    def _input(self, op: Op, index: int, frame: Frame) -> torch.Tensor:
+    def _input(self, op: Step, index: int, frame: Frame) -> torch.Tensor:
         operand: Operand = op.inputs[index]
         x = frame.activations[operand.buffer]
+        if operand.cols == x.shape[1]:
+            return x
         return x[:, operand.offset : operand.offset + operand.cols]
 
-    def _weight(self, op: Op, index: int) -> torch.Tensor:
+    def _weight(self, op: Step, index: int) -> torch.Tensor:
         return self._weights[op.inputs[index].buffer]
 
-    def _embed(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _embed(self, op: Step, frame: Frame) -> torch.Tensor:
         return self._weight(op, 0)[frame.token_ids]
 
-    def _embed_positions(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _embed_positions(self, op: Step, frame: Frame) -> torch.Tensor:
         table = self._weight(op, 0)
         at = frame.positions + int(op.attrs.get("offset", 0))
         return table.index_select(0, at).to(self._dtype)
 
-    def _norm(self, op: Op, frame: Frame) -> torch.Tensor:
-        x = self._input(op, 0, frame).float()
+    def _norm(self, op: Step, frame: Frame) -> torch.Tensor:
+        """With a residual as OpKind::kNorm says."""
+        x, inputs = self._input(op, 0, frame), len(op.inputs)
+        if "residual" in op.attrs:
+            inputs -= 1
+            x = x + self._input(op, inputs, frame)
+            frame.activations[op.outputs[1].buffer] = x
+        x = x.float()
         groups = x.unflatten(1, (-1, int(op.attrs.get("group", x.shape[1]))))
         if op.attrs["kind"] == "layer":
             groups = groups - groups.mean(-1, keepdim=True)
@@ -258,11 +282,11 @@ class TorchExecutor:
         if len(weight) == x.shape[1]:  # a weight for each column
             y = y.flatten(1)
         y = y * weight
-        if len(op.inputs) == 3:
+        if inputs == 3:
             y = y + self._weight(op, 2)
         return y.reshape(x.shape).to(self._dtype)
 
-    def _linear(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _linear(self, op: Step, frame: Frame) -> torch.Tensor:
         """What a pass fused into it included: see OpKind::kLinear."""
         x = self._input(op, 0, frame)
         has_norm, has_residual = "norm_eps" in op.attrs, "residual" in op.attrs
@@ -278,10 +302,10 @@ class TorchExecutor:
             y = activate(y, str(op.attrs["activation"]))
         return y + self._input(op, len(op.inputs) - 1, frame) if has_residual else y
 
-    def _rotary(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _rotary(self, op: Step, frame: Frame) -> torch.Tensor:
         return self._rotate(op, self._input(op, 0, frame), self._weight(op, 1), frame)
 
-    def _rotate(self, op: Op, x: torch.Tensor, table: torch.Tensor, frame: Frame) -> torch.Tensor:
+    def _rotate(self, op: Step, x: torch.Tensor, table: torch.Tensor, frame: Frame) -> torch.Tensor:
         cos, sin = table[frame.positions].unsqueeze(1).chunk(2, dim=-1)
         heads = x.float().unflatten(1, (-1, int(op.attrs["head_dim"])))
         turned, kept = heads.tensor_split([2 * cos.shape[-1]], dim=-1)
@@ -293,15 +317,15 @@ class TorchExecutor:
             turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
         return torch.cat((turned, kept), dim=-1).flatten(1).to(self._dtype)
 
-    def _write_cache(self, op: Op, frame: Frame) -> None:
+    def _write_cache(self, op: Step, frame: Frame) -> None:
         self._write(op, self._input(op, 0, frame), self._input(op, 1, frame), frame)
 
-    def _rotary_write_cache(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _rotary_write_cache(self, op: Step, frame: Frame) -> torch.Tensor:
         q, k, v = (self._input(op, i, frame) for i in range(3))
         self._write(op, self._rotate(op, k, self._weight(op, 3), frame), v, frame)
         return self._rotate(op, q, self._weight(op, 3), frame)
 
-    def _write(self, op: Op, k: torch.Tensor, v: torch.Tensor, frame: Frame) -> None:
+    def _write(self, op: Step, k: torch.Tensor, v: torch.Tensor, frame: Frame) -> None:
         layer = int(op.attrs["layer"])
         written = frame.slot_mapping >= 0
         slots = frame.slot_mapping[written]
@@ -313,7 +337,7 @@ class TorchExecutor:
                 x = self._rounded(x.float(), scale)
             cache.view(-1, *cache.shape[2:])[slots] = x.to(cache.dtype)
 
-    def _attend(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _attend(self, op: Step, frame: Frame) -> torch.Tensor:
         q = self._input(op, 0, frame).float()
         out = torch.empty_like(q)
         starts = frame.attention.query_start_loc
@@ -323,7 +347,7 @@ class TorchExecutor:
         return out.to(self._dtype)
 
     def _attend_sequence(
-        self, op: Op, q: torch.Tensor, block_table: torch.Tensor, seq_len: int
+        self, op: Step, q: torch.Tensor, block_table: torch.Tensor, seq_len: int
     ) -> torch.Tensor:
         """q: [new tokens, num_heads * head_dim], the last ones of seq_len."""
         layer, window = int(op.attrs["layer"]), int(op.attrs.get("sliding_window", 0))
@@ -347,24 +371,24 @@ class TorchExecutor:
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
         return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(repeat, dim=1)).flatten(1)
 
-    def _activate(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _activate(self, op: Step, frame: Frame) -> torch.Tensor:
         return activate(self._input(op, 0, frame), str(op.attrs["kind"]))
 
-    def _scale(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _scale(self, op: Step, frame: Frame) -> torch.Tensor:
         return self._input(op, 0, frame) * float(op.attrs["factor"])
 
-    def _clamp(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _clamp(self, op: Step, frame: Frame) -> torch.Tensor:
         limit = float(op.attrs["limit"])
         return self._input(op, 0, frame).clamp(-limit, limit)
 
-    def _soft_cap(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _soft_cap(self, op: Step, frame: Frame) -> torch.Tensor:
         cap = float(op.attrs["cap"])
         return cap * torch.tanh(self._input(op, 0, frame) / cap)
 
-    def _add(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _add(self, op: Step, frame: Frame) -> torch.Tensor:
         return self._input(op, 0, frame) + self._input(op, 1, frame)
 
-    def _moe(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _moe(self, op: Step, frame: Frame) -> torch.Tensor:
         x, logits = (self._input(op, i, frame) for i in range(2))
         # topk does not say which of equal ones it takes.
         order = logits.float().sort(dim=1, descending=True, stable=True).indices
@@ -382,7 +406,8 @@ class TorchExecutor:
             y[rows] += part * shares[rows, expert, None].to(self._dtype)
         return y
 
-    def _gather_rows(self, op: Op, frame: Frame) -> torch.Tensor:
+    def _gather_rows(self, op: Step, frame: Frame) -> torch.Tensor:
+        assert frame.logits_indices is not None
         return self._input(op, 0, frame).index_select(0, frame.logits_indices)
 
 
@@ -418,17 +443,18 @@ class TorchRunner(ModelRunner):
         raise InvalidArgument(f"wait for step {step_id}, which is not among the last ones executed")
 
 
-def _read_last(program: Program) -> list[list[int]]:
-    """For each op the buffers that no later one reads, but for the program's output."""
+def _steps(program: Program) -> list[Step]:
+    """The ops, each with the buffers that no later one reads, but for the program's output."""
+    ops = program.ops
     last: dict[int, int] = {}
-    for i, op in enumerate(program.ops):
+    for i, op in enumerate(ops):
         for operand in (*op.inputs, *op.outputs):
             last[operand.buffer] = i
     last.pop(program.output)
-    buffers: list[list[int]] = [[] for _ in program.ops]
+    buffers: list[list[int]] = [[] for _ in ops]
     for buffer, i in last.items():
         buffers[i].append(buffer)
-    return buffers
+    return [Step(op, read_last) for op, read_last in zip(ops, buffers, strict=True)]
 
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

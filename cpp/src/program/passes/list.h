@@ -9,5 +9,6 @@ Program fuse_rotary_cache(const Program& program);
 Program fuse_activation(const Program& program);
 Program fuse_residual(const Program& program);
 Program fuse_norm(const Program& program);
+Program fuse_add_norm(const Program& program);
 
 }  // namespace fastpage

@@ -1,5 +1,7 @@
 #include "program/passes/rewrite.h"
 
+#include <algorithm>
+
 namespace fastpage {
 
 Rewrite::Rewrite(const Program& program)
@@ -36,6 +38,12 @@ std::vector<int> Rewrite::readers(BufferId buffer) const {
 
 bool Rewrite::only_reader(const Operand& operand, int reader) const {
   return operand.buffer != output_ && readers(operand.buffer) == std::vector<int>{reader};
+}
+
+bool Rewrite::last_reader(const Operand& operand, int reader) const {
+  if (operand.buffer == output_) return false;
+  const std::vector<int> places = readers(operand.buffer);
+  return std::count(places.begin(), places.end(), reader) == 1 && places.back() == reader;
 }
 
 Operand Rewrite::add_activation(const std::string& name, Rows rows, int64_t cols) {

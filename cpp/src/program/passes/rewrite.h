@@ -24,6 +24,8 @@ class Rewrite {
   bool is_whole(const Operand& operand) const;
   // True if op `reader` reads the buffer in one operand, and no other op reads it at all.
   bool only_reader(const Operand& operand, int reader) const;
+  // True if op `reader` reads the buffer in one operand, and no later op reads it.
+  bool last_reader(const Operand& operand, int reader) const;
   // Places of the ops that read the buffer, one per operand that does.
   std::vector<int> readers(BufferId buffer) const;
 
