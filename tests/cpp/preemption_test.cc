@@ -47,6 +47,38 @@ TEST(SwapRule, BlocksGoToTheHostIfThatIsCheaperThanComputingThemAgain) {
   EXPECT_EQ(stats.num_preemptions_swap, 0);
 }
 
+// It cannot come back before that step's result is known. Somebody else who took its blocks
+// meanwhile would be the next to be pushed out.
+TEST(Preemption, WhoIsPushedOutWhileAStepComputesItIsNotOvertaken) {
+  SchedulerConfig config = small_config();
+  config.num_blocks = 6;
+  config.max_steps_in_flight = 2;
+  Harness h(config);
+  const RequestId stays = h.add(request(tokens_from(1, 8), 12));
+  const RequestId goes = h.add(request(tokens_from(50, 7), 12));
+  const SchedulerOutput* under_way = &h.begin();
+  while (h.scheduler.stats().num_free_blocks > 0) {
+    const SchedulerOutput& next = h.begin();
+    h.end(*under_way);
+    under_way = &next;
+  }
+  h.add(request({80, 81}, 2));
+  while (true) {
+    const SchedulerOutput& next = h.begin();
+    if (next.num_preempted > 0) break;
+    h.end(*under_way);
+    under_way = &next;
+  }
+  EXPECT_EQ(under_way->sequences.back().id, goes);
+  EXPECT_EQ(h.scheduler.stats().num_free_blocks, 2);
+  EXPECT_EQ(h.scheduler.stats().num_running, 1);
+  h.end(*under_way);
+  const SchedulerOutput& later = h.begin();
+  ASSERT_EQ(later.sequences.size(), 1u)
+      << "who was pushed out comes back first, and needs 3 blocks";
+  EXPECT_EQ(later.sequences[0].id, stays);
+}
+
 SequenceRequest with_priority(int32_t priority, SequenceRequest r) {
   r.priority = priority;
   return r;

@@ -152,18 +152,40 @@ TEST(Schedule, PriorityPolicyAdmitsTheUrgentFirst) {
   }
 }
 
+// What the running need for tokens that they have already is theirs, computed or not.
 TEST(Schedule, RoomForTheWholePromptIsAskedForOnAdmission) {
-  SchedulerConfig config = small_config();
-  config.num_blocks = 12;
-  config.max_num_batched_tokens = 8;
-  Harness h(config);
-  h.add(request(tokens_from(1, 32), 4));  // 8 blocks, 2 of them in the first step
-  h.step();
-  h.add(request(tokens_from(100, 20), 4));  // 5 blocks: 4 are left over
-  h.step();
-  EXPECT_EQ(h.scheduler.stats().num_running, 1);
-  h.run_until_idle();
-  EXPECT_EQ(h.scheduler.stats().num_preemptions, 0);
+  for (const int32_t num_blocks_asked : {4, 5}) {
+    SchedulerConfig config = small_config();
+    config.num_blocks = 12;
+    config.long_prefill_token_threshold = 8;
+    Harness h(config);
+    h.add(request(tokens_from(1, 32), 1));  // 8 blocks, 2 more in each step: 4 are left over
+    h.step();
+    h.add(request(tokens_from(100, num_blocks_asked * 4), 1));
+    h.step();
+    EXPECT_EQ(h.scheduler.stats().num_running, num_blocks_asked == 4 ? 2 : 1);
+    h.run_until_idle();
+    EXPECT_EQ(h.scheduler.stats().num_preemptions, 0);
+  }
+}
+
+// Else whoever is let in with the last block is pushed out when anybody grows by one, its prompt
+// computed in vain.
+TEST(Schedule, AHundredthOfTheBlocksIsLeftToTheRunning) {
+  for (const int32_t num_blocks_asked : {8, 9}) {
+    SchedulerConfig config = small_config();
+    config.num_blocks = 100;
+    config.max_model_len = 400;
+    config.max_num_batched_tokens = 400;
+    Harness h(config);
+    h.add(request(tokens_from(1, 360), 3));  // 90 blocks, then one more: 9 are left over
+    h.step();
+    h.add(request(tokens_from(1000, num_blocks_asked * 4), 3));
+    h.step();
+    EXPECT_EQ(h.scheduler.stats().num_running, num_blocks_asked == 8 ? 2 : 1);
+    h.run_until_idle();
+    EXPECT_EQ(h.scheduler.stats().num_preemptions, 0);
+  }
 }
 
 TEST(Preemption, TheTailYieldsComesBackFirstAndFindsItsPrefix) {

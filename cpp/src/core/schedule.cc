@@ -54,7 +54,8 @@ const SchedulerOutput& Scheduler::State::schedule() {
 
 void Scheduler::State::fill_step() {
   schedule_running();
-  // Whoever was just pushed out must not be let in again in the same breath.
+  // Whoever was just pushed out is first in line, and may have to wait for a step that computes it:
+  // nobody else is to get its blocks meanwhile.
   if (step->output.num_preempted == 0) schedule_waiting(/*force=*/false);
   if (step->output.sequences.empty() && num_steps == 0) schedule_by_force();
 }
