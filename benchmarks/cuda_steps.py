@@ -1,9 +1,13 @@
 """What a decode step of executor='cuda' launches, and what it costs the CPU. No GPU is needed.
 
-The model has the layers of another and a tiny width; matrix products are torch's on the CPU, our
-kernels do nothing, and neither does the replay of a recorded step. Printed are launches for each
-decode step, by what they are, and microseconds of CPU time of CudaRunner.execute() and wait(): the
-least of all steps, and the median.
+The models have 32 layers of a tiny width. Printed are launches of a decode step, by what they are;
+and, of Llama's, microseconds of CPU time of CudaRunner.execute() and wait(), the least and the
+median of 190 steps, while matrix products, our kernels and the replay of a recorded step do
+nothing.
+
+--expected computes, rather than measures, the time of Llama 3.1 8B's decode steps on an H100, of
+the bytes and the products of each launch; START is what a launch takes at the least, amid others of
+a CUDA graph.
 
     PYTHONPATH=python:tests/python python benchmarks/cuda_steps.py
 """
@@ -19,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as functional
 from cuda_kernels import Launches, load_emulation
 from small_decoder import load_random_weights, small_spec
 
@@ -28,6 +33,7 @@ from fastpage.executors.cuda_runner import CudaRunner
 from fastpage.models import DecoderSpec, decoder
 
 BLOCK, LENGTH = 16, 256
+MEMORY, PRODUCTS, START = 3.0e12, 800e12, 2.5e-6
 LLAMA = replace(small_spec(head_dim=16, max_model_len=1024), num_layers=32)
 MODELS: dict[str, DecoderSpec] = {
     "llama": LLAMA,
@@ -99,6 +105,10 @@ def count(spec: DecoderSpec, ops: Any) -> dict[str, int]:
     return dict(launches.counts)
 
 
+def multiply_nothing(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+    return x.new_empty(len(x), len(weight))
+
+
 def cpu_seconds(spec: DecoderSpec, ops: Any, num_seqs: int, graphs: bool) -> dict[str, Any]:
     """Of each decode step of an engine with so many sequences."""
     kernels = Launches(ops, compute=False).kernels
@@ -150,10 +160,53 @@ def cpu_seconds(spec: DecoderSpec, ops: Any, num_seqs: int, graphs: bool) -> dic
     }
 
 
+def expected(rows: int, length: int) -> dict[str, tuple[int, float, float]]:
+    """Launches, bytes and seconds of a decode step of Llama 3.1 8B in bfloat16."""
+    layers, hidden, wide, q, kv, vocab = 32, 4096, 14336, 4096, 1024, 128256
+    matrices = [(hidden, q + 2 * kv), (q, hidden), (hidden, 2 * wide), (wide, hidden)]
+
+    def product(n: int, m: int) -> tuple[float, float]:
+        moved = 2.0 * (n * m + rows * (n + m))
+        return moved, START + max(moved / MEMORY, 2.0 * rows * n * m / PRODUCTS)
+
+    def other(elements: float) -> tuple[float, float]:
+        return 2.0 * elements, START + 2.0 * elements / MEMORY
+
+    table = {
+        "matrix products": layers * [product(*shape) for shape in matrices],
+        "attention": layers * [other(rows * (2 * q + length * 2 * kv))],
+        "norm, with residual": 2 * layers * [other(rows * 4 * hidden)],
+        "rotary, cache write": layers * [other(rows * 2 * (q + 2 * kv))],
+        "activation": layers * [other(rows * 3 * wide)],
+        "logits, embedding, first norm": [
+            product(hidden, vocab),
+            other(rows * 2 * hidden),
+            other(rows * 2 * hidden),
+            other(rows * 3 * vocab),
+        ],
+    }
+    return {
+        name: (len(parts), sum(x for x, _ in parts), sum(x for _, x in parts))
+        for name, parts in table.items()
+    }
+
+
+def print_expected(length: int) -> None:
+    for rows in (1, 32, 256):
+        print(f"{rows} sequences of {length} tokens:")
+        parts = expected(rows, length)
+        parts["whole step"] = tuple(sum(x) for x in zip(*parts.values(), strict=True))  # type: ignore[assignment]
+        for name, (launches, moved, seconds) in parts.items():
+            print(f"  {name:30} {launches:4} {moved / 1e6:9.0f} MB {seconds * 1e3:7.2f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="where the numbers go, too")
+    parser.add_argument("--expected", type=int, metavar="LENGTH", help="of sequences, in tokens")
     args = parser.parse_args()
+    if args.expected:
+        return print_expected(args.expected)
     torch.set_num_threads(1)
     ops = load_emulation()
     assert ops is not None, "this needs a build with tests"
@@ -163,11 +216,15 @@ def main() -> None:
         results[name] = counts
         parts = ", ".join(f"{n} {what}" for what, n in sorted(counts.items(), key=lambda x: -x[1]))
         print(f"{name}: {sum(counts.values())} launches ({parts})")
+    functional.linear = multiply_nothing
     for num_seqs in (1, 256):
         for graphs in (True, False):
             took = cpu_seconds(LLAMA, ops, num_seqs, graphs)
             results[f"{num_seqs} sequences, graphs {graphs}"] = took
-            print(f"{num_seqs} sequences, {'graphs' if graphs else 'op by op'}: {took}")
+            columns = ", ".join(
+                f"{what} {x['least']:.0f} us (median {x['median']:.0f})" for what, x in took.items()
+            )
+            print(f"{num_seqs} sequences, {'graphs' if graphs else 'op by op'}: {columns}")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1)
