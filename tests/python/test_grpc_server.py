@@ -303,6 +303,48 @@ def test_not_ready_before_the_model_is_loaded_nor_after_stop() -> None:
     asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 
 
+def test_a_watch_that_nobody_reads_holds_up_nobody() -> None:
+    async def main() -> None:
+        server = GrpcServer([FastpageService()])
+        address = await server.start()
+        with h2.connect(address) as connection:
+            call = h2.call_headers("/grpc.health.v1.Health/Watch", 1) + h2.call_message(b"", 1)
+            connection.sendall(h2.PREFACE + h2.settings(initial_window_size=0) + call)
+            kind = None
+            while kind != h2.HEADERS:  # those of the answer, whose message has no room
+                kind, _, _ = await asyncio.to_thread(h2.read_frame, connection)
+
+            client = Client(address)
+            watch = client.health.Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == NOT_SERVING
+            engine = AsyncEngine(load_alphabet())
+            await server.set_engine(engine)
+            assert (await watch.read()).status == await client.status() == SERVING
+            await server.drain()
+            assert (await watch.read()).status == await client.status() == NOT_SERVING
+            await engine.shutdown()
+            await server.stop(0)
+            await client.channel.close()
+
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
+
+
+def test_health_of_names() -> None:
+    async def test(client: Client) -> None:
+        for name in ("", "fastpage.v1.Fastpage"):
+            request = health_pb2.HealthCheckRequest(service=name)
+            assert (await client.health.Check(request)).status == SERVING
+            assert (await client.health.Watch(request).read()).status == SERVING
+        unknown = health_pb2.HealthCheckRequest(service="nobody")
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await client.health.Check(unknown)
+        assert error.value.code() == grpc.StatusCode.NOT_FOUND
+        watch = client.health.Watch(unknown)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+    run(test)
+
+
 def test_a_watch_that_begins_as_the_server_stops_is_ended() -> None:
     class Context:
         async def write(self, message: object) -> None:
@@ -316,7 +358,7 @@ def test_a_watch_that_begins_as_the_server_stops_is_ended() -> None:
         await server.start()
         await server.stop(0)
         with pytest.raises(grpc.aio.AbortError, match="UNAVAILABLE: the server is shutting down"):
-            await server._health._servicer.Watch(health_pb2.HealthCheckRequest(), Context())
+            await server._health.Watch(health_pb2.HealthCheckRequest(), Context())
 
     asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 # grpc's core writes its own lines about a port in use, and the like, beside the errors raised here.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fastpage.engine.async_engine import AsyncEngine
-from fastpage.engine.core import EngineDied
-from fastpage.engine.observer import EngineObserver
 from fastpage.serving.grpc.guard import CallGuard
+from fastpage.serving.grpc.health import Health
 from fastpage.serving.grpc.listening import Address, listen
 from fastpage.serving.grpc.tokens import RequireToken
 from fastpage.serving.security import BearerTokens, TlsFiles
@@ -79,14 +77,15 @@ class GrpcServer:
     ) -> None:
         self._services = services
         self._config = config or GrpcServerConfig()
-        self._health = _Health()
+        self._health: Health
         self._server: grpc.aio.Server
 
     async def start(self) -> str:
         config = self._config
         self._server = self._make_server()
         names = [name for service in self._services for name in service.register(self._server)]
-        await self._health.register(self._server, ["", *names])
+        self._health = Health(["", *names])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names.append(health.SERVICE_NAME)
         if config.channelz:
             names.append(_add_channelz(self._server))
@@ -99,10 +98,9 @@ class GrpcServer:
         for service in self._services:
             service.set_engine(engine)
         engine.add_observer(self._health)
-        await self._health.update()
 
     async def drain(self) -> None:
-        await self._health.end()
+        self._health.drain()
         for service in self._services:
             service.drain()
 
@@ -122,77 +120,6 @@ class GrpcServer:
             ("grpc.enable_channelz", int(config.channelz)),
         )
         return grpc.aio.server(interceptors=interceptors, options=options)
-
-
-class _Health(EngineObserver):
-    """grpc.health.v1, and the engine's state in it."""
-
-    def __init__(self) -> None:
-        self._servicer = _HealthServicer()
-        self._names: list[str] = []
-        self._serving = False
-        self._lock = asyncio.Lock()
-        self._updates: set[asyncio.Task[None]] = set()
-
-    async def register(self, server: grpc.aio.Server, names: list[str]) -> None:
-        self._names = names
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
-        await self.update()
-
-    async def update(self) -> None:
-        """Tells what is the case now; of several at once, the last one to be told is right."""
-        async with self._lock:
-            kind = health_pb2.HealthCheckResponse
-            status = kind.SERVING if self._serving else kind.NOT_SERVING
-            for name in self._names:
-                await self._servicer.set(name, status)
-
-    async def end(self) -> None:
-        """NOT_SERVING for good."""
-        await self._servicer.enter_graceful_shutdown()
-
-    def end_watches(self) -> None:
-        self._servicer.end_watches()
-
-    def engine_started(self, engine: AsyncEngine) -> None:
-        self._set_serving(True)
-
-    def engine_died(self, error: EngineDied) -> None:
-        self._set_serving(False)
-
-    def _set_serving(self, serving: bool) -> None:
-        self._serving = serving
-        task = asyncio.create_task(self.update())
-        self._updates.add(task)
-        task.add_done_callback(self._updates.discard)
-
-
-class _HealthServicer(health.aio.HealthServicer):
-    """Its Watch calls would have a stopping server wait for them as long as it may."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._watches: set[asyncio.Task[Any]] = set()
-        self._ending = False
-
-    async def Watch(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        if not self._ending:
-            self._watches.add(task)
-            try:
-                await super().Watch(request, context)
-            except asyncio.CancelledError:
-                if not self._ending:
-                    raise
-            finally:
-                self._watches.discard(task)
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
-
-    def end_watches(self) -> None:
-        self._ending = True
-        for task in self._watches:
-            task.cancel()
 
 
 def _add_channelz(server: grpc.aio.Server) -> str:
