@@ -470,8 +470,11 @@ class FirstOfTwo:
 
     index = 0
 
+    def __init__(self) -> None:
+        self.other: AsyncEngine | None = None
+
     async def abort(self, request_id: str) -> bool:
-        return False
+        return self.other is not None and self.other.abort(request_id)
 
 
 def test_an_id_is_free_in_all_front_ends_when_its_request_has_ended() -> None:
@@ -494,6 +497,33 @@ def test_an_id_is_free_in_all_front_ends_when_its_request_has_ended() -> None:
                 assert [output async for output in stream][-1].outputs[0].finish_reason == "stop"
                 (await other.add_request("a", params, "mine")).abort()
                 gate.open(1000)
+
+    asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
+
+
+def test_abort_finds_a_request_while_another_front_end_asks_for_its_id_too() -> None:
+    gate = Gate()
+
+    async def main() -> None:
+        loaded = load_alphabet(gate)
+        with serve_front_ends(loaded, 2) as filenos, Gate.opened_at_the_end(gate):
+            cores = [ChannelCore(), ChannelCore()]
+            for core, fileno in zip(cores, filenos, strict=True):
+                core.open(fileno)
+            siblings = FirstOfTwo()
+            one = AsyncEngine(loaded, core=cores[0], siblings=FirstOfTwo())
+            other = AsyncEngine(loaded, core=cores[1], siblings=siblings)
+            siblings.other = one
+            async with one, other:
+                params = SamplingParams(max_tokens=50, **GREEDY)
+                stream = await one.add_request("a", params, "mine")
+                refused = asyncio.create_task(other.add_request("a", params, "mine"))
+                await asyncio.sleep(0)
+                assert "mine" in other._core_ids and not refused.done()
+                assert await other.abort_anywhere("mine")
+                assert not one._streams and not other._streams
+                assert [output async for output in stream][-1].outputs[0].finish_reason == "abort"
+                await refused
 
     asyncio.run(asyncio.wait_for(main(), timeout=PATIENCE))
 

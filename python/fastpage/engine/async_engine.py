@@ -69,6 +69,7 @@ class RequestStream:
         self._has_news = False
         self._reader: asyncio.Future[None] | None = None  # who waits for news
         self._ended = False
+        self._accepted = False  # by the engine
         self._announced = False  # to the observers
         self._caller = contextvars.copy_context()
 
@@ -233,6 +234,7 @@ class AsyncEngine:
         except BaseException:  # the core refuses it, or the caller has gone meanwhile
             stream.abort()
             raise
+        stream._accepted = True
         return stream
 
     async def generate(
@@ -264,9 +266,12 @@ class AsyncEngine:
 
     async def abort_anywhere(self, request_id: str) -> bool:
         """abort(), of a request of whichever front end of the engine."""
-        if self.abort(request_id):
-            return True
-        return self._siblings is not None and await self._siblings.abort(request_id)
+        stream = self._streams.get(self._core_ids.get(request_id, -1))
+        found = self.abort(request_id)
+        if self._siblings is None or (stream is not None and stream._accepted):
+            return found
+        # The engine may be about to refuse that one: the name is another front end's request's.
+        return await self._siblings.abort(request_id) or found
 
     @property
     def front_end_index(self) -> int:
