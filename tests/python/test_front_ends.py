@@ -341,7 +341,9 @@ class ParentOfOne:
         self._core, self._said = core, said
         self.num_restarts = 0
         argv = ["--model", str(model), "--api-server-count", "2", *ENDLESS_OPTIONS]
-        self.front_end = SupervisedFrontEnd(self, 0, port, GRPC, argv, self.NEVER)
+        self.front_end = SupervisedFrontEnd(self, 0, port, GRPC, argv, self.NEVER, self.NEVER)
+        self.error: FastpageError | None = None
+        self.may_hand = True
         self.alive = asyncio.Event()
         hear = self.front_end._on_alive
         self.front_end._on_alive = lambda: (hear(), self.alive.set())  # type: ignore[method-assign]
@@ -360,7 +362,11 @@ class ParentOfOne:
             await self.alive.wait()
 
     def hand_engine(self, front_end: SupervisedFrontEnd) -> None:
-        front_end.control.tell("engine", self._core.add_front_end(), said=self._said)
+        if self.may_hand:
+            front_end.take_engine(self._core.add_front_end(), self._said)
+
+    def could_not_start(self, error: FastpageError) -> None:
+        self.error = error
 
     def count_restart(self) -> None:
         self.num_restarts += 1
@@ -398,6 +404,59 @@ def test_a_front_end_is_looked_at_while_it_is_ready(
 
     asyncio.run(asyncio.wait_for(main(), 2 * PATIENCE))
     assert "got nowhere for 8e+06 s (engine_timeout), and was killed" in caplog.text
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_front_end_that_is_never_ready(
+    model: Path, listens: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before it listens, or once it has got the engine's socket."""
+
+    async def hang(parent: ParentOfOne) -> str:
+        """Its new process. Returns what is said of it."""
+        front_end = parent.front_end
+        if listens:
+            await until(lambda: front_end._is_listening)
+            for _ in range(30):  # it waits for the engine
+                front_end._startup.look()
+        os.kill(front_end.pid, signal.SIGSTOP)
+        if listens:
+            parent.may_hand = True
+            parent.hand_engine(front_end)
+        while not front_end._why:
+            front_end._startup.look()
+        assert front_end._startup._timer is None
+        return f"front end 0 (pid {front_end.pid}) has ended: it was not ready after 8e+06 s"
+
+    async def main() -> None:
+        args = EngineArgs(model=str(model), num_kv_blocks=64, max_model_len=512)
+        core, said = await ProcessCore.launch_for_others(args)
+        with reserve_port("127.0.0.1", 0) as held:
+            parent = ParentOfOne(core, said, held.getsockname()[1], model)
+            front_end = parent.front_end
+            parent.may_hand = False
+            front_end.start()
+            expected = await hang(parent)
+            await until(lambda: parent.error is not None)
+            assert str(parent.error) == f"{expected} (--startup-timeout), and was killed"
+
+            # One that has been there is started again.
+            parent.may_hand = True
+            await parent.start()
+            assert front_end._startup._timer is None
+            parent.may_hand = False
+            pid = front_end.pid
+            front_end.kill()
+            await until(lambda: front_end.pid != pid)
+            expected = await hang(parent)
+            parent.may_hand = True
+            await until(lambda: parent.num_restarts == 1)
+            assert expected in caplog.text
+            front_end.drain()
+            await front_end.ended.wait()
+        await core.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 2 * PATIENCE))
 
 
 def test_an_engine_that_is_killed(grpc_server: Server, expected: list[int]) -> None:
@@ -519,6 +578,9 @@ def test_what_is_refused(model: Path, tmp_path: Path) -> None:
         assert done.returncode == 2
         assert option in done.stderr and "--api-server-count" in done.stderr
         assert done.stderr.count("\n") == 1
+    done = serve(GRPC, model, "--startup-timeout", "0.5")
+    assert done.returncode == 2
+    assert "--startup-timeout 0.5 is neither 0, for none, nor at least 1" in done.stderr
     done = serve(GRPC, tmp_path / "nothing.gguf", "--port", "0")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "nothing.gguf" in done.stderr

@@ -155,6 +155,11 @@ class Command:
                     f"--api-server-count {options.api_server_count} is not from 1 to "
                     f"{_MOST_API_SERVERS}"
                 )
+            if options.startup_timeout != 0 and not 1 <= options.startup_timeout < float("inf"):
+                raise ValueError(
+                    f"--startup-timeout {options.startup_timeout} is neither 0, for none, nor at "
+                    "least 1 (second)"
+                )
             observing = observability.Observability(options)
             shared_metrics = None
             if expose is None and options.api_server_count > 1:
@@ -186,6 +191,15 @@ def add_server_options(parser: argparse.ArgumentParser, port: int) -> argparse._
         metavar="N",
         help="processes that serve clients, over one engine: more than one where one cannot keep "
         "up with the messages (default: %(default)s)",
+    )
+    server.add_argument(
+        "--startup-timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="of several such processes, one that takes longer than this to be ready is killed: at "
+        "the start that ends the server, later it is started again. Loading the model does not "
+        "count. 0: wait for ever (default: %(default)g)",
     )
     return server
 

@@ -68,12 +68,12 @@ class Parent:
     async def _start(self, port: int) -> list[str]:
         """Front ends and engine. Returns where the front ends listen, when they do."""
         start = time.perf_counter()
-        timeout = self._args.engine_timeout
+        timeouts = (self._args.engine_timeout, self._options.startup_timeout)
         module = self._command.module
         self._launched = asyncio.Event()
         self._launching = asyncio.create_task(self._launch())
         for index in range(self._options.api_server_count):
-            front_end = SupervisedFrontEnd(self, index, port, module, self._argv, timeout)
+            front_end = SupervisedFrontEnd(self, index, port, module, self._argv, *timeouts)
             self._front_ends.append(front_end)
             front_end.start()
         await self._all(front_end.listening for front_end in self._front_ends)
@@ -147,7 +147,7 @@ class Parent:
         if engine is None or not engine.core.ready:
             return
         with contextlib.suppress(OSError):  # it has just ended
-            front_end.control.tell("engine", engine.core.add_front_end(), said=engine.said)
+            front_end.take_engine(engine.core.add_front_end(), engine.said)
 
     def could_not_start(self, error: FastpageError) -> None:
         self._fail(error)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from fastpage.child_process import how_it_ended, start_child
 from fastpage.engine.core import EngineLost
+from fastpage.engine.process_core import Hello
 from fastpage.engine.watchdog import Watchdog
 from fastpage.errors import FastpageError
 from fastpage.serving.front_ends.control import Control, ControlClosed, Handler
@@ -49,9 +50,18 @@ class Owner(Protocol):
 
 class SupervisedFrontEnd:
     def __init__(
-        self, owner: Owner, index: int, port: int, module: str, argv: Sequence[str], timeout: float
+        self,
+        owner: Owner,
+        index: int,
+        port: int,
+        module: str,
+        argv: Sequence[str],
+        timeout: float,
+        startup_timeout: float,
     ) -> None:
-        """One whose event loop says nothing for `timeout` seconds is killed; 0: never."""
+        """One whose event loop says nothing for `timeout` seconds is killed, and so is one that
+        takes `startup_timeout` seconds to be ready, not counted those in which it waits for the
+        engine; 0: never."""
         self.index = index
         self.addresses: list[str] = []
         self.listening = asyncio.Event()
@@ -63,11 +73,15 @@ class SupervisedFrontEnd:
         self._popen: subprocess.Popen[bytes]
         self._started = 0.0
         self._delay = 0.0
-        self._why = ""
+        self._failure = ""  # what it said itself
+        self._why = ""  # it was killed
         self._stopping = False
         self._end: asyncio.Task[None]
+        self._has_engine = self._is_listening = False  # this process
         self._timeout = timeout
         self._watchdog = Watchdog(timeout, self._ping, self._on_hang)
+        self._startup_timeout = startup_timeout
+        self._startup = Watchdog(startup_timeout, self._look_at_startup, self._on_slow_startup)
 
     def start(self) -> None:
         ours, its_socket = socket.socketpair()
@@ -86,15 +100,24 @@ class SupervisedFrontEnd:
             "abort": lambda request_id: self._owner.abort(request_id, self),
         }
         self.control = Control(ours, handlers, self._on_end)
+        self._failure = self._why = ""
+        self._has_engine = self._is_listening = False
+        if self._startup_timeout:
+            self._startup.start()
         self._owner.hand_engine(self)
 
     @property
     def pid(self) -> int:
         return self._popen.pid
 
+    def take_engine(self, sock: socket.socket, said: Hello) -> None:
+        """Hands it a socket of the engine, which has said that."""
+        self._has_engine = True
+        self.control.tell("engine", sock, said=said)
+
     def drain(self) -> None:
         self._stopping = True
-        self._watchdog.stop()  # its end has a limit of its own
+        self._stop_looking()  # its end has a limit of its own
         if self.control.closed:  # it is about to be started again
             self.ended.set()
         self.control.tell("drain")
@@ -115,6 +138,7 @@ class SupervisedFrontEnd:
 
     def _on_listening(self, addresses: list[str]) -> None:
         self.addresses = addresses
+        self._is_listening = True
         self.listening.set()
 
     def _on_ready(self) -> None:
@@ -125,6 +149,7 @@ class SupervisedFrontEnd:
             )
             self._owner.count_restart()
         self.ready.set()
+        self._startup.stop()
         if self._timeout and not self._stopping:
             self._watchdog.start()
 
@@ -132,7 +157,7 @@ class SupervisedFrontEnd:
         self._watchdog.heard = True
 
     def _on_failed(self, message: str, lost: bool) -> None:
-        self._why = message
+        self._failure = message
         if lost and self.ready.is_set():
             self._stopping = True
             self._owner.on_lost(EngineLost(message))
@@ -146,10 +171,23 @@ class SupervisedFrontEnd:
         self._why = f"it got nowhere for {self._timeout:g} s (engine_timeout), and was killed"
         self.kill()
 
+    def _look_at_startup(self) -> None:
+        if self._is_listening and not self._has_engine:
+            self._startup.heard = True  # all that it could do so far is done
+
+    def _on_slow_startup(self) -> None:
+        seconds = f"{self._startup_timeout:g} s (--startup-timeout)"
+        self._why = f"it was not ready after {seconds}, and was killed"
+        self.kill()
+
+    def _stop_looking(self) -> None:
+        self._startup.stop()
+        self._watchdog.stop()
+
     # ---- its end
 
     def _on_end(self) -> None:
-        self._watchdog.stop()
+        self._stop_looking()
         self._end = asyncio.create_task(self._see_to_its_end())
 
     async def _see_to_its_end(self) -> None:
@@ -157,16 +195,16 @@ class SupervisedFrontEnd:
         how = how_it_ended(await asyncio.to_thread(self._popen.wait))
         self._owner.forget_metrics(self.index)
         if not self._stopping:
-            what = f"front end {self.index} (pid {self.pid}) has ended"
+            ended = f"front end {self.index} (pid {self.pid}) has ended"
+            why = self._failure or self._why or how
             if not self.ready.is_set():
-                self._owner.could_not_start(FastpageError(self._why or f"{what}: {how}"))
+                self._owner.could_not_start(FastpageError(self._failure or f"{ended}: {why}"))
                 return
-            _logger.error("%s: %s", what, self._why or how)
+            _logger.error("%s: %s", ended, why)
             await self._wait_before_the_next()
         if self._stopping:
             self.ended.set()
         else:
-            self._why = ""
             self.start()
 
     async def _wait_before_the_next(self) -> None:
