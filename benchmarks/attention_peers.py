@@ -6,10 +6,16 @@ plans, allocates or compiles is done by then.
 
 from __future__ import annotations
 
+import atexit
 import functools
+import importlib
 import importlib.util
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,10 +71,23 @@ def _pages(paged: Paged) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return begins.cuda(), indices, last.cuda()
 
 
-def flashinfer_decode(paged: Paged) -> Callable[[], Any]:
-    import flashinfer
+@functools.cache
+def _flashinfer() -> Any:
+    """It links what it compiles with -lcuda, for which not every toolkit has a stub: the driver's
+    library, which torch has loaded, does as well."""
+    maps = Path("/proc/self/maps").read_text().split()
+    driver = next((Path(x) for x in maps if "/libcuda.so" in x), None)
+    if driver is not None:
+        folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder)
+        (folder / "libcuda.so").symlink_to(driver)
+        places = [str(folder), *filter(None, [os.environ.get("LIBRARY_PATH")])]
+        os.environ["LIBRARY_PATH"] = os.pathsep.join(places)
+    return importlib.import_module("flashinfer")
 
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+
+def flashinfer_decode(paged: Paged) -> Callable[[], Any]:
+    wrapper = _flashinfer().BatchDecodeWithPagedKVCacheWrapper(
         _workspace(), "NHD", use_tensor_cores=True, backend="fa2"
     )
     sizes = (HEADS, KV_HEADS, HEAD_DIM, BLOCK)
@@ -78,9 +97,7 @@ def flashinfer_decode(paged: Paged) -> Callable[[], Any]:
 
 
 def flashinfer_prefill(paged: Paged) -> Callable[[], Any]:
-    import flashinfer
-
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(), "NHD", backend="fa2")
+    wrapper = _flashinfer().BatchPrefillWithPagedKVCacheWrapper(_workspace(), "NHD", backend="fa2")
     starts = torch.arange(len(paged.lens) + 1, dtype=torch.int32, device="cuda") * paged.new
     sizes = (HEADS, KV_HEADS, HEAD_DIM, BLOCK)
     wrapper.plan(starts, *_pages(paged), *sizes, causal=True, q_data_type=torch.bfloat16)

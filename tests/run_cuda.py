@@ -37,10 +37,12 @@ TESTS = ROOT / "tests" / "python"
 MODULES = ("torch", "numpy", "pybind11", "pytest")
 # What runs beside is the last: it may have to be compiled first.
 SECTIONS = ("decode", "prefill", "cache", "sampling", "steps", "experts", "peers")
-# Those that take longest, and into how many processes each is split.
-SHARES = {"test_cuda_attention_combinations.py": 5, "test_cuda_batch_invariant.py": 2}
-SANITIZED = ("attention", "cache", "elementwise", "sampling")
-SANITIZED_TESTS = "plain or in_order or many_seeds or cache_float8 or residual or processed"
+# What takes longest, and into how many processes it is split.
+SHARES = {"test_cuda_attention_combinations.py": 5}
+SANITIZED = ("attention", "batch_invariant", "cache", "elementwise", "sampling")
+SANITIZED_TESTS = (
+    "plain or sequences_share or in_order or many_seeds or cache_float8 or residual or processed"
+)
 SANITIZERS = {
     # Torch asks the driver for what is not there, and goes on.
     "memcheck": ["--report-api-errors", "no"],
