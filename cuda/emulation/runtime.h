@@ -112,6 +112,12 @@ struct Warp {
   void* slots[32];
 };
 
+// See ptx.h.
+bool has_ptx();
+std::string symbol_of(const void* function);
+void launch_ptx(const std::string& symbol, dim3 grid, dim3 size, size_t shared_bytes,
+                const std::vector<std::vector<char>>& params);
+
 constexpr size_t kStackBytes = 256 << 10;
 inline int max_shared = 227 << 10;  // of sm_90
 constexpr size_t kGuard = 1024;
@@ -275,12 +281,9 @@ class Block {
   std::exception_ptr error_;
 };
 
-template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 size, size_t shared_bytes,
-            const Args&... args) {
-  blockDim = size;
-  gridDim = grid;
-  Block b(size, shared_bytes, [&] { kernel(args...); });
+// fn() for each block, in an order that the settings choose.
+template <typename Fn>
+void for_blocks(dim3 grid, Fn fn) {
   const int64_t n = int64_t{grid.x} * grid.y * grid.z;
   std::vector<int64_t> order(n);
   for (int64_t i = 0; i < n; ++i) order[i] = settings.order == Order::kDescending ? n - 1 - i : i;
@@ -289,8 +292,27 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 size, size_t shared_bytes
   for (const int64_t i : order) {
     blockIdx = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                     static_cast<unsigned>(i / grid.x / grid.y));
-    b.run();
+    fn();
   }
+}
+
+template <typename T>
+std::vector<char> bytes_of(const T& value) {
+  const char* const begin = reinterpret_cast<const char*>(&value);
+  return {begin, begin + sizeof value};
+}
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 size, size_t shared_bytes,
+            const Args&... args) {
+  if (has_ptx()) {
+    return launch_ptx(symbol_of(reinterpret_cast<const void*>(kernel)), grid, size, shared_bytes,
+                      {bytes_of(Params(args))...});
+  }
+  blockDim = size;
+  gridDim = grid;
+  Block b(size, shared_bytes, [&] { kernel(args...); });
+  for_blocks(grid, [&] { b.run(); });
 }
 
 template <typename T, typename Fn>

@@ -12,7 +12,7 @@
 #include "dlpack.h"
 #include "module.h"
 #ifdef FASTPAGE_CUDA_EMULATION
-#include "cuda/emulation/runtime.h"
+#include "cuda/emulation/ptx.h"
 #endif
 
 namespace fastpage {
@@ -479,6 +479,18 @@ PYBIND11_MODULE(fastpage_cuda_emulation, m) {
   bind_cuda_ops(m);
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("late_copies"), py::arg("seed"));
   m.def("bytes_loaded", [] { return cuda::emulation::bytes_loaded; });
+  m.def("load_ptx", &cuda::emulation::load_ptx, py::arg("paths"));
+  m.def("ptx_counts", [] {
+    py::dict result;
+    for (const auto& [name, c] : cuda::emulation::ptx_counts()) {
+      result[py::str(name)] = py::dict(
+          py::arg("launches") = c.launches, py::arg("instructions") = c.instructions,
+          py::arg("shared_wavefronts") = c.shared_wavefronts,
+          py::arg("shared_least") = c.shared_least, py::arg("global_sectors") = c.global_sectors,
+          py::arg("global_least") = c.global_least);
+    }
+    return result;
+  });
   m.def("set_max_shared", [](int bytes) { cuda::emulation::max_shared = bytes; }, py::arg("bytes"));
 }
 
