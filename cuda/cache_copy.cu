@@ -115,6 +115,7 @@ struct RotaryWrite {
   int32_t num_heads;
   int32_t head_dim;
   KvCache cache;
+  HeadNorms norms;
 };
 
 template <typename T, int kWidth>
@@ -158,10 +159,49 @@ __device__ __forceinline__ float turned_high(float a, float b, float cos, float 
   return __fadd_rn(__fmul_rn(b, cos), __fmul_rn(a, sin));
 }
 
+// What a head's elements are multiplied by in its norm, before the weight; by a warp, in the order
+// of norm_kernel (elementwise.cu), so that the bits are the same.
+template <typename T>
+__device__ __forceinline__ float norm_factor(const T* head, int head_dim, float eps) {
+  constexpr int kWide = Vector<T>::kSize;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float sum = 0.0f;
+  for (int i = lane * kWide; i < head_dim; i += 32 * kWide) {
+    float x[kWide];
+    load_few(head + i, x);
+#pragma unroll
+    for (int e = 0; e < kWide; ++e) sum = __fadd_rn(sum, __fmul_rn(x[e], x[e]));
+  }
+#pragma unroll
+  for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(kFullWarp, sum, bits);
+  return rsqrtf(sum / static_cast<float>(head_dim) + eps);
+}
+
+// A head as it is read: normed first, if it has a norm.
+template <typename T, bool kNormed>
+struct Head {
+  const T* elements;
+  const float* weight;
+  float factor;
+
+  template <int kWidth>
+  __device__ __forceinline__ void load(int at, float (&x)[kWidth]) const {
+    load_few(elements + at, x);
+    if (!kNormed) return;
+    float by[kWidth];
+    load_few(weight + at, by);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      // As if it had been written to memory as T in between.
+      x[i] = to_float(from_float<T>(__fmul_rn(__fmul_rn(x[i], factor), by[i])));
+    }
+  }
+};
+
 // One work item of a head: kWidth elements, or (NeoX) two such groups that are turned together.
 // write(offset in the head, values).
-template <typename T, int kWidth, bool kNeox, typename Write>
-__device__ __forceinline__ void rotate_item(const RotaryWrite& w, const T* head, int item,
+template <int kWidth, bool kNeox, typename Head, typename Write>
+__device__ __forceinline__ void rotate_item(const RotaryWrite& w, const Head& head, int item,
                                             const float* cos, const float* sin, Write write) {
   const int half = w.rotary_dim / 2;
   float a[kWidth], b[kWidth], c[kWidth], s[kWidth];
@@ -169,12 +209,12 @@ __device__ __forceinline__ void rotate_item(const RotaryWrite& w, const T* head,
     const int pairs = half / kWidth;
     if (item >= pairs) {
       const int at = (item + pairs) * kWidth;
-      load_few(head + at, a);
+      head.load(at, a);
       return write(at, a);
     }
     const int at = item * kWidth;
-    load_few(head + at, a);
-    load_few(head + at + half, b);
+    head.load(at, a);
+    head.load(at + half, b);
     load_few(cos + at, c);
     load_few(sin + at, s);
 #pragma unroll
@@ -187,7 +227,7 @@ __device__ __forceinline__ void rotate_item(const RotaryWrite& w, const T* head,
     write(at + half, b);
   } else {
     const int at = item * kWidth;
-    load_few(head + at, a);
+    head.load(at, a);
     if (at < w.rotary_dim) {
 #pragma unroll
       for (int i = 0; i + 1 < kWidth; i += 2) {
@@ -206,7 +246,7 @@ constexpr int kRotaryThreads = 256;
 
 // A block takes a token: the heads of q, and those of k and v if there is a cache. kWidth,
 // kCacheWidth: elements of an item of q, and of k.
-template <typename T, typename C, int kWidth, int kCacheWidth, bool kNeox>
+template <typename T, typename C, int kWidth, int kCacheWidth, bool kNeox, bool kNormed>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryWrite w) {
   const int64_t row = blockIdx.x;
   const int32_t position = min(max(load_global(w.positions + row), 0), w.max_position - 1);
@@ -216,27 +256,42 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryWrite w) {
   const int items = kNeox ? w.head_dim - w.rotary_dim / 2 : w.head_dim;
 
   const T* const q = static_cast<const T*>(w.q) + row * w.q_stride;
+  const T* const k = static_cast<const T*>(w.k) + row * w.k_stride;
   T* const rotated = static_cast<T*>(w.rotated_q) + row * w.rotated_stride;
+  float* const factors = reinterpret_cast<float*>(dynamic_shared());  // of q's heads, then k's
+  if (kNormed) {
+    const int heads = w.num_heads + w.cache.num_kv_heads;
+    for (int i = static_cast<int>(threadIdx.x) / 32; i < heads; i += kRotaryThreads / 32) {
+      const T* const head =
+          i < w.num_heads ? q + int64_t{i} * w.head_dim : k + int64_t{i - w.num_heads} * w.head_dim;
+      const float factor = norm_factor(head, w.head_dim, w.norms.eps);
+      if (threadIdx.x % 32 == 0) factors[i] = factor;
+    }
+    __syncthreads();
+  }
   const int per_head = items / kWidth;
   for (int i = threadIdx.x; i < w.num_heads * per_head; i += kRotaryThreads) {
     const int head = i / per_head;
     const int64_t first = int64_t{head} * w.head_dim;
-    rotate_item<T, kWidth, kNeox>(
-        w, q + first, i - head * per_head, cos, sin,
+    rotate_item<kWidth, kNeox>(
+        w, Head<T, kNormed>{q + first, w.norms.q_weight, kNormed ? factors[head] : 1.0f},
+        i - head * per_head, cos, sin,
         [&](int at, const float (&x)[kWidth]) { store_few<T>(rotated + first + at, x, 1.0f); });
   }
   if (w.k == nullptr) return;
   const int64_t slot = slot_offset(w.cache, load_global(w.slot_mapping + row));
   if (slot < 0) return;
-  const T* const k = static_cast<const T*>(w.k) + row * w.k_stride;
   C* const keys = static_cast<C*>(w.cache.k) + slot;
   const int per_key = items / kCacheWidth;
   for (int i = threadIdx.x; i < w.cache.num_kv_heads * per_key; i += kRotaryThreads) {
     const int head = i / per_key;
     const float scale = head_scale(w.cache.k_scale, head);
     C* const to = keys + head * w.cache.head_stride;
-    rotate_item<T, kCacheWidth, kNeox>(
-        w, k + int64_t{head} * w.head_dim, i - head * per_key, cos, sin,
+    rotate_item<kCacheWidth, kNeox>(
+        w,
+        Head<T, kNormed>{k + int64_t{head} * w.head_dim, w.norms.k_weight,
+                         kNormed ? factors[w.num_heads + head] : 1.0f},
+        i - head * per_key, cos, sin,
         [&](int at, const float (&x)[kCacheWidth]) { store_few<T>(to + at, x, scale); });
   }
   const T* const v = static_cast<const T*>(w.v) + row * w.v_stride;
@@ -250,7 +305,7 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryWrite w) {
   }
 }
 
-template <typename T, typename C>
+template <typename T, typename C, bool kNormed>
 void launch_rotary(const char* name, const RotaryWrite& w, ops::RotaryStyle style, int64_t rows,
                    Stream stream) {
   constexpr int kWide = Vector<T>::kSize, kCacheWide = Vector<C>::kSize;
@@ -262,17 +317,20 @@ void launch_rotary(const char* name, const RotaryWrite& w, ops::RotaryStyle styl
     return neox ? w.rotary_dim / 2 % width == 0 && table_fits : w.rotary_dim % width == 0;
   };
   const dim3 grid(static_cast<unsigned>(rows));
-  const auto run = [&](auto kernel) { launch(name, kernel, grid, kRotaryThreads, 0, stream, w); };
+  const int32_t heads = kNormed ? w.num_heads + w.cache.num_kv_heads : 0;
+  const auto run = [&](auto kernel) {
+    launch(name, kernel, grid, kRotaryThreads, sizeof(float) * heads, stream, w);
+  };
   // Whole vectors of the cache, or of T, or else pairs: of single elements (NeoX), of two that lie
   // together.
   if (neox) {
-    if (fits(kCacheWide)) return run(rotary_kernel<T, C, kWide, kCacheWide, true>);
-    if (fits(kWide)) return run(rotary_kernel<T, C, kWide, kWide, true>);
-    return run(rotary_kernel<T, C, 1, 1, true>);
+    if (fits(kCacheWide)) return run(rotary_kernel<T, C, kWide, kCacheWide, true, kNormed>);
+    if (fits(kWide)) return run(rotary_kernel<T, C, kWide, kWide, true, kNormed>);
+    return run(rotary_kernel<T, C, 1, 1, true, kNormed>);
   }
-  if (fits(kCacheWide)) return run(rotary_kernel<T, C, kWide, kCacheWide, false>);
-  if (fits(kWide)) return run(rotary_kernel<T, C, kWide, kWide, false>);
-  run(rotary_kernel<T, C, 2, 2, false>);
+  if (fits(kCacheWide)) return run(rotary_kernel<T, C, kWide, kCacheWide, false, kNormed>);
+  if (fits(kWide)) return run(rotary_kernel<T, C, kWide, kWide, false, kNormed>);
+  run(rotary_kernel<T, C, 2, 2, false, kNormed>);
 }
 
 RotaryWrite rotary_write(const Rows& q, const int32_t* positions, const Rows& cos_sin,
@@ -397,7 +455,8 @@ void reshape_and_cache(const Rows& k, const Rows& v, const int32_t* slot_mapping
 
 void rotary_and_cache(const Rows& q, const Rows& k, const Rows& v, const int32_t* positions,
                       const int32_t* slot_mapping, const Rows& cos_sin, ops::RotaryStyle style,
-                      const KvCache& cache, const Rows& rotated_q, Stream stream) {
+                      const KvCache& cache, const HeadNorms& norms, const Rows& rotated_q,
+                      Stream stream) {
   check_new_tokens(k, v, cache);
   check(k.rows == q.rows && k.dtype == q.dtype, "k", "must have the rows and the type of q");
   RotaryWrite w = rotary_write(q, positions, cos_sin, cache.head_dim, rotated_q);
@@ -407,9 +466,18 @@ void rotary_and_cache(const Rows& q, const Rows& k, const Rows& v, const int32_t
   w.v_stride = v.stride;
   w.slot_mapping = slot_mapping;
   w.cache = cache;
+  w.norms = norms;
+  const bool is_normed = norms.q_weight != nullptr;
+  check(is_normed == (norms.k_weight != nullptr), "q_norm", "and k_norm go together");
+  for (const float* weight : {norms.q_weight, norms.k_weight}) {
+    check(reinterpret_cast<uintptr_t>(weight) % 16 == 0, "q_norm and k_norm",
+          "must be on 16 bytes");
+  }
   with_cache_types(k.dtype, cache, [&](auto t, auto c) {
-    launch_rotary<typename decltype(t)::type, typename decltype(c)::type>("rotary_and_cache", w,
-                                                                          style, q.rows, stream);
+    using T = typename decltype(t)::type;
+    using C = typename decltype(c)::type;
+    const auto run = is_normed ? launch_rotary<T, C, true> : launch_rotary<T, C, false>;
+    run("rotary_and_cache", w, style, q.rows, stream);
   });
 }
 
@@ -418,7 +486,7 @@ void rotary(const Rows& x, const int32_t* positions, const Rows& cos_sin, int64_
   const RotaryWrite w = rotary_write(x, positions, cos_sin, head_dim, y);
   with_float_type(x.dtype, x.name, [&](auto t) {
     using T = typename decltype(t)::type;
-    launch_rotary<T, T>("rotary", w, style, x.rows, stream);
+    launch_rotary<T, T, false>("rotary", w, style, x.rows, stream);
   });
 }
 

@@ -125,12 +125,21 @@ void reshape_and_cache(const Rows& k, const Rows& v, const int32_t* slot_mapping
 void rotary(const Rows& x, const int32_t* positions, const Rows& cos_sin, int64_t head_dim,
             ops::RotaryStyle style, const Rows& y, Stream stream);
 
+// RMSNorms of each head of q and of k, before they are turned. Weights: [head_dim], on 16 bytes;
+// null: none.
+struct HeadNorms {
+  const float* q_weight = nullptr;
+  const float* k_weight = nullptr;
+  float eps = 0.0f;
+};
+
 // Rotary embedding of q and of k, whose result goes to the cache together with v, in one pass: to
-// the bit what rotary() and reshape_and_cache() give. rotated_q may be q. Heads are cache.head_dim
-// wide; see rotary() for the rest.
+// the bit what norm(), rotary() and reshape_and_cache() give. rotated_q may be q. Heads are
+// cache.head_dim wide; see rotary() for the rest.
 void rotary_and_cache(const Rows& q, const Rows& k, const Rows& v, const int32_t* positions,
                       const int32_t* slot_mapping, const Rows& cos_sin, ops::RotaryStyle style,
-                      const KvCache& cache, const Rows& rotated_q, Stream stream);
+                      const KvCache& cache, const HeadNorms& norms, const Rows& rotated_q,
+                      Stream stream);
 
 // Copies of whole blocks, all layers at once. Layers are layer_stride bytes apart and blocks
 // block_stride; bytes of each are copied. All four are multiples of 16.

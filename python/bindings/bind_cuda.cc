@@ -170,7 +170,8 @@ void rotary(py::object x, py::object positions, py::object cos_sin, int64_t head
 void rotary_and_cache(py::object q, py::object k, py::object v, py::object positions,
                       py::object slot_mapping, py::object cos_sin, const std::string& style,
                       py::object k_cache, py::object v_cache, py::object rotated_q,
-                      const OptionalArg& k_scale, const OptionalArg& v_scale) {
+                      const OptionalArg& k_scale, const OptionalArg& v_scale,
+                      const OptionalArg& q_norm, const OptionalArg& k_norm, float norm_eps) {
   Arguments args;
   const cuda::Rows queries = args.rows(q, "q");
   const cuda::Rows keys = args.rows(k, "k");
@@ -180,8 +181,10 @@ void rotary_and_cache(py::object q, py::object k, py::object v, py::object posit
   const cuda::Rows table = args.rows(cos_sin, "cos_sin");
   const cuda::KvCache cache = args.cache(k_cache, v_cache, k_scale, v_scale);
   const cuda::Rows out = args.rows(rotated_q, "rotated_q");
-  cuda::rotary_and_cache(queries, keys, values, at, slots, table, rotary_style(style), cache, out,
-                         args.stream());
+  const cuda::HeadNorms norms{args.optional_floats(q_norm, "q_norm", cache.head_dim),
+                              args.optional_floats(k_norm, "k_norm", cache.head_dim), norm_eps};
+  cuda::rotary_and_cache(queries, keys, values, at, slots, table, rotary_style(style), cache, norms,
+                         out, args.stream());
 }
 
 void copy_blocks(py::object cache, py::object copies) {
@@ -454,7 +457,8 @@ void bind_cuda_ops(py::module_& m) {
         arg("style"), arg("out"));
   m.def("rotary_and_cache", &rotary_and_cache, arg("q"), arg("k"), arg("v"), arg("positions"),
         arg("slot_mapping"), arg("cos_sin"), arg("style"), arg("k_cache"), arg("v_cache"),
-        arg("rotated_q"), arg("k_scale") = py::none(), arg("v_scale") = py::none());
+        arg("rotated_q"), arg("k_scale") = py::none(), arg("v_scale") = py::none(),
+        arg("q_norm") = py::none(), arg("k_norm") = py::none(), arg("norm_eps") = 0.0f);
   m.def("copy_blocks", &copy_blocks, arg("cache"), arg("copies"));
   m.def("swap_blocks", &swap_blocks, arg("device"), arg("host"), arg("swaps"), arg("direction"));
 }

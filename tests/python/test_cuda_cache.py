@@ -135,10 +135,17 @@ def test_rotary_tables_may_begin_anywhere(cuda: Kernels) -> None:
 @pytest.mark.parametrize(
     ("head_dim", "rotary_dim"), [(128, 128), (80, 32), (80, 80), (64, 24), (64, 10)]
 )
+@pytest.mark.parametrize("normed", [False, True])
 def test_rotary_and_cache(
-    cuda: Kernels, dtype: torch.dtype, style: str, float8: bool, head_dim: int, rotary_dim: int
+    cuda: Kernels,
+    dtype: torch.dtype,
+    style: str,
+    float8: bool,
+    head_dim: int,
+    rotary_dim: int,
+    normed: bool,
 ) -> None:
-    """To the bit what rotary and reshape_and_cache give; q is turned in place."""
+    """To the bit what norm, rotary and reshape_and_cache give; q is turned in place."""
     rows, heads, kv_heads, blocks, block_size = 6, 6, 2, 2, 16
     q = cuda.random(rows, heads * head_dim, dtype=dtype, seed=6)
     k, v = (cuda.random(rows, kv_heads * head_dim, dtype=dtype, seed=i) for i in (7, 8))
@@ -150,13 +157,22 @@ def test_rotary_and_cache(
     shape = (blocks, block_size, kv_heads, head_dim)
     wants = [cuda.poisoned(*shape, dtype=cache_dtype) for _ in range(2)]
     want_q, want_k = torch.empty_like(q), torch.empty_like(k)
-    cuda.ops.rotary(q, positions, table, head_dim, style, want_q)
-    cuda.ops.rotary(k, positions, table, head_dim, style, want_k)
+    norms: dict[str, Any] = {}
+    normed_q, normed_k = q, k
+    if normed:
+        weights = [cuda.random(head_dim, dtype=torch.float32, seed=i) for i in (10, 11)]
+        norms = {"q_norm": weights[0], "k_norm": weights[1], "norm_eps": 1e-2}
+        normed_q, normed_k = torch.empty_like(q), torch.empty_like(k)
+        for x, y, weight in zip((q, k), (normed_q, normed_k), weights, strict=True):
+            cuda.ops.norm(x, y, "rms", 1e-2, weight, None, None, head_dim)
+    cuda.ops.rotary(normed_q, positions, table, head_dim, style, want_q)
+    cuda.ops.rotary(normed_k, positions, table, head_dim, style, want_k)
     cuda.ops.reshape_and_cache(want_k, v, slots, *wants, *scales)
     caches = [cuda.poisoned(*shape, dtype=cache_dtype) for _ in range(2)]
 
     def launch() -> None:
-        cuda.ops.rotary_and_cache(q, k, v, positions, slots, table, style, *caches, q, *scales)
+        args = (q, k, v, positions, slots, table, style, *caches, q, *scales)
+        cuda.ops.rotary_and_cache(*args, **norms)
 
     cuda.run(launch, q)
     assert same(q, want_q)
@@ -234,6 +250,12 @@ def bad_arguments(cuda: Kernels) -> list[tuple[str, Any]]:
     slots = cuda.ints([0, 1])
     table = cuda.random(4, 64, dtype=torch.float32, seed=1)
     write, rotary = cuda.ops.reshape_and_cache, cuda.ops.rotary
+    weight = table[0]
+
+    def write_rotated(**norms: torch.Tensor) -> None:
+        out = torch.empty_like(k)
+        cuda.ops.rotary_and_cache(k, k, k, slots, slots, table, "neox", cache, cache, out, **norms)
+
     return [
         ("k is 2 x 64", lambda: write(k[:, :64], k, slots, cache, cache)),
         ("v is 1 x 128", lambda: write(k, k[:1], slots, cache, cache)),
@@ -248,6 +270,10 @@ def bad_arguments(cuda: Kernels) -> list[tuple[str, Any]]:
         ("last dimension", lambda: write(k.t().contiguous().t(), k, slots, cache, cache)),
         ("style must be", lambda: rotary(k, slots, table, 64, "x", k)),
         ("cos_sin must have an even", lambda: rotary(k, slots, table[:, :3], 64, "neox", k)),
+        ("q_norm and k_norm go together", lambda: write_rotated(q_norm=weight)),
+        ("q_norm and k_norm go together", lambda: write_rotated(k_norm=weight)),
+        ("k_norm has 63", lambda: write_rotated(q_norm=weight, k_norm=weight[1:])),
+        ("must be on 16 bytes", lambda: write_rotated(q_norm=weight, k_norm=odd(weight))),
         (
             "copies has no block 16",
             lambda: cuda.ops.copy_blocks(cache.flatten(2), torch.tensor([[0, 16]])),
@@ -261,7 +287,7 @@ def odd(x: torch.Tensor) -> torch.Tensor:
     return memory[1:].view(x.shape).copy_(x)
 
 
-@pytest.mark.parametrize("case", range(14))
+@pytest.mark.parametrize("case", range(18))
 def test_errors_name_the_argument(cuda: Kernels, case: int) -> None:
     message, call = bad_arguments(cuda)[case]
     with pytest.raises(ValueError, match=message):

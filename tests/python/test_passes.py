@@ -120,7 +120,11 @@ def test_each_pass_by_its_name() -> None:
         assert gone[name] <= set(kinds(apply_passes(program, [name])))
     with pytest.raises(InvalidArgument, match="unknown pass 'fuse': one of all, fuse_rotary_cache"):
         apply_passes(program, ["fuse"])
-    assert [name for name, _ in passes("gpu")] == ["fuse_rotary_cache", "fuse_add_norm"]
+    assert [name for name, _ in passes("gpu")] == [
+        "fuse_rotary_cache",
+        "fuse_add_norm",
+        "fuse_qk_norm",
+    ]
     assert "add" in kinds(apply_passes(program, ["fuse_add_norm"], target="gpu"))
     with pytest.raises(InvalidArgument, match="unknown target 'tpu': one of cpu, gpu"):
         passes("tpu")
@@ -219,6 +223,46 @@ def test_left_as_it_is(build: Callable[[ops.Tensor], ops.Tensor]) -> None:
         ops.output(ops.gather_rows(x))
     fused = apply_passes(program, ["fuse_residual"] if build is two_readers else [])
     assert str(fused) == str(program)
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({"qk_norm": "head"}, 0),
+        ({"qk_norm": "each_head"}, 2),  # a weight for each head
+        ({"qk_norm": "all"}, 2),  # not of heads
+        ({"qk_norm": "head", "norm_kind": "layer"}, 2),
+        ({"qk_norm": "head", "rotary": None}, 2),
+    ],
+)
+def test_norms_of_query_and_key_heads_on_a_gpu(changes: dict[str, Any], count: int) -> None:
+    program = decoder(spec(num_heads=4, num_kv_heads=2, num_layers=2, **changes))
+    fused = apply_passes(program, target="gpu")
+    assert kinds(fused).count("norm") == kinds(program).count("norm") - 2 * (2 - count)
+
+
+def test_norms_of_query_and_key_heads_that_differ() -> None:
+    """Nothing is fused; nor where what is normed is read by more than rotary."""
+    for k_eps, again in ((1e-6, False), (1e-5, True)):
+        with ops.trace() as program:
+            x = ops.embed(ops.weight("embed", (VOCAB, 24)))
+            q, k, v = ops.split(x, (8, 8, 8))
+            q = ops.norm(q, ops.weight("q_norm", (4,)), 1e-5)
+            k = ops.norm(k, ops.weight("k_norm", (4,)), k_eps)
+            table = ops.weight("cos_sin", (MAX_POSITION, 4))
+            turned_q, turned_k = ops.rotary(q, table, 4), ops.rotary(k, table, 4)
+            ops.write_cache(turned_k, v, layer=0)
+            y = ops.attend(turned_q, layer=0, num_heads=2, num_kv_heads=2, head_dim=4)
+            ops.output(ops.gather_rows(ops.add(y, q) if again else y))
+        fused = kinds(apply_passes(program, target="gpu"))
+        assert fused.count("rotary_write_cache") == 1
+        assert fused.count("norm") == 2
+
+
+def test_norms_of_query_and_key_heads_with_rotary_are_not_for_the_cpu() -> None:
+    program = apply_passes(decoder(spec(qk_norm="head")), target="gpu")
+    with pytest.raises(InvalidArgument, match="with norms of q and k is for a GPU"):
+        load(CpuExecutor(program, num_kv_blocks=1), program, 0)
 
 
 def test_a_norm_with_a_residual_is_checked() -> None:

@@ -49,8 +49,9 @@ enum class OpKind : uint8_t {
   kLinear,      // x, weight [, bias]       y        [norm_eps] [activation] [residual]
   kRotary,      // x, cos_sin               y        head_dim, style="neox"|"interleaved"
   kWriteCache,  // k, v                     -        layer
-  // Fused: rotary of q and of k, write_cache of that k and of v.
-  kRotaryWriteCache,  // q, k, v, cos_sin    rotated q  layer, head_dim, style
+  // Fused: rotary of q and of k, write_cache of that k and of v. With norm_eps, RMSNorms of each
+  // head of q and of k come first: two more inputs, their weights [head_dim] (not on the CPU).
+  kRotaryWriteCache,  // q, k, v, cos_sin    rotated q  layer, head_dim, style [, norm_eps]
   kAttend,    // q [, alibi_slopes]       y        layer, num_heads, num_kv_heads, head_dim, scale,
               // sliding_window, soft_cap
   kActivate,  // x, or gate | up          y        kind: see ops::activation_from_name

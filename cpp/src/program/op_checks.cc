@@ -288,8 +288,14 @@ class OpChecker {
   }
 
   void check_rotary_write_cache() const {
-    check_counts(4, 4, 1);
-    check_attrs({"layer", "head_dim", "style"});
+    const bool is_normed = op_.attrs.count("norm_eps") > 0;
+    check_counts(is_normed ? 6 : 4, is_normed ? 6 : 4, 1);
+    check_attrs({"layer", "head_dim", "style", "norm_eps"});
+    for (size_t i = 4; i < op_.inputs.size(); ++i) {
+      require(weight(i, 1).shape[0] == op_.attr_int("head_dim", 0),
+              "weight " + describe(op_.inputs[i]) + " must be [head_dim]");
+    }
+    require(op_.attr_double("norm_eps", 0) >= 0, "attribute norm_eps is negative");
     check_rotated(0, 3);
     check_rotated(1, 3);
     check_cache_inputs();

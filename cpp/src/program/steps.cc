@@ -35,6 +35,9 @@ class Compiler {
       case OpKind::kWriteCache:
         return WriteCacheStep{slab(op.inputs[0]), slab(op.inputs[1]), cache(op)};
       case OpKind::kRotaryWriteCache:
+        if (op.attrs.count("norm_eps")) {
+          throw InvalidArgument("rotary_write_cache with norms of q and k is for a GPU");
+        }
         return RotaryWriteCacheStep{slab(op.inputs[0]), slab(op.inputs[1]),
                                     slab(op.inputs[2]), weights_.table(op.inputs[3].buffer),
                                     rotary_style(op),   cache(op),

@@ -118,7 +118,12 @@ def rotary_and_cache(
     rotated_q: DLPackTensor,
     k_scale: DLPackTensor | None = None,
     v_scale: DLPackTensor | None = None,
-) -> None: ...
+    q_norm: DLPackTensor | None = None,
+    k_norm: DLPackTensor | None = None,
+    norm_eps: float = 0.0,
+) -> None:
+    """q_norm, k_norm: weights of RMSNorms of each head, [head_dim]."""
+
 def copy_blocks(cache: DLPackTensor, copies: DLPackTensor) -> None:
     """cache: [num_layers, num_blocks, elements of a block]; copies: [n, 2], in CPU memory."""
 

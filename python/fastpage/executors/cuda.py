@@ -282,7 +282,7 @@ class CudaExecutor(TorchExecutor):
 
     def _rotary_write_cache(self, op: Step, frame: Frame) -> torch.Tensor:
         q, k, v = (self._input(op, i, frame) for i in range(3))
-        layer = int(op.attrs["layer"])
+        layer, normed = int(op.attrs["layer"]), "norm_eps" in op.attrs
         out = self._empty(q)
         self.kernels.rotary_and_cache(
             q,
@@ -296,6 +296,7 @@ class CudaExecutor(TorchExecutor):
             self._values[layer],
             out,
             *self._scales(layer),
+            *([self._weight(op, 4), self._weight(op, 5), op.attrs["norm_eps"]] if normed else ()),
         )
         return out
 

@@ -321,9 +321,17 @@ class TorchExecutor:
         self._write(op, self._input(op, 0, frame), self._input(op, 1, frame), frame)
 
     def _rotary_write_cache(self, op: Step, frame: Frame) -> torch.Tensor:
+        """With norms of q's and k's heads as OpKind::kRotaryWriteCache says."""
         q, k, v = (self._input(op, i, frame) for i in range(3))
+        if "norm_eps" in op.attrs:
+            q, k = (self._norm_heads(op, x, self._weight(op, i)) for x, i in ((q, 4), (k, 5)))
         self._write(op, self._rotate(op, k, self._weight(op, 3), frame), v, frame)
         return self._rotate(op, q, self._weight(op, 3), frame)
+
+    def _norm_heads(self, op: Step, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        heads = x.float().unflatten(1, (-1, int(op.attrs["head_dim"])))
+        y = _to_unit_rms(heads, float(op.attrs["norm_eps"])) * weight
+        return y.flatten(1).to(self._dtype)
 
     def _write(self, op: Step, k: torch.Tensor, v: torch.Tensor, frame: Frame) -> None:
         layer = int(op.attrs["layer"])

@@ -10,5 +10,6 @@ Program fuse_activation(const Program& program);
 Program fuse_residual(const Program& program);
 Program fuse_norm(const Program& program);
 Program fuse_add_norm(const Program& program);
+Program fuse_qk_norm(const Program& program);
 
 }  // namespace fastpage

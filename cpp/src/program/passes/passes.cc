@@ -21,6 +21,8 @@ constexpr Pass kPasses[] = {
      fuse_norm, true, false},
     {"fuse_add_norm", "add, norm: what is added is normed before it leaves the multiprocessor",
      fuse_add_norm, false, true},
+    {"fuse_qk_norm", "norms of q's and k's heads, rotary_write_cache: of a row that is read once",
+     fuse_qk_norm, false, true},
 };
 
 void check_names(const std::vector<std::string>& names) {
