@@ -222,6 +222,13 @@ def find_nvcc() -> str | None:
     return found
 
 
+def toolkit() -> Path:
+    """Where CUDA's headers and tools are: nvcc on the PATH may be a script elsewhere."""
+    nvcc = Path(find_nvcc() or "nvcc")
+    places = [nvcc.resolve().parents[1], Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
+    return next((p for p in places if (p / "include/cuda_runtime.h").exists()), places[0])
+
+
 def look_around(report: Report) -> tuple[str, str] | None:
     """The GPU's architecture and nvcc, unless something is missing."""
     # A virtual environment that was not activated has its cmake and ninja there.
@@ -415,7 +422,7 @@ def sanitize(report: Report, tool: str, limit: float) -> None:
     name = f"compute-sanitizer {tool}, on a part"
     begin = clock()
     sanitizer = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=str(Path(find_nvcc() or "").parent)
+        "compute-sanitizer", path=str(toolkit() / "bin")
     )
     if sanitizer is None:
         report.add(Outcome(name, "skipped", 0.0, "there is no compute-sanitizer"))
@@ -477,7 +484,8 @@ def bench(report: Report, options: argparse.Namespace, until: float) -> None:
             limit = until - begin
             if section != SECTIONS[-1]:
                 limit = min(options.each, limit)
-            env = environment(FLASHINFER_WORKSPACE_BASE=str(BUILD))  # what it compiles
+            # What FlashInfer compiles with, and to.
+            env = environment(CUDA_HOME=str(toolkit()), FLASHINFER_WORKSPACE_BASE=str(BUILD))
             status, output = run(command, limit, cwd=ROOT, env=env)
             rows += json.loads(part.read_text())["rows"] if part.exists() else []
         report.keep(f"benchmark {section}", output)
