@@ -147,3 +147,16 @@ def test_no_time_is_left(run_cuda: ModuleType, tmp_path: Path) -> None:
     run_cuda.test_file(report, "test_cuda_x.py", each=60, until=time.monotonic())
     assert outcomes(report) == {"(the rest)": "failed"}
     assert "no time was left" in report.text(all_tests=False)
+
+
+def test_tools_beside_this_python_are_found(
+    run_cuda: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a virtual environment that is not active."""
+    (tmp_path / "cmake").touch(mode=0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(run_cuda.sysconfig, "get_path", lambda name: str(tmp_path))
+    report = run_cuda.Report("cuda-test", tmp_path / "logs")
+    assert run_cuda.look_around(report) is None
+    assert "nvidia-smi lists none" in report.facts[0]
+    assert "cmake" not in report.facts[0]
