@@ -4,6 +4,7 @@ oracle for it."""
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,20 @@ def smollm2_hf(smollm2_gguf: Path) -> TransformersModel:
     }
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     return TransformersModel(model.eval(), transformers.AutoTokenizer.from_pretrained(**source))
+
+
+@pytest.fixture(params=["uvloop", "asyncio"])
+def server_loop(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> str:
+    """The package whose event loop servers run on that the test starts."""
+    if request.param == "uvloop":
+        pytest.importorskip("uvloop")
+    else:
+        (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['uvloop'] = None\n")
+        paths = filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    return request.param
 
 
 @pytest.fixture

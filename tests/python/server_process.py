@@ -135,6 +135,11 @@ class ServerProcess:
         return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.pids())
 
 
+def event_loop_of(pid: int) -> str:
+    """The package that a server's process has it from."""
+    return "uvloop" if "/uvloop/" in Path(f"/proc/{pid}/maps").read_text() else "asyncio"
+
+
 def is_alive(pid: int) -> bool:
     """Neither gone nor a zombie."""
     try:

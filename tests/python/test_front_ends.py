@@ -29,6 +29,7 @@ from server_process import (
     NOT_SERVING,
     GrpcClient,
     ServerProcess,
+    event_loop_of,
     is_alive,
     write_endless_model,
     write_tiny_model,
@@ -484,9 +485,12 @@ def test_an_engine_that_is_killed(grpc_server: Server, expected: list[int]) -> N
     asyncio.run(main())
 
 
-def test_a_signal_lets_requests_of_both_finish(model: Path, expected: list[int]) -> None:
+def test_a_signal_lets_requests_of_both_finish(
+    model: Path, expected: list[int], server_loop: str
+) -> None:
     async def main() -> None:
         with Server(GRPC, model, "--drain-timeout", "600") as server:
+            assert {event_loop_of(pid) for pid in server.front_ends()} == {server_loop}
             a, b = await client_of(server, 0), await client_of(server, 1)
             async with a, b:
                 streams = [await Stream.start(client, LONG) for client in (a, b)]
@@ -504,7 +508,9 @@ def test_a_signal_lets_requests_of_both_finish(model: Path, expected: list[int])
     asyncio.run(main())
 
 
-def test_a_second_signal_ends_them_at_once(model: Path, expected: list[int]) -> None:
+def test_a_second_signal_ends_them_at_once(
+    model: Path, expected: list[int], server_loop: str
+) -> None:
     async def main() -> None:
         with Server(GRPC, model, "--drain-timeout", "600") as server:
             a, b = await client_of(server, 0), await client_of(server, 1)
@@ -650,7 +656,7 @@ def connection_to(server: Server, pid: int) -> Connection:
     return found[-1]
 
 
-def test_http(model: Path, expected: list[int]) -> None:
+def test_http(model: Path, expected: list[int], server_loop: str) -> None:
     body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0, "ignore_eos": True}
     body["return_token_ids"] = True
     with Server(HTTP, model) as server:

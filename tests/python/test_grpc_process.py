@@ -22,6 +22,7 @@ from server_process import (
     ENDLESS_OPTIONS,
     GRPC,
     ServerProcess,
+    event_loop_of,
     write_endless_model,
 )
 from waiting import PATIENCE, eventually
@@ -89,7 +90,9 @@ def test_a_signal_ends_the_process_when_the_time_to_drain_is_over(
             assert words in server.out
 
 
-def test_a_signal_lets_requests_finish_and_a_second_one_does_not(endless_model: Path) -> None:
+def test_a_signal_lets_requests_finish_and_a_second_one_does_not(
+    endless_model: Path, server_loop: str
+) -> None:
     options = [*ENDLESS_OPTIONS, "--drain-timeout", "600"]
     with (
         ServerProcess(GRPC, endless_model, *options) as server,
@@ -97,6 +100,7 @@ def test_a_signal_lets_requests_finish_and_a_second_one_does_not(endless_model: 
         ThreadPoolExecutor() as pool,
     ):
         wait_until_serving(channel)
+        assert event_loop_of(server.process.pid) == server_loop
         stub, health = pb_grpc.FastpageStub(channel), health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == SERVING

@@ -23,6 +23,7 @@ from server_process import (
     ENDLESS_OPTIONS,
     HTTP,
     ServerProcess,
+    event_loop_of,
     is_alive,
     write_endless_model,
 )
@@ -218,8 +219,9 @@ def test_a_signal_ends_streams_after_a_while(endless: Path, number: signal.Signa
         assert server.err == ""
 
 
-def test_a_signal_lets_streams_end(endless: Path) -> None:
+def test_a_signal_lets_streams_end(endless: Path, server_loop: str) -> None:
     with start(endless, *ONE_PLACE, "--drain-timeout", "600") as server:
+        assert event_loop_of(server.process.pid) == server_loop
         with occupied(server):
             stream = stream_in_the_queue(server)
             server.process.send_signal(signal.SIGTERM)
@@ -232,7 +234,7 @@ def test_a_signal_lets_streams_end(endless: Path) -> None:
         assert server.err == ""
 
 
-def test_an_engine_that_is_killed_comes_back(endless: Path) -> None:
+def test_an_engine_that_is_killed_comes_back(endless: Path, server_loop: str) -> None:
     with start(endless, *ONE_PLACE) as server, occupied(server):
         stream = stream_in_the_queue(server)
         engine = next(pid for pid in server.pids()[1:] if is_alive(pid))
