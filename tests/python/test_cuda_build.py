@@ -45,7 +45,7 @@ def test_stub_names_every_function() -> None:
     functions = {
         name for name, x in vars(module).items() if callable(x) and not isinstance(x, type)
     }
-    functions -= {"set_schedule", "set_max_shared", "bytes_loaded"}
+    functions -= {"set_schedule", "set_max_shared", "bytes_loaded", "load_ptx", "ptx_counts"}
     assert set(stated) - only_there == functions
     for name in functions:
         text = getattr(module, name).__doc__.split(" -> ")[0]

@@ -15,10 +15,12 @@ from cuda_kernels import Kernels, Launches
 from paging import PagedSequences, relative_error
 from small_decoder import VOCAB
 from test_cuda_executor import MAX_LEN, NUM_BLOCKS, SPEC, TOKENS
+from test_cuda_runner import generate
 
 from fastpage import _C, ops
 from fastpage.executors.cuda import CudaExecutor
-from fastpage.executors.torch import TorchExecutor
+from fastpage.executors.cuda_runner import CudaRunner
+from fastpage.executors.torch import TorchExecutor, TorchRunner
 from fastpage.models import DecoderSpec, RotarySpec, decoder
 from fastpage.models.constants import constants
 
@@ -49,6 +51,8 @@ def load(executor: Any, known: dict[str, Any]) -> Any:
             values = random.standard_normal(buffer.shape, np.float32)
             if len(buffer.shape) == 2:
                 values /= buffer.shape[1] ** 0.5
+            elif buffer.name.endswith(".bias"):
+                values *= 0.2  # more of it, and every token is the same
             executor.load_weight(buffer.name, known.get(buffer.name, values))
     executor.finish_loading()
     return executor
@@ -230,6 +234,27 @@ def test_passes_are_left_out_by_name(cuda: Kernels, monkeypatch: pytest.MonkeyPa
     assert apart <= kinds(disabled_passes=["all"])
     monkeypatch.setenv("FASTPAGE_DISABLED_PASSES", "fuse_rotary_cache")
     assert apart & kinds() == {"rotary", "write_cache"}
+
+
+# ---- engines
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_greedy_tokens_are_those_of_torch(cuda: Kernels, name: str) -> None:
+    """With recorded steps, padded, and samples that share blocks."""
+    spec = LAYERS[name][0]
+    requests = [{"temperature": 0.0, "n": n} for n in (1, 2, 1)]
+    executor = load(executor_of(cuda, decoder(spec), dtype="float32"), constants(spec))
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 24, "max_model_len": MAX_LEN}
+    executor.warm_up(**limits, graph_sizes=[1, 3, 8])
+    reference = load(TorchExecutor(decoder(spec), num_kv_blocks=NUM_BLOCKS), constants(spec))
+    got, want = (
+        [tokens for tokens, _, _ in generate(runner, requests=requests, num_blocks=NUM_BLOCKS)]
+        for runner in (CudaRunner(executor), TorchRunner(reference))
+    )
+    assert len(got) == 4
+    assert got == want
+    assert len({tuple(tokens) for tokens in got}) == 3  # both samples of a request alike
 
 
 # ---- what is written over is needed by nobody
