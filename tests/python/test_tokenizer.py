@@ -112,6 +112,12 @@ def smollm2_digits(smollm2_hf: Any) -> Any:
 # ---------------------------------------------------------------- from GGUF
 
 
+@pytest.fixture
+def transformers() -> Any:
+    pytest.importorskip("torch")  # with which it reads GGUF
+    return pytest.importorskip("transformers")
+
+
 def test_real_model_equals_transformers(smollm2, smollm2_hf, smollm2_digits):
     assert_same(smollm2, smollm2_digits, TEXTS + random_texts(300))
     digitless = [text for text in TEXTS if not any(c.isnumeric() for c in text)]
@@ -146,9 +152,7 @@ PRE_TYPES = {"gpt-2": "llama", "llama-bpe": "llama", "tekken": "llama", "qwen2":
 
 @pytest.mark.parametrize("pre", PRE_TYPES)
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_byte_level_gguf_equals_transformers(tmp_path, pre, add_bos):
-    import transformers
-
+def test_byte_level_gguf_equals_transformers(transformers, tmp_path, pre, add_bos):
     metadata = byte_level_vocabulary(CORPUS, 2000) | {
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.add_bos_token": add_bos,
@@ -166,9 +170,7 @@ def test_byte_level_gguf_equals_transformers(tmp_path, pre, add_bos):
 
 
 @pytest.mark.parametrize("add_bos", [None, False])
-def test_sentencepiece_gguf_equals_transformers(tmp_path, add_bos):
-    import transformers
-
+def test_sentencepiece_gguf_equals_transformers(transformers, tmp_path, add_bos):
     metadata = sentencepiece_vocabulary(CORPUS, 2000)
     if add_bos is not None:
         metadata["tokenizer.ggml.add_bos_token"] = add_bos
@@ -264,9 +266,7 @@ def saved(smollm2_digits, tmp_path) -> Path:
     return tmp_path
 
 
-def test_directory_equals_transformers(saved):
-    import transformers
-
+def test_directory_equals_transformers(transformers, saved):
     ours = Tokenizer.from_directory(saved)
     theirs = transformers.AutoTokenizer.from_pretrained(str(saved))
     assert_same(ours, theirs, TEXTS + CORPUS + random_texts(100))
@@ -275,9 +275,7 @@ def test_directory_equals_transformers(saved):
     assert ours.special_tokens["eos_token"] == "<|im_end|>"
 
 
-def test_directory_of_a_sentencepiece_tokenizer_equals_transformers(tmp_path):
-    import transformers
-
+def test_directory_of_a_sentencepiece_tokenizer_equals_transformers(transformers, tmp_path):
     metadata = sentencepiece_vocabulary(CORPUS, 2000)
     (tmp_path / "gguf").mkdir()
     write_gguf(tmp_path / "gguf" / "a.gguf", "llama", {}, model_metadata("llama") | metadata)
