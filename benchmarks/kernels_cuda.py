@@ -249,9 +249,10 @@ class Bench:
 
     # ---- whole steps
 
-    def decode_steps(self, batch: int, length: int, layers: int = 8) -> None:
-        """Of a model with so many of Llama 3 8B's layers, and a small vocabulary: as they come, as
-        a CUDA graph, and the latter with sampling, to the arrival of the tokens."""
+    def executor(
+        self, layers: int, length: int, blocks: int, batch_invariant: bool
+    ) -> CudaExecutor:
+        """A model with so many of Llama 3 8B's layers, and a small vocabulary."""
         spec = DecoderSpec(
             vocab_size=32000,
             hidden_size=HEADS * HEAD_DIM,
@@ -264,13 +265,23 @@ class Bench:
             max_position_embeddings=length,
             rotary=RotarySpec(dim=HEAD_DIM),
         )
-        blocks_each = -(-length // BLOCK)
-        executor = CudaExecutor(decoder(spec), num_kv_blocks=batch * blocks_each)
+        executor = CudaExecutor(
+            decoder(spec), num_kv_blocks=blocks, batch_invariant=batch_invariant
+        )
         for buffer in executor.program.buffers:
             if buffer.kind == "weight":
                 weight = torch.randn(buffer.shape, device="cuda") * 0.02
                 executor.load_weight(buffer.name, weight)
         executor.finish_loading()
+        return executor
+
+    def decode_steps(self, batch: int, length: int, layers: int = 8) -> None:
+        """As they come, as a CUDA graph, in batch-invariant mode, too; with sampling, to the
+        arrival of the tokens."""
+        blocks_each = -(-length // BLOCK)
+        executor, invariant = (
+            self.executor(layers, length, batch * blocks_each, mode) for mode in (False, True)
+        )
         one_each = np.arange(batch, dtype=np.int32)
         tables = np.arange(batch * blocks_each, dtype=np.int32).reshape(batch, -1)
         step = {
@@ -287,14 +298,15 @@ class Bench:
         read += 2 * 2 * layers * batch * length * KV_HEADS * HEAD_DIM
         name = f"decode step, {layers} layers, {batch} x {length} tokens, {read / 1e6:.0f} MB"
         self.step(f"{name}, as it comes", read, lambda: executor.launch(step))
-        executor.warm_up(
-            max_num_seqs=batch,
-            max_num_batched_tokens=batch,
-            max_model_len=length,
-            graph_sizes=[batch],
-        )
-        self.step("    as a CUDA graph", read, lambda: executor.launch(step))
-        sampler = DeviceSampler(_C.cuda, spec.vocab_size, executor.device)
+        for each, mode in ((executor, ""), (invariant, ", batch-invariant")):
+            each.warm_up(
+                max_num_seqs=batch,
+                max_num_batched_tokens=batch,
+                max_model_len=length,
+                graph_sizes=[batch],
+            )
+            self.step(f"    as a CUDA graph{mode}", read, lambda e=each: e.launch(step))
+        sampler = DeviceSampler(_C.cuda, executor.program.vocab_size, executor.device)
         arrays = arrays_of(batch, top_k=50, top_p=0.9)
         self.step(
             "    with sampling, waited for",
@@ -302,7 +314,35 @@ class Bench:
             lambda: sampler.launch(executor.launch(step), arrays).wait(0),
         )
 
-    def step(self, name: str, read: int, run: Callable[[], Any], runs: int = 30) -> None:
+    def prefill_step(self, tokens: int, layers: int = 8) -> None:
+        """Of one prompt, of which the last token's logits are wanted."""
+        at = np.arange(tokens, dtype=np.int32)
+        step = {
+            "token_ids": at,
+            "positions": at,
+            "slot_mapping": at,
+            "query_start_loc": np.array([0, tokens], np.int32),
+            "seq_lens": np.array([tokens], np.int32),
+            "block_tables": np.arange(tokens // BLOCK, dtype=np.int32).reshape(1, -1),
+            "logits_indices": at[-1:],
+        }
+        for name, mode in ((f"prefill step, {layers} layers", False), (BATCH_INVARIANT, True)):
+            executor = self.executor(layers, tokens, tokens // BLOCK, mode)
+            of_layers = sum(
+                math.prod(buffer.shape)
+                for buffer in executor.program.buffers
+                if buffer.kind == "weight" and buffer.name.startswith("layers.")
+            )
+            flops = 2 * tokens * (of_layers + layers * tokens * HEADS * HEAD_DIM)
+            seconds = self.seconds_of_step(lambda e=executor: e.launch(step))
+            name = f"{name}, {tokens} tokens, {flops / seconds / 1e12:.0f} TFLOP/s"
+            self.add(name, seconds, "800 TFLOP/s", flops / seconds / 800e12)
+
+    def step(self, name: str, read: int, run: Callable[[], Any]) -> None:
+        seconds = self.seconds_of_step(run)
+        self.add(name, seconds, "copy", read / seconds / self.copy)
+
+    def seconds_of_step(self, run: Callable[[], Any], runs: int = 30) -> float:
         """By the clock, as the CPU's part counts: mean of so many in a row."""
         for _ in range(3):
             run()
@@ -311,8 +351,7 @@ class Bench:
         for _ in range(runs):
             run()
         torch.cuda.synchronize()
-        seconds = (time.perf_counter() - start) / runs
-        self.add(name, seconds, "copy", read / seconds / self.copy)
+        return (time.perf_counter() - start) / runs
 
 
 def graphed(*launches: Callable[[], Any]) -> Callable[[], Any]:
@@ -366,6 +405,7 @@ def run(bench: Bench, section: str) -> None:
     elif section == "steps":
         for batch, length in ((1, 1024), (32, 1024), (256, 512)):
             bench.decode_steps(batch, length)
+        bench.prefill_step(2048)
     elif section == "experts":
         for tokens in (1, 8, 64, 256, 1024):
             bench.experts(tokens)

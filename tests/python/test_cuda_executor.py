@@ -261,8 +261,9 @@ def test_options_of_the_command_line() -> None:
     parser = argparse.ArgumentParser()
     EngineArgs.add_cli_args(parser)
     words = ["--model", "x", "--cudagraph-capture-sizes", "1", "8", "--no-enforce-eager"]
-    words += ["--executor", "cuda", "--kv-cache-dtype", "fp8"]
+    words += ["--executor", "cuda", "--kv-cache-dtype", "fp8", "--batch-invariant"]
     args = EngineArgs.from_cli_args(parser.parse_args(words))
     assert args.cudagraph_capture_sizes == [1, 8]
     assert args.kv_cache_dtype == "float8_e4m3"
+    assert args.batch_invariant
     assert not args.enforce_eager

@@ -112,6 +112,7 @@ def generate(checkpoint: Path, **options: Any) -> tuple[list[str], LLM]:
     [
         {},
         {"enforce_eager": True, "num_kv_blocks": 20},
+        {"enforce_eager": True, "batch_invariant": True},
         {"cudagraph_capture_sizes": [2], "async_scheduling": True},
     ],
 )
@@ -123,6 +124,7 @@ def test_text(cuda: Kernels, checkpoint: Path, options: dict[str, Any]) -> None:
     runner = llm._loaded.runner
     assert isinstance(runner, CudaRunner)
     sizes = options.get("cudagraph_capture_sizes", [1, 2, 3])
+    assert runner._executor.batch_invariant == options.get("batch_invariant", False)
     assert runner._executor.graph_sizes == ([] if options.get("enforce_eager") else sizes)
 
 

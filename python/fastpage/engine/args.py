@@ -257,6 +257,14 @@ class EngineArgs:
         type=int,
         nargs="+",
     )
+    batch_invariant: bool = _arg(
+        False,
+        "Execution",
+        "outputs that are the same to the bit whatever else is in the batch, however a prompt is "
+        "cut into steps, and whether or not it was preempted or found in the prefix cache. "
+        "executor cpu: always so; cuda: slower (default: off)",
+        action=argparse.BooleanOptionalAction,
+    )
     async_scheduling: bool = _arg(
         False,
         "Execution",
@@ -314,7 +322,12 @@ class EngineArgs:
                 )
         if self.cpu_affinity is not None:
             parse_cpus(self.cpu_affinity)
-        for name in ("enable_prefix_caching", "async_scheduling", "enforce_eager"):
+        for name in (
+            "enable_prefix_caching",
+            "async_scheduling",
+            "batch_invariant",
+            "enforce_eager",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"{name}={getattr(self, name)!r} is not True or False")
         if not isinstance(self.enable_kv_events, bool | None):
@@ -371,6 +384,10 @@ class EngineArgs:
             raise InvalidArgument(
                 "kv_cache_dtype='float8_e4m3' needs executor='cuda': 'cpu' has int8, which "
                 "is as small"
+            )
+        if self.executor == "torch" and self.batch_invariant:
+            raise InvalidArgument(
+                "batch_invariant=True needs executor='cuda', or 'cpu', which is so anyway"
             )
         self._check_capture_sizes()
         if not self.model or not isinstance(self.model, str):

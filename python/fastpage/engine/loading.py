@@ -397,7 +397,9 @@ def _load_cuda_runner(
 
     sizes = args.cudagraph_capture_sizes or default_sizes(info.max_num_seqs)
     with naming_what_to_reduce():
-        executor = CudaExecutor(model.program, dtype=info.dtype, **options)
+        executor = CudaExecutor(
+            model.program, dtype=info.dtype, batch_invariant=args.batch_invariant, **options
+        )
         model.load_weights(checkpoint, executor, progress=progress)
         _load_kv_scales(info, checkpoint, model, executor)
         executor.warm_up(

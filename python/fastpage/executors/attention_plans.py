@@ -62,8 +62,11 @@ class Scratch:
 class GrowingPlans:
     """Plans of one shape for whatever steps come: made anew when one does not fit."""
 
-    def __init__(self, kernels: Any, shape: Shape, device: torch.device) -> None:
+    def __init__(
+        self, kernels: Any, shape: Shape, device: torch.device, *, batch_invariant: bool
+    ) -> None:
         self._kernels, self._shape, self._device = kernels, shape, device
+        self._batch_invariant = batch_invariant
         self._limits = {"max_num_seqs": 0, "max_num_tokens": 0, "max_seq_len": 0}
         self._scratch = Scratch(device)
 
@@ -76,7 +79,13 @@ class GrowingPlans:
         }
         if any(wanted[name] > limit for name, limit in self._limits.items()):
             self._limits = {n: max(_power_of_two(w), self._limits[n]) for n, w in wanted.items()}
-            self._plan = new_plan(self._kernels, self._shape, self._device, **self._limits)
+            self._plan = new_plan(
+                self._kernels,
+                self._shape,
+                self._device,
+                batch_invariant=self._batch_invariant,
+                **self._limits,
+            )
             self._scratch.reserve(self._plan)
             self._image = np.zeros(self._plan.plan_size, np.int32)
         self._plan.plan(query_start_loc, seq_lens, self._image)

@@ -26,6 +26,7 @@ from fastpage.executors.decode_graphs import (
     StepArrays,
 )
 from fastpage.executors.experts import Experts
+from fastpage.executors.fixed_rows import FixedRows
 from fastpage.executors.staging import send
 from fastpage.executors.torch import Frame, IntArray, Step, TorchExecutor
 
@@ -37,6 +38,8 @@ class CudaExecutor(TorchExecutor):
     kv_cache_dtype: that of activations, or "float8_e4m3" beside 16 bits (see set_kv_scales).
     kernels: fastpage._C.cuda; what has its functions may stand in for it.
     disabled_passes: of those over the program that are for a GPU.
+    batch_invariant: a token's logits are the same to the bit whatever else is computed in the step,
+    however its sequence is cut into steps, and wherever its keys and values were computed.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class CudaExecutor(TorchExecutor):
         dtype: str = "bfloat16",
         kv_cache_dtype: str | None = None,
         kernels: Any | None = None,
+        batch_invariant: bool = False,
         disabled_passes: Sequence[str] = (),
         **options: Any,
     ) -> None:
@@ -81,8 +85,9 @@ class CudaExecutor(TorchExecutor):
             device=self._device,
         )
         self._keys, self._values = self._keys[:, :num_kv_blocks], self._values[:, :num_kv_blocks]
+        self._fixed_rows = FixedRows() if batch_invariant else None
         self._plans = {
-            shape: GrowingPlans(kernels, shape, self._device)
+            shape: GrowingPlans(kernels, shape, self._device, batch_invariant=batch_invariant)
             for shape in {attention_shape(op) for op in program.ops if op.kind == "attend"}
         }
         self._graphs: DecodeGraphs | None = None
@@ -104,6 +109,7 @@ class CudaExecutor(TorchExecutor):
             top_k=int(op.attrs["top_k"]),
             renormalize=bool(op.attrs["renormalize"]),
             activate=functools.partial(self._activated, kind=str(op.attrs["kind"])),
+            fixed_rows=self._fixed_rows,
         )
 
     def _place(self, buffer: int, values: torch.Tensor) -> torch.Tensor:
@@ -118,6 +124,10 @@ class CudaExecutor(TorchExecutor):
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def batch_invariant(self) -> bool:
+        return self._fixed_rows is not None
 
     @property
     def graph_sizes(self) -> list[int]:
@@ -138,6 +148,8 @@ class CudaExecutor(TorchExecutor):
         self.launch(_largest_step(max_num_seqs, max_num_batched_tokens, max_model_len))
         if not graph_sizes:
             return
+        if self._fixed_rows is not None:
+            graph_sizes = [self._fixed_rows.rounded(size) for size in graph_sizes]
         self._graphs = DecodeGraphs(
             self._run,
             self.program,
@@ -146,6 +158,7 @@ class CudaExecutor(TorchExecutor):
             sizes=graph_sizes,
             max_seq_len=max_model_len,
             block_size=self._block_size,
+            batch_invariant=self.batch_invariant,
         )
 
     def launch_batch(self, batch: InputBatch, future: FutureTokens | None = None) -> torch.Tensor:
@@ -324,6 +337,13 @@ class CudaExecutor(TorchExecutor):
             v_scale=v_scale,
         )
         return out
+
+    def _multiply(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self._fixed_rows is None:
+            return super()._multiply(x, weight, bias)
+        return self._fixed_rows.linear(x, weight, bias)
 
     def _activate(self, op: Step, frame: Frame) -> torch.Tensor:
         return self._activated(self._input(op, 0, frame), str(op.attrs["kind"]))

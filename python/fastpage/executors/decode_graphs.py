@@ -54,6 +54,7 @@ class DecodeGraphs:
         sizes: Sequence[int],
         max_seq_len: int,
         block_size: int,
+        batch_invariant: bool,
     ) -> None:
         """Raises InvalidArgument for sizes that are none, Error for what cannot be recorded."""
         if not sizes or min(sizes) < 1:
@@ -66,10 +67,11 @@ class DecodeGraphs:
         logits = torch.empty(largest, program.vocab_size, device=device)
         shapes = {attention_shape(op) for op in program.ops if op.kind == "attend"}
         scratch = {shape: Scratch(device) for shape in shapes}
-        limits = {"max_seq_len": max_seq_len, "fixed_grid": True, "decode_only": True}
+        options: dict[str, Any] = {"max_seq_len": max_seq_len, "batch_invariant": batch_invariant}
+        options |= {"fixed_grid": True, "decode_only": True}
         plans = {
             (size, shape): new_plan(
-                kernels, shape, device, max_num_seqs=size, max_num_tokens=size, **limits
+                kernels, shape, device, max_num_seqs=size, max_num_tokens=size, **options
             )
             for size in self.sizes
             for shape in shapes

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn import functional
 
+from fastpage.executors.fixed_rows import FixedRows
+
 # Up to so many tokens every expert computes all of them: by then nearly all experts are read for
 # some token anyhow, and to read them is what a step's time is. Beyond, to compute is.
 MOST_TOKENS_FOR_ALL = 256
@@ -26,13 +28,32 @@ class Experts:
         top_k: int,
         renormalize: bool,
         activate: Activate,
+        fixed_rows: FixedRows | None = None,
     ) -> None:
+        """fixed_rows: of all products, so that a token's result does not depend on the others."""
         self._gate_up, self._down = gate_up, down
         self._top_k, self._renormalize, self._activate = top_k, renormalize, activate
+        self._fixed_rows = fixed_rows
 
     def run(self, x: torch.Tensor, logits: torch.Tensor, may_wait: bool) -> torch.Tensor:
         """x: [tokens, hidden]; logits: [tokens, experts]. Waits for the device, once, only if
         may_wait, and for so many tokens that it is worth it."""
+        if self._fixed_rows is not None:
+            name = f"experts of {list(self._gate_up.shape)}"
+            return self._fixed_rows.run(name, self._into, x.shape[1], x, logits)
+        chosen, shares = self._choose(x, logits)
+        # To gather an expert's weights is to read them twice and to write them once.
+        if 3 * chosen.numel() < len(self._down):
+            return self._by_choice(x, chosen, shares)
+        if may_wait and len(x) > MOST_TOKENS_FOR_ALL:
+            return self._by_expert(x, chosen, shares)
+        return self._by_all(x, chosen, shares)
+
+    def _into(self, out: torch.Tensor, x: torch.Tensor, logits: torch.Tensor) -> None:
+        out.copy_(self._by_all(x, *self._choose(x, logits)))
+
+    def _choose(self, x: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each token's experts, and what their results are multiplied by."""
         probabilities = logits.float().softmax(dim=1)
         # topk does not say which of equal ones it takes.
         chosen = logits.float().sort(dim=1, descending=True, stable=True).indices[:, : self._top_k]
@@ -41,13 +62,7 @@ class Experts:
         shares = probabilities.gather(1, chosen)
         if self._renormalize:
             shares = shares / shares.sum(dim=1, keepdim=True)
-        shares = shares.to(x.dtype)
-        # To gather an expert's weights is to read them twice and to write them once.
-        if 3 * chosen.numel() < len(self._down):
-            return self._by_choice(x, chosen, shares)
-        if may_wait and len(x) > MOST_TOKENS_FOR_ALL:
-            return self._by_expert(x, chosen, shares)
-        return self._by_all(x, chosen, shares)
+        return chosen, shares.to(x.dtype)
 
     def _by_choice(
         self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor

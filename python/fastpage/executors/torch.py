@@ -297,10 +297,15 @@ class TorchExecutor:
             norm_weight = self._weight(op, 2 if bias is None else 3)
             x = _to_unit_rms(x.float(), float(op.attrs["norm_eps"])) * norm_weight
             x = x.to(self._dtype)
-        y = functional.linear(x, self._weight(op, 1), bias)
+        y = self._multiply(x, self._weight(op, 1), bias)
         if "activation" in op.attrs:
             y = activate(y, str(op.attrs["activation"]))
         return y + self._input(op, len(op.inputs) - 1, frame) if has_residual else y
+
+    def _multiply(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return functional.linear(x, weight, bias)
 
     def _rotary(self, op: Step, frame: Frame) -> torch.Tensor:
         return self._rotate(op, self._input(op, 0, frame), self._weight(op, 1), frame)
