@@ -118,6 +118,26 @@ __device__ __forceinline__ void load_keys(const char* tile, int step,
   }
 }
 
+// scores += queries times keys: 16 rows, 16 tokens.
+template <typename T, typename C, int kDim>
+__device__ __forceinline__ void score_keys(const char* queries, const char* keys,
+                                           float (&scores)[2][4]) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const char* const line = queries + lane % 16 * TileShape<Half, kDim>::kStride + lane / 16 * 16;
+#pragma unroll
+  for (int step = 0; step < kDim / 16 / kKeySteps<C>; ++step) {
+    uint32_t b[kKeySteps<C>][2][2];
+    load_keys<T, C, kDim>(keys, step, b);
+#pragma unroll
+    for (int k = 0; k < kKeySteps<C>; ++k) {
+      uint32_t a[4];
+      ldmatrix(a, line + (step * kKeySteps<C> + k) * 32);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) mma_16x8x16<T>(scores[n], a, b[k][n][0], b[k][n][1]);
+    }
+  }
+}
+
 // Fragments of values for 16 tokens and 32 of head_dim from 32 * step on: b[fragment][register].
 template <typename T, typename C, int kDim>
 __device__ __forceinline__ void load_values(const char* tile, int step, uint32_t (&b)[4][2]) {

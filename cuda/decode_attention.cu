@@ -164,21 +164,8 @@ __device__ __forceinline__ void attend_tile(const char* queries, const char* key
                                             const float (&slopes)[2], bool has_slopes,
                                             SoftmaxState* state, float (&sums)[kDim / 8][4]) {
   using Shape = DecodeShape<C, kDim>;
-  const int lane = static_cast<int>(threadIdx.x % 32);
   float scores[2][4] = {};
-#pragma unroll
-  for (int step = 0; step < kDim / 16 / kKeySteps<C>; ++step) {
-    uint32_t b[kKeySteps<C>][2][2];
-    load_keys<T, C, kDim>(keys, step, b);
-#pragma unroll
-    for (int k = 0; k < kKeySteps<C>; ++k) {
-      uint32_t a[4];
-      ldmatrix(a, queries + lane % 16 * Shape::kQueryStride + (step * kKeySteps<C> + k) * 32 +
-                      lane / 16 * 16);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) mma_16x8x16<T>(scores[n], a, b[k][n][0], b[k][n][1]);
-    }
-  }
+  score_keys<T, C, kDim>(queries, keys, scores);
   const bool needs_mask = first < work.begin || first + kTile > work.end;
   const float factor = finish_scores(scores, rule, first, work.end, has_slopes, needs_mask,
                                      [&](int i) { return RowRule{work.position, slopes[i]}; });

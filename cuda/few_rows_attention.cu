@@ -125,19 +125,7 @@ struct WarpColumns {
                                                float4* to) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     float scores[2][4] = {};
-#pragma unroll
-    for (int step = 0; step < kDim / 16 / kKeySteps<C>; ++step) {
-      uint32_t b[kKeySteps<C>][2][2];
-      load_keys<T, C, kDim>(keys, step, b);
-#pragma unroll
-      for (int k = 0; k < kKeySteps<C>; ++k) {
-        uint32_t a[4];
-        ldmatrix(a, queries + lane % 16 * Shape::kQueryStride + (step * kKeySteps<C> + k) * 32 +
-                        lane / 16 * 16);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) mma_16x8x16<T>(scores[n], a, b[k][n][0], b[k][n][1]);
-      }
-    }
+    score_keys<T, C, kDim>(queries, keys, scores);
     finish_scores(scores, rule, first, end, has_slopes, needs_mask, row_rule);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
