@@ -40,9 +40,12 @@ template <int kRows>
 __device__ __forceinline__ bool find_run(const AttentionArgs& args, int64_t items, int64_t count,
                                          RowTile* tile, PieceRun* run) {
   const int32_t index = static_cast<int32_t>(blockIdx.x);
-  if (index >= load_global(args.plan + count)) return false;
   const int4* const item = reinterpret_cast<const int4*>(args.plan + items) + int64_t{index} * 2;
+  // All loads at once: there is room for an item of every block, if nothing in it. (No item has a
+  // negative sequence; but what the condition needs is not loaded after it.)
+  const int32_t num_items = load_global(args.plan + count);
   const int4 what = load_global(item), where = load_global(item + 1);
+  if ((index >= num_items) | (what.x < 0)) return false;
   *tile = row_tile(args, what.x, what.y, kRows);
   run->first = what.z;
   run->end = what.w;
@@ -106,7 +109,7 @@ __device__ __forceinline__ void leave_hidden_pieces(const AttentionArgs& args, c
 template <typename T, typename C, int kThreads>
 __device__ __forceinline__ void fold_runs(const AttentionArgs& args, const RowTile& tile,
                                           const PieceRun& run, float v_scale) {
-  __shared__ bool is_last;
+  bool& is_last = *reinterpret_cast<bool*>(dynamic_shared());  // nobody reads queries any more
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {

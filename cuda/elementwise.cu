@@ -21,13 +21,16 @@ __device__ __forceinline__ void store_few(T* to, const Few<T, kWidth>& x) {
   store_global(reinterpret_cast<Few<T, kWidth>*>(to), x);
 }
 
+// Sums of warps, where a block shares a group.
+template <int kLanes>
+constexpr int kNumSums = kLanes == 32 ? 0 : kLanes / 32;
+
 // Over the kLanes threads (a warp, or the block) that share a group; the same order everywhere.
 template <int kLanes>
-__device__ __forceinline__ float sum_of_lanes(float x) {
+__device__ __forceinline__ float sum_of_lanes(float x, float* sums) {
 #pragma unroll
   for (int bits = 16; bits > 0; bits /= 2) x += __shfl_xor_sync(kFullWarp, x, bits);
   if (kLanes == 32) return x;
-  __shared__ float sums[kThreads / 32];
   __syncthreads();
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
   __syncthreads();
@@ -66,8 +69,8 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormArgs a) {
   const int part = static_cast<int>(threadIdx.x) / kLanes;
   const int64_t index = int64_t{blockIdx.x} * (kThreads / kLanes) + part;
   if (index >= a.num_groups) return;  // whole warps
-  float* const values =
-      reinterpret_cast<float*>(dynamic_shared()) + part * kept_size<kWidth, kLanes>(a.group) + lane;
+  float* const sums = reinterpret_cast<float*>(dynamic_shared());
+  float* const values = sums + kNumSums<kLanes> + part * kept_size<kWidth, kLanes>(a.group) + lane;
   const auto at = [&](int i, int e) { return i - lane * kWidth + e * kLanes; };
   const int64_t row = index / a.groups_per_row;
   const int64_t first = index % a.groups_per_row * a.group;  // column
@@ -92,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormArgs a) {
       sum = __fadd_rn(sum, a.is_layer ? value : __fmul_rn(value, value));
     }
   }
-  sum = sum_of_lanes<kLanes>(sum);
+  sum = sum_of_lanes<kLanes>(sum, sums);
   float mean = 0.0f;
   if (a.is_layer) {
     mean = sum / static_cast<float>(a.group);
@@ -104,36 +107,50 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormArgs a) {
         sum += difference * difference;
       }
     }
-    sum = sum_of_lanes<kLanes>(sum);
+    sum = sum_of_lanes<kLanes>(sum, sums);
   }
   const float factor = rsqrtf(sum / static_cast<float>(a.group) + a.eps);
   const int64_t of_weight = a.is_per_column ? first : 0;
   T* const y = static_cast<T*>(a.y) + row * a.y_stride + first;
   for (int i = lane * kWidth; i < a.group; i += kLanes * kWidth) {
+    float normed[kWidth];
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) normed[e] = (values[at(i, e)] - mean) * factor;
+    // Four at a time: one at a time, neighbours are in eight lines of the cache, and L1 is as busy
+    // as memory.
+    constexpr int kEach = kWidth < 4 ? kWidth : 4;
+#pragma unroll
+    for (int part = 0; part < kWidth; part += kEach) {
+      Few<float, kEach> weight, bias;
+      const int64_t column = of_weight + i + part;
+      if (a.weight != nullptr) weight = load_few<float, kEach>(a.weight + column);
+      if (a.bias != nullptr) bias = load_few<float, kEach>(a.bias + column);
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        if (a.weight != nullptr) normed[part + e] *= weight.elements[e];
+        if (a.bias != nullptr) normed[part + e] += bias.elements[e];
+      }
+    }
     Few<T, kWidth> out;
 #pragma unroll
-    for (int e = 0; e < kWidth; ++e) {
-      float value = (values[at(i, e)] - mean) * factor;
-      if (a.weight != nullptr) value *= load_global(a.weight + of_weight + i + e);
-      if (a.bias != nullptr) value += load_global(a.bias + of_weight + i + e);
-      out.elements[e] = from_float<T>(value);
-    }
+    for (int e = 0; e < kWidth; ++e) out.elements[e] = from_float<T>(normed[e]);
     store_few(y + i, out);
   }
 }
 
+template <typename T, int kWidth, int kLanes>
+void launch_norm(const NormArgs& a, Stream stream) {
+  constexpr int kPerBlock = kThreads / kLanes;
+  const auto blocks = static_cast<unsigned>((a.num_groups + kPerBlock - 1) / kPerBlock);
+  const int floats = kNumSums<kLanes> + kPerBlock * kept_size<kWidth, kLanes>(a.group);
+  launch("norm", norm_kernel<T, kWidth, kLanes>, dim3(blocks), kThreads,
+         sizeof(float) * static_cast<size_t>(floats), stream, a);
+}
+
 template <typename T, int kWidth>
 void launch_norm(const NormArgs& a, Stream stream) {
-  const auto run = [&](auto kernel, int per_block, int kept) {
-    const auto blocks = static_cast<unsigned>((a.num_groups + per_block - 1) / per_block);
-    const auto shared = sizeof(float) * static_cast<size_t>(kept * per_block);
-    launch("norm", kernel, dim3(blocks), kThreads, shared, stream, a);
-  };
-  if (a.group <= 512) {
-    run(norm_kernel<T, kWidth, 32>, kThreads / 32, kept_size<kWidth, 32>(a.group));
-  } else {
-    run(norm_kernel<T, kWidth, kThreads>, 1, kept_size<kWidth, kThreads>(a.group));
-  }
+  a.group <= 512 ? launch_norm<T, kWidth, 32>(a, stream)
+                 : launch_norm<T, kWidth, kThreads>(a, stream);
 }
 
 __device__ __forceinline__ float activated(ops::ActivationKind kind, float x) {
@@ -225,6 +242,9 @@ void norm(const Rows& x, const Rows* residual, const ops::NormParams& params, co
   a.weight = params.weight;
   a.bias = params.bias;
   a.eps = params.eps;
+  for (const float* p : {params.weight, params.bias}) {
+    vectorized = vectorized && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  }
   with_float_type(x.dtype, x.name, [&](auto t) {
     using T = typename decltype(t)::type;
     constexpr int kWide = 16 / static_cast<int>(sizeof(T));

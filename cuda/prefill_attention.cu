@@ -29,7 +29,8 @@ struct PrefillShape {
   static constexpr int kStatesAt = kRulesAt + kRows * static_cast<int>(sizeof(RowRule));
   static constexpr int kStateBytes =
       kFragments * kPrefillThreads * static_cast<int>(sizeof(SoftmaxState));
-  static constexpr int kBytes = kStatesAt + kStateBytes;
+  static constexpr int kRunAt = kStatesAt + kStateBytes;
+  static constexpr int kBytes = kRunAt + static_cast<int>(sizeof(PieceRun));
 };
 
 __device__ __forceinline__ bool find_tile(const AttentionArgs& args, int rows, RowTile* tile) {
@@ -270,7 +271,9 @@ struct WarpRows {
 template <typename T, typename C, int kDim, bool kBatchInvariant>
 __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionArgs args) {
   using Shape = PrefillShape<C, kDim>;
-  __shared__ PieceRun run;  // not in registers, which are short
+  char* const queries = dynamic_shared();
+  // Not in registers, which are short.
+  PieceRun& run = *reinterpret_cast<PieceRun*>(queries + Shape::kRunAt);
   RowTile work;
   KvRange range;
   if constexpr (kBatchInvariant) {
@@ -284,7 +287,6 @@ __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionAr
     if (!find_tile(args, Shape::kRows, &work)) return;
     range = visible_range(args, work, Shape::kRows);
   }
-  char* const queries = dynamic_shared();
   char* const keys = queries + Shape::kQueryBytes;
   char* const values = keys + Shape::kTileBytes;
   RowRule* const rules = reinterpret_cast<RowRule*>(queries + Shape::kRulesAt);
