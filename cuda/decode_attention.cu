@@ -57,8 +57,11 @@ struct Work {
 __device__ __forceinline__ bool find_work(const AttentionArgs& args, Work* work) {
   const int32_t* const plan = args.plan;
   const int32_t index = static_cast<int32_t>(blockIdx.x);
-  if (index >= load_global(plan + args.layout.counts + 1)) return false;
+  // Both loads at once: there is room for an item of every block, if nothing in it. (No item has a
+  // negative sequence; but what the condition needs is not loaded after it.)
+  const int32_t count = load_global(plan + args.layout.counts + 1);
   const int4 item = load_global(reinterpret_cast<const int4*>(plan + args.layout.decode) + index);
+  if ((index >= count) | (item.x < 0)) return false;
   work->seq = item.x;
   work->partial = item.w;
   work->position = load_global(plan + args.layout.seq_lens + item.x) - 1;
@@ -221,7 +224,7 @@ __device__ __forceinline__ void write_out(const AttentionArgs& args, const Work&
 // The last of a sequence's blocks to get here merges what all of them have left.
 template <typename T, typename C, int kDim>
 __device__ __forceinline__ void merge_partials(const AttentionArgs& args, const Work& work) {
-  __shared__ bool is_last;
+  bool& is_last = *reinterpret_cast<bool*>(dynamic_shared());  // nobody reads queries any more
   __threadfence();
   __syncthreads();
   const int32_t count = load_global(args.plan + args.layout.num_partials + work.seq);
@@ -260,9 +263,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(AttentionArgs
   if (!find_work(args, &work)) return;
   char* const queries = dynamic_shared();
   char* const tiles = queries + Shape::kQueryBytes;
-  load_queries<T, C, kDim>(args, work, queries);
-  __syncthreads();
-
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int group = static_cast<int>(threadIdx.x % 32) / 4;
   // The first tile from `begin` on whose number is `warp` modulo four.
@@ -279,6 +279,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(AttentionArgs
                              tiles + warp * stages * Shape::kStageBytes,
                              stages};
 
+  // Keys and values first: what else there is to load arrives while they are on their way.
+  for (int i = 0; i < stages - 1; ++i) reader.fetch(i);
+  load_queries<T, C, kDim>(args, work, queries);
   const float k_scale =
       kIsFloat8<C> ? kv_scale(args.cache.k_scale, work.kv_head) * Widen<T>::kFactor : 1.0f;
   const ScoreRule rule{args.params.scale * k_scale, args.params.soft_cap,
@@ -295,7 +298,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(AttentionArgs
 
   SoftmaxState state;
   float sums[kDim / 8][4] = {};
-  for (int i = 0; i < stages - 1; ++i) reader.fetch(i);
+  __syncthreads();  // queries are there
   int stage = 0;
   for (int i = 0; i < num_tiles; ++i) {
     reader.fetch(i + stages - 1);
