@@ -21,9 +21,19 @@ __global__ void __launch_bounds__(kThreads) process_kernel(ProcessArgs a) {
   float* const logits = a.logits + row * a.stride;
   const LogitsRows& r = a.rows;
   if (r.allowed != nullptr) {
-    const uint32_t* const bits = r.allowed + row * ((n + 31) / 32);
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-      if (!(load_global(bits + i / 32) >> (i % 32) & 1)) store_global(logits + i, -INFINITY);
+    // A warp takes 32 words at once, one a lane, and then the tokens of each: with a load for every
+    // token it would wait a thousand times as often for memory.
+    const int32_t words = (n + 31) / 32;
+    const uint32_t* const bits = r.allowed + row * words;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    for (int32_t first = static_cast<int32_t>(threadIdx.x) - lane; first < words;
+         first += kThreads) {
+      const uint32_t mine = first + lane < words ? load_global(bits + first + lane) : 0;
+      for (int i = 0; i < 32; ++i) {
+        const bool is_allowed = __shfl_sync(kFullWarp, mine, i) >> lane & 1;
+        const int32_t token = (first + i) * 32 + lane;
+        if (!is_allowed && token < n) store_global(logits + token, -INFINITY);
+      }
     }
     __syncthreads();
   }
