@@ -32,6 +32,19 @@ __device__ __forceinline__ Item<T, C> load_item(const T* from) {
   return x;
 }
 
+// x / scale, of 16-bit x and as far as float8 can tell: to the bit where the quotient is neither
+// tiny nor huge, in four instructions instead of a dozen and a branch (Markstein 1990).
+struct Quotient {
+  float scale, inverse;
+
+  explicit __device__ Quotient(float s) : scale(s), inverse(fminf(1.0f / s, 3.402823466e38f)) {}
+  __device__ float operator()(float x) const {
+    const float near = x * inverse;
+    const float right = fmaf(fmaf(-near, scale, x), inverse, near);
+    return fabsf(near) > 0x1p-100f && fabsf(near) < 0x1p100f ? right : near;
+  }
+};
+
 // New values to the cache; into float8, the quotient by `scale` is what is rounded.
 template <typename T, typename C>
 __device__ __forceinline__ void store_item(C* to, const Item<T, C>& x, float scale) {
@@ -40,9 +53,10 @@ __device__ __forceinline__ void store_item(C* to, const Item<T, C>& x, float sca
     y.words = x.parts[0].words;
   } else {
     constexpr int kEach = Vector<T>::kSize;
+    const Quotient quotient(scale);
 #pragma unroll
     for (int i = 0; i < x.kSize; ++i) {
-      y.elements[i] = from_float<C>(to_float(x.parts[i / kEach].elements[i % kEach]) / scale);
+      y.elements[i] = from_float<C>(quotient(to_float(x.parts[i / kEach].elements[i % kEach])));
     }
   }
   store_vector(to, y);
@@ -127,13 +141,14 @@ struct alignas(sizeof(T) * kWidth) Few {
 template <typename T, typename C, int kWidth>
 __device__ __forceinline__ void store_few(C* to, const float (&x)[kWidth], float scale) {
   Few<C, kWidth> y;
+  const Quotient quotient(scale);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     if constexpr (sizeof(T) == sizeof(C)) {
       y.elements[i] = from_float<C>(x[i]);
     } else {
       // As if it had been written to memory as T in between.
-      y.elements[i] = from_float<C>(to_float(from_float<T>(x[i])) / scale);
+      y.elements[i] = from_float<C>(quotient(to_float(from_float<T>(x[i]))));
     }
   }
   store_global(reinterpret_cast<Few<C, kWidth>*>(to), y);

@@ -173,6 +173,11 @@ __device__ __forceinline__ float from_float<float>(float x) {
 // e4m3, rounded to nearest even, saturating at 448.
 template <>
 __device__ __forceinline__ Float8 from_float<Float8>(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t y;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(0.0f), "f"(x));
+  return {static_cast<uint8_t>(y)};
+#else
   const uint32_t sign = __float_as_uint(x) >> 24 & 0x80;
   uint32_t bits = __float_as_uint(x) & 0x7fffffffu;
   if (bits > 0x7f800000u) return {static_cast<uint8_t>(sign | 0x7f)};
@@ -183,6 +188,7 @@ __device__ __forceinline__ Float8 from_float<Float8>(float x) {
   }
   bits += 0x7ffffu + (bits >> 20 & 1);
   return {static_cast<uint8_t>(sign | ((bits - 0x3c000000u) >> 20))};
+#endif
 }
 
 __device__ __forceinline__ float to_float(Float8 x) {

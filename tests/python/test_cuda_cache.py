@@ -94,6 +94,25 @@ def test_reshape_and_cache_float8(cuda: Kernels, dtype: torch.dtype) -> None:
         assert same(cache, want)
 
 
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_float8_quotients(cuda: Kernels, dtype: torch.dtype) -> None:
+    """Of all 16-bit numbers, as IEEE division and rounding give them: by scales of any size."""
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    numbers = bits.view(dtype)
+    numbers = torch.where(numbers.isfinite(), numbers, 0.0).to(cuda.device)
+    scales = [1.0, 0.1, 7.0, 1 / 448, 0.007, 15.0, 1e-38, 1e30, 1e-20, 7e4, 0.3333, 5e-5]
+    heads, head_dim = len(scales) // 2, 64
+    rows = len(numbers) // head_dim
+    x = numbers.view(rows, 1, head_dim).expand(rows, heads, head_dim).reshape(rows, -1)
+    slots = cuda.ints(list(range(rows)))
+    caches = [new_cache(cuda, rows // 16, 16, heads, head_dim, torch.uint8) for _ in range(2)]
+    k_scale, v_scale = torch.tensor(scales, device=cuda.device).view(2, heads)
+    cuda.ops.reshape_and_cache(x, x, slots, *caches, k_scale, v_scale)
+    for cache, scale in zip(caches, (k_scale, v_scale), strict=True):
+        want = to_float8(x.float().unflatten(1, (heads, head_dim)) / scale[:, None])
+        assert torch.equal(cache.flatten(0, 1), want)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("style", ["neox", "interleaved"])
 @pytest.mark.parametrize(
