@@ -273,6 +273,14 @@ __device__ __forceinline__ float sum_of_quad(float x) {
   return x + __shfl_xor_sync(kFullWarp, x, 2);
 }
 
+// Four threads copy a token's keys or values, where a block shares a tile. Eight lanes write to
+// shared memory at once, those of two tokens: tokens 4 apart, whose rows are 4 vectors apart modulo
+// the 8 that all banks hold. Those of neighbours would be in the same banks, but for one vector.
+constexpr int kThreadsOfToken = 4;
+__device__ __forceinline__ int copied_token(int thread) {
+  return (thread & ~31) >> 2 | (thread & 4) | (thread >> 3 & 3);
+}
+
 // Copies of 16 tokens' worth of one row of the cache: lane's vectors of K or V to shared memory.
 // from: the first token's head; tokens from `valid` on become zeros, as does what is behind
 // head_dim.
@@ -294,11 +302,6 @@ __device__ __forceinline__ float kv_scale(const float* scales, int head) {
   return scales != nullptr ? load_global(scales + head) : 1.0f;
 }
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
 // fn(Type<T>, Type<C>, Constant<kDim>) of the kernel for these types.
 template <typename Fn>
 void with_attention_types(DType dtype, const KvCache& cache, Fn fn) {
@@ -317,7 +320,8 @@ void with_attention_types(DType dtype, const KvCache& cache, Fn fn) {
   });
 }
 
-// In decode_attention.cu, few_rows_attention.cu, prefill_attention.cu and float32_attention.cu.
+// In decode_attention.cu, prefill_attention.cu, few_rows_attention.cu, many_rows_attention.cu and
+// float32_attention.cu.
 void launch_decode(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream);
 void launch_prefill(DType dtype, const AttentionArgs& args, int32_t num_items, Stream stream);
 // Batch-invariant: few rows of a sequence, and many.

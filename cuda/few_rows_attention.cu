@@ -1,6 +1,6 @@
 // Batch-invariant attention of few rows of a sequence: its new token's heads, or those of a few
 // tokens. Decode for that mode: as fast as KV can be read, but in the order of sums in which
-// prefill_attention.cu computes a piece, to the bit.
+// prefill_kernel.cuh computes a piece, to the bit.
 //
 // A block takes up to 16 rows, the rows of the MMAs, and tiles of 64 (or 32) tokens one after the
 // other. What order says nothing of is shared out to its four warps: of the scores, 16 tokens each,
@@ -38,7 +38,7 @@ struct FewRowsShape {
 template <typename C, int kDim>
 struct TileFetcher {
   using Shape = FewRowsShape<C, kDim>;
-  static constexpr int kThreadsEach = 4;  // of a token
+  static constexpr int kThreadsEach = kThreadsOfToken;
   static constexpr int kAtOnce = kThreads / kThreadsEach;
   static constexpr int kParts = Shape::kTokens / kAtOnce;
 
@@ -53,8 +53,7 @@ struct TileFetcher {
   int32_t blocks[kParts] = {};  // of the next tile's tokens
 
   __device__ int32_t token(int part) const {
-    return next * Shape::kTokens + part * kAtOnce +
-           static_cast<int32_t>(threadIdx.x) / kThreadsEach;
+    return next * Shape::kTokens + part * kAtOnce + copied_token(static_cast<int32_t>(threadIdx.x));
   }
   __device__ void find_blocks() {
 #pragma unroll
@@ -80,7 +79,7 @@ struct TileFetcher {
                              vector * kPerVector;
         const C* const keys = static_cast<const C*>(args.cache.k) + from;
         const C* const values = static_cast<const C*>(args.cache.v) + from;
-        const int row = part * kAtOnce + static_cast<int>(threadIdx.x) / kThreadsEach;
+        const int row = part * kAtOnce + copied_token(static_cast<int>(threadIdx.x));
         char* const line = memory + stage * Shape::kStageBytes + row * Tile::kStride + vector * 16;
 #pragma unroll
         for (int i = 0; i < Tile::kVectors; i += kThreadsEach) {

@@ -74,6 +74,11 @@ struct Type {
   using type = T;
 };
 
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 // fn(Type<T>{}) for the T that `dtype` is.
 template <typename Fn>
 void with_half_type(DType dtype, const char* name, Fn fn) {
