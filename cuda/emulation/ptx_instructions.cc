@@ -347,6 +347,12 @@ Effect make_conversion(const Operands& op) {
       return is_half ? pack<Half>(low, high) : pack<BFloat16>(low, high);
     });
   }
+  if (from == "f32" && to == "e4m3x2" && op.has("rn") && op.has("satfinite")) {
+    const auto bits = [](float x) { return x != x ? 0x7f : from_float<Float8>(x).bits; };
+    return map<uint16_t, float, float>(op, [bits](float high, float low) {
+      return static_cast<uint16_t>(bits(high) << 8 | bits(low));
+    });
+  }
   if (from == "f16" && to == "f32") return map<float, uint16_t>(op, half_value);
   return with_type(op, from, [&](auto source) {
     return with_type(op, to, [&](auto target) -> Effect {
