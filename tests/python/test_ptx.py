@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -104,3 +105,29 @@ def test_what_is_wrong_is_found(
     spoil(file, pattern, by)
     with pytest.raises(RuntimeError, match=message):
         Attention(cuda, replace(step, head_dim=128, plan={})).run()
+
+
+@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("new_tokens", "batch_invariant"), [(1, False), (1, True), (64, False), (64, True)]
+)
+def test_tiles_have_no_bank_conflicts(
+    cuda: Kernels, new_tokens: int, batch_invariant: bool, head_dim: int, float8: bool
+) -> None:
+    """What 256 more tokens of keys and values take of shared memory is the least possible."""
+    if float8 and head_dim == 64 and (new_tokens, batch_invariant) == (1, False):
+        pytest.skip("decode's copies of 64 bytes a token are in two wavefronts")
+
+    def shared(length: int) -> Counter[str]:
+        def counts() -> Counter[str]:
+            return sum(map(Counter, cuda.ops.ptx_counts().values()), Counter())
+
+        before = counts()
+        case = Case(new_tokens=[new_tokens], seq_lens=[length], head_dim=head_dim, float8=float8)
+        Attention(cuda, replace(case, batch_invariant=batch_invariant)).run()
+        return counts() - before
+
+    more = shared(512)
+    more.subtract(shared(256))
+    assert more["shared_wavefronts"] == more["shared_least"] > 0
