@@ -35,8 +35,10 @@ struct DecodeShape {
   static constexpr int kStageBytes = 2 * kTileBytes;
   static constexpr int kQueryStride = TileShape<Half, kDim>::kStride;
   static constexpr int kQueryBytes = kTile * kQueryStride;
-  // The warps' results, at the end, where the tiles were.
-  static constexpr int kResultBytes = kWarps * kTile * (kDim + 2) * 4;
+  // The warps' results, at the end, where the tiles were. Rows are 8 floats further apart than they
+  // are long: four at a time are written, each 8 floats of it, in different banks.
+  static constexpr int kResultStride = kDim + 8;
+  static constexpr int kResultBytes = kWarps * kTile * (kResultStride + 2) * 4;
   static constexpr int bytes(int stages) {
     const int tiles = kWarps * stages * kStageBytes;
     return kQueryBytes + (tiles > kResultBytes ? tiles : kResultBytes);
@@ -315,7 +317,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(AttentionArgs
 
   // results[warp][row][column], stats[warp][row].
   float* const results = reinterpret_cast<float*>(tiles);
-  float2* const stats = reinterpret_cast<float2*>(results + kWarps * kTile * kDim);
+  float2* const stats = reinterpret_cast<float2*>(results + kWarps * kTile * Shape::kResultStride);
   const int pair = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
@@ -326,7 +328,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(AttentionArgs
     for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        results[at * kDim + value_column<C>(n, pair, i)] = sums[n][2 * row + i];
+        results[at * Shape::kResultStride + value_column<C>(n, pair, i)] = sums[n][2 * row + i];
       }
     }
   }
@@ -336,7 +338,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(AttentionArgs
     float2 total;
     const float sum = merge(
         kWarps, [&](int w) { return stats[w * kTile + head]; },
-        [&](int w) { return results[(w * kTile + head) * kDim + column]; }, &total);
+        [&](int w) { return results[(w * kTile + head) * Shape::kResultStride + column]; }, &total);
     if (work.partial < 0) {
       write_out<T, C, kDim>(args, work, head, column, sum, total.y);
       continue;

@@ -158,7 +158,7 @@ def tile_stride(head_dim: int, size: int) -> int:
 
 def decode_shared(head_dim: int, size: int, stages: int = 3) -> int:
     tiles = 4 * stages * 2 * 16 * tile_stride(head_dim, size)
-    return 16 * tile_stride(head_dim, 2) + max(tiles, 4 * 16 * (head_dim + 2) * 4)
+    return 16 * tile_stride(head_dim, 2) + max(tiles, 4 * 16 * (head_dim + 10) * 4)
 
 
 def softmax_tokens(head_dim: int, size: int) -> int:
