@@ -35,9 +35,9 @@ struct DecodeShape {
   static constexpr int kStageBytes = 2 * kTileBytes;
   static constexpr int kQueryStride = TileShape<Half, kDim>::kStride;
   static constexpr int kQueryBytes = kTile * kQueryStride;
-  // The warps' results, at the end, where the tiles were. Rows are 8 floats further apart than they
-  // are long: four at a time are written, each 8 floats of it, in different banks.
-  static constexpr int kResultStride = kDim + 8;
+  // The warps' results, at the end, where the tiles were: rows so far apart that the lanes of a
+  // warp, which write columns of eight of them, meet in no bank.
+  static constexpr int kResultStride = kDim + (kIsFloat8<C> ? 16 : 8);
   static constexpr int kResultBytes = kWarps * kTile * (kResultStride + 2) * 4;
   static constexpr int bytes(int stages) {
     const int tiles = kWarps * stages * kStageBytes;
@@ -195,38 +195,64 @@ __device__ __forceinline__ void attend_tile(const char* queries, const char* key
   }
 }
 
-// Results of `count` parts, merged in order. stats(part): greatest and sum; sums(part): of a
-// column.
+// Four columns of a head.
+struct Merged {
+  float sums[4] = {};
+  float weights = 0.0f;
+};
+
+// Results of `count` parts, merged in order. greatest: of all. stats(part): greatest and sum of
+// weights; sums(part): of the columns.
 template <typename Stats, typename Sums>
-__device__ __forceinline__ float merge(int count, Stats stats, Sums sums, float2* total) {
-  float greatest = -INFINITY;
-  for (int i = 0; i < count; ++i) greatest = fmaxf(greatest, stats(i).x);
+__device__ __forceinline__ Merged merge(int count, float greatest, Stats stats, Sums sums) {
   const float base = greatest == -INFINITY ? 0.0f : greatest;
-  float sum = 0.0f, weights = 0.0f;
+  Merged merged;
+#pragma unroll 8
   for (int i = 0; i < count; ++i) {
     const float2 part = stats(i);
+    const float4 x = sums(i);
     const float factor = exp2_fast(part.x - base);
-    sum += sums(i) * factor;
-    weights += part.y * factor;
+    merged.sums[0] += x.x * factor;
+    merged.sums[1] += x.y * factor;
+    merged.sums[2] += x.z * factor;
+    merged.sums[3] += x.w * factor;
+    merged.weights += part.y * factor;
   }
-  *total = float2{greatest, weights};
-  return sum;
+  return merged;
 }
 
-template <typename T, typename C, int kDim>
+// fn(head, column) for every fourth column of a block's heads.
+template <typename Fn>
+__device__ __forceinline__ void for_columns(const AttentionArgs& args, const Work& work, Fn fn) {
+  const int columns = args.cache.head_dim / 4;
+  for (int i = threadIdx.x; i < work.num_heads * columns; i += kDecodeThreads) {
+    const int head = i / columns;
+    fn(head, (i - head * columns) * 4);
+  }
+}
+
+template <typename T, typename C>
 __device__ __forceinline__ void write_out(const AttentionArgs& args, const Work& work, int head,
-                                          int column, float sum, float weights) {
+                                          int column, const Merged& merged) {
   const float scale =
       kIsFloat8<C> ? kv_scale(args.cache.v_scale, work.kv_head) * Widen<T>::kFactor : 1.0f;
+  float values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[i] = merged.weights > 0.0f ? merged.sums[i] / merged.weights * scale : 0.0f;
+  }
   T* const to = static_cast<T*>(args.out) + work.row * args.out_stride +
                 int64_t{work.first_head + head} * args.cache.head_dim + column;
-  store_global(to, from_float<T>(weights > 0.0f ? sum / weights * scale : 0.0f));
+  store_global(reinterpret_cast<uint2*>(to),
+               uint2{pack<T>(values[0], values[1]), pack<T>(values[2], values[3])});
 }
 
-// The last of a sequence's blocks to get here merges what all of them have left.
+// The last of a sequence's blocks to get here merges what all of them have left. There may be
+// dozens of parts in L2, each some 300 cycles away: as many as can be are asked for at once.
 template <typename T, typename C, int kDim>
 __device__ __forceinline__ void merge_partials(const AttentionArgs& args, const Work& work) {
-  bool& is_last = *reinterpret_cast<bool*>(dynamic_shared());  // nobody reads queries any more
+  float* const greatest = reinterpret_cast<float*>(dynamic_shared());  // of a head, once
+  bool& is_last = *reinterpret_cast<bool*>(greatest + kTile);  // nobody reads queries any more
   __threadfence();
   __syncthreads();
   const int32_t count = load_global(args.plan + args.layout.num_partials + work.seq);
@@ -239,23 +265,32 @@ __device__ __forceinline__ void merge_partials(const AttentionArgs& args, const 
   if (!is_last) return;
   __threadfence();
   const int64_t first = load_global(args.plan + args.layout.first_partial + work.seq);
-  for (int i = threadIdx.x; i < work.num_heads * args.cache.head_dim; i += kDecodeThreads) {
-    const int head = i / args.cache.head_dim, column = i % args.cache.head_dim;
-    const auto at = [&](int part) {
-      return (first + part) * args.num_heads + work.first_head + head;
-    };
-    float2 total;
-    const float sum = merge(
-        count,
-        [&](int part) {
-          return load_from_l2(reinterpret_cast<const float2*>(args.partial_stats) + at(part));
-        },
-        [&](int part) {
-          return load_from_l2(args.partial_sums + at(part) * args.cache.head_dim + column);
-        },
-        &total);
-    write_out<T, C, kDim>(args, work, head, column, sum, total.y);
+  const auto at = [&](int part, int head) {
+    return (first + part) * args.num_heads + work.first_head + head;
+  };
+  const auto stats = [&](int part, int head) {
+    return load_from_l2(reinterpret_cast<const float2*>(args.partial_stats) + at(part, head));
+  };
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int head = static_cast<int>(threadIdx.x / 32); head < work.num_heads; head += kWarps) {
+    float most = -INFINITY;
+    for (int part = lane; part < count; part += 32) most = fmaxf(most, stats(part, head).x);
+#pragma unroll
+    for (int bits = 16; bits > 0; bits /= 2) {
+      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, bits));
+    }
+    if (lane == 0) greatest[head] = most;
   }
+  __syncthreads();
+  for_columns(args, work, [&](int head, int column) {
+    const Merged merged = merge(
+        count, greatest[head], [&](int part) { return stats(part, head); },
+        [&](int part) {
+          return load_from_l2(reinterpret_cast<const float4*>(
+              args.partial_sums + at(part, head) * args.cache.head_dim + column));
+        });
+    write_out<T, C>(args, work, head, column, merged);
+  });
 }
 
 template <typename T, typename C, int kDim>
@@ -315,14 +350,15 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(AttentionArgs
   cp_async_wait<0>();
   __syncthreads();
 
-  // results[warp][row][column], stats[warp][row].
+  // results[warp][row][column], stats[warp][row], of the rows that are heads.
   float* const results = reinterpret_cast<float*>(tiles);
   float2* const stats = reinterpret_cast<float2*>(results + kWarps * kTile * Shape::kResultStride);
   const int pair = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const int at = warp * kTile + group + 8 * row;
     const float sum = sum_of_quad(state.sum[row]);
+    if (group + 8 * row >= work.num_heads) continue;
+    const int at = warp * kTile + group + 8 * row;
     if (pair == 0) stats[at] = float2{state.base[row], sum};
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
@@ -333,20 +369,25 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(AttentionArgs
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < work.num_heads * args.cache.head_dim; i += kDecodeThreads) {
-    const int head = i / args.cache.head_dim, column = i % args.cache.head_dim;
-    float2 total;
-    const float sum = merge(
-        kWarps, [&](int w) { return stats[w * kTile + head]; },
-        [&](int w) { return results[(w * kTile + head) * Shape::kResultStride + column]; }, &total);
-    if (work.partial < 0) {
-      write_out<T, C, kDim>(args, work, head, column, sum, total.y);
-      continue;
-    }
+  for_columns(args, work, [&](int head, int column) {
+    float greatest = -INFINITY;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) greatest = fmaxf(greatest, stats[w * kTile + head].x);
+    const Merged merged = merge(
+        kWarps, greatest, [&](int w) { return stats[w * kTile + head]; },
+        [&](int w) {
+          return *reinterpret_cast<const float4*>(
+              results + (w * kTile + head) * Shape::kResultStride + column);
+        });
+    if (work.partial < 0) return write_out<T, C>(args, work, head, column, merged);
     const int64_t at = int64_t{work.partial} * args.num_heads + work.first_head + head;
-    store_global(args.partial_sums + at * args.cache.head_dim + column, sum);
-    if (column == 0) store_global(reinterpret_cast<float2*>(args.partial_stats) + at, total);
-  }
+    store_global(reinterpret_cast<float4*>(args.partial_sums + at * args.cache.head_dim + column),
+                 float4{merged.sums[0], merged.sums[1], merged.sums[2], merged.sums[3]});
+    if (column == 0) {
+      store_global(reinterpret_cast<float2*>(args.partial_stats) + at,
+                   float2{greatest, merged.weights});
+    }
+  });
   if (work.partial >= 0) merge_partials<T, C, kDim>(args, work);
 }
 

@@ -117,7 +117,7 @@ def test_tiles_have_no_bank_conflicts(
 ) -> None:
     """256 more tokens of keys and values take of shared memory nearly the least possible."""
     if float8 and (new_tokens, batch_invariant) == (1, False):
-        pytest.skip("decode's results of float8 are put down in another order of columns")
+        pytest.skip("each block stores its queries in another order, two bytes at a time")
 
     def shared(length: int) -> Counter[str]:
         def counts() -> Counter[str]:
