@@ -115,23 +115,15 @@ def test_float8_cache(cuda: Kernels, dtype: str, name: str, has_scales: bool) ->
     assert not has_scales or relative_error(got, beside) > 10 * error
 
 
-def test_rotary_and_cache_in_one(cuda: Kernels) -> None:
-    """The program that a pass makes of it, to the bit."""
-    plain = decoder(SPEC)
-    others = ["fuse_norm", "fuse_residual", "fuse_activation"]
-    fused = _C.apply_passes(plain, others)
-    assert "rotary_write_cache" in str(fused)
+@pytest.mark.parametrize("qk_norm", ["", "head"])
+def test_rotary_and_cache_in_one(cuda: Kernels, qk_norm: str) -> None:
+    """Into a float8 cache, as op by op to the bit; norms of heads go along."""
+    options = {"dtype": "float16", "kv_cache_dtype": "float8_e4m3"}
     results = []
-    for program in (plain, fused):
-        executor = CudaExecutor(
-            program,
-            device=cuda.device,
-            kernels=None if cuda.is_gpu else cuda.ops,
-            num_kv_blocks=NUM_BLOCKS,
-            dtype="float16",
-            kv_cache_dtype="float8_e4m3",
-        )
-        load(executor)
+    for disabled in ([], ["fuse_rotary_cache"]):
+        spec = replace(SPEC, qk_norm=qk_norm)
+        executor = new_executor(cuda, spec, disabled_passes=disabled, **options)
+        assert ("rotary" in [op.kind for op in executor.program.ops]) == bool(disabled)
         executor.set_kv_scales(1, np.array([0.1, 0.3], np.float32), np.ones(2, np.float32))
         results.append(run_in_chunks(executor, TOKENS, (60, 1, 39), NUM_BLOCKS, 16))
     assert np.array_equal(*results)
