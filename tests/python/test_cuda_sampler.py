@@ -9,6 +9,8 @@ import pytest
 from cuda_kernels import Kernels
 
 from fastpage import _C
+from fastpage.errors import InvalidArgument
+from fastpage.executors import device_sampler
 from fastpage.executors.device_sampler import DeviceSampler
 
 torch = pytest.importorskip("torch")
@@ -162,3 +164,41 @@ def test_ties_and_what_is_no_number(cuda: Kernels) -> None:
 def test_proposed_tokens_and_beams(cuda: Kernels) -> None:
     run(cuda, [{"temperature": 0.0, "repetition_penalty": 1.1}, {}], num_speculative_tokens=3)
     run(cuda, [{"beam_width": 3, "n": 2, "temperature": 0.0}, {}])
+
+
+def test_the_vocabulary_of_gemma_3(cuda: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 2^18 tokens; what is allowed or likelier for a bias is beyond them."""
+    monkeypatch.setitem(globals(), "VOCAB", 262208)
+    assert VOCAB <= device_sampler.MAX_VOCAB_SIZE
+    last = [VOCAB - 2, VOCAB - 1]
+    options: list[dict[str, Any]] = [
+        {"top_k": 20, "logprobs": 2},
+        {"repetition_penalty": 1.3, "logit_bias": dict.fromkeys(last, 12.0), "ignore_eos": True},
+        {"allowed_token_ids": last, "ignore_eos": True},
+    ]
+    run(cuda, [{"max_tokens": 2} | each for each in options])
+
+
+def test_the_largest_vocabulary(cuda: Kernels) -> None:
+    """Is that of the kernel."""
+    size = device_sampler.MAX_VOCAB_SIZE + 1
+    with pytest.raises(InvalidArgument, match=f"between 1 and {size - 1} columns"):
+        DeviceSampler(cuda.ops, size, torch.device(cuda.device)).warm_up(1)
+
+
+def test_a_huge_vocabulary_takes_no_more_memory(
+    cuda: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    workspace = DeviceSampler._workspace
+
+    def counted(self: DeviceSampler, rows: int) -> torch.Tensor:
+        taken.append(rows)
+        return workspace(self, rows)
+
+    monkeypatch.setattr(DeviceSampler, "_workspace", counted)
+    for most, rows in ((3 * VOCAB - 1, 2), (VOCAB - 1, 1)):
+        monkeypatch.setattr(device_sampler, "_MOST_LOGITS", most)
+        taken.clear()
+        run(cuda, PLAIN[:2] + PROCESSED[:2] + LOGPROBS[1:3])
+        assert max(taken) == rows

@@ -18,7 +18,8 @@ from fastpage._C import ModelRunnerOutput, TokenLogprobs
 from fastpage.executors.staging import Received, send
 from fastpage.executors.torch import IntArray
 
-MAX_VOCAB_SIZE = 1 << 18  # of fastpage._C.cuda.sample
+MAX_VOCAB_SIZE = 1 << 22  # of fastpage._C.cuda.sample
+_MOST_LOGITS = 1 << 27  # that are sampled at once
 
 # By what fastpage._C.cuda calls them, which is what SamplingArrays does.
 _DRAW = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
@@ -109,13 +110,14 @@ class Sampled:
 
 class DeviceSampler:
     """kernels: fastpage._C.cuda, or what has its functions. Sampling takes memory for max_rows
-    rows at once, about three times their logits in float32; more are sampled in slices."""
+    rows at once (fewer of a huge vocabulary), about three times their logits in float32; more are
+    sampled in slices."""
 
     def __init__(
         self, kernels: Any, vocab_size: int, device: torch.device, max_rows: int = 256
     ) -> None:
         self._kernels, self._vocab_size, self._device = kernels, vocab_size, device
-        self._max_rows = max_rows
+        self._max_rows = min(max_rows, max(1, _MOST_LOGITS // vocab_size))
         self._counts: torch.Tensor | None = None  # of process_logits: zeros
 
     @torch.inference_mode()
