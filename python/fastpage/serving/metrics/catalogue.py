@@ -301,8 +301,9 @@ _OURS = (
     Metric(
         "fastpage:front_end_restarts",
         "counter",
-        "Times that a front end's process died, or got nowhere for --engine-timeout, and came back "
-        "(with --api-server-count).",
+        "Times that a front end's process died, or was killed because it got nowhere for "
+        "--engine-timeout or was not ready in --startup-timeout, and came back (with "
+        "--api-server-count).",
         lambda metrics: metrics.num_front_end_restarts,
     ),
     Metric(
