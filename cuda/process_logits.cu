@@ -14,7 +14,8 @@ struct ProcessArgs {
   LogitsRows rows;
 };
 
-// A block a row. Every step is over before the next begins; counts are zero before and after.
+// A block a row. Every step is over before the next begins; counts are zero before and after, and
+// atomic in between, as several threads may have one token.
 __global__ void __launch_bounds__(kThreads) process_kernel(ProcessArgs a) {
   const int64_t row = blockIdx.x;
   const int32_t n = a.vocab_size;
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) process_kernel(ProcessArgs a) {
       const float x = load_global(logits + token);
       store_global(logits + token, x > 0.0f ? x / repetition : x * repetition);
     });
-    for_tokens(begin, [&](int32_t token) { store_global(counts + token, 0); });
+    for_tokens(begin, [&](int32_t token) { atomicExch(counts + token, 0); });
   }
   const float frequency = load_global(r.frequency_penalty + row);
   const float presence = load_global(r.presence_penalty + row);

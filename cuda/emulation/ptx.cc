@@ -169,7 +169,7 @@ class Parser {
       for (const std::string& name : names) targets[name] = static_cast<int>(at);
     }
     for (const Statement& s : statements_) {
-      Operands op{kernel_.get(), s.words, s.operands,
+      Operands op{s.words, s.operands,
                   [this](const std::string& word) { return register_of(word); }};
       Instruction instruction = make_instruction(op);
       instruction.text = s.text;

@@ -419,6 +419,7 @@ Effect make_load(const Operands& op) {
   const Space space = space_of(op);
   const Operands::Address from = op.address(1);
   const std::vector<int> to = op.vector(0);
+  const Access access = op.has("cg") || op.has("volatile") ? Access::kReadL2 : Access::kRead;
   return with_type(op, op.words.back(), [&](auto t) -> Effect {
     using T = typename decltype(t)::type;
     using Wide = std::conditional_t<is_float<T>, T,
@@ -436,7 +437,7 @@ Effect make_load(const Operands& op) {
       if (space == Space::kGlobal) m.count_global(at, mask, bytes);
       for_lanes(mask, [&](int lane) {
         const char* const p = space == Space::kShared   ? m.read_shared(w, lane, at[lane], bytes)
-                              : space == Space::kGlobal ? m.global(w, lane, at[lane], bytes)
+                              : space == Space::kGlobal ? m.global(w, lane, at[lane], bytes, access)
                                                         : m.param(w, lane, at[lane], bytes);
         T values[4];
         std::memcpy(values, p, bytes);
@@ -468,8 +469,9 @@ Effect make_store(const Operands& op) {
       for_lanes(mask, [&](int lane) {
         T values[4];
         for (size_t i = 0; i < from.size(); ++i) values[i] = get<T>(w.reg(from[i])[lane]);
-        char* const p = space == Space::kShared ? m.write_shared(w, lane, at[lane], bytes)
-                                                : m.global(w, lane, at[lane], bytes);
+        char* const p = space == Space::kShared
+                            ? m.write_shared(w, lane, at[lane], bytes)
+                            : m.global(w, lane, at[lane], bytes, Access::kWrite);
         std::memcpy(p, values, bytes);
       });
     };
@@ -490,7 +492,7 @@ Effect make_atomic(const Operands& op) {
         const uint64_t at = w.reg(where.reg)[lane] + static_cast<uint64_t>(where.offset);
         char* const p = space == Space::kShared
                             ? m.atomic_shared(w, lane, static_cast<uint32_t>(at), sizeof(T))
-                            : m.global(w, lane, at, sizeof(T));
+                            : m.global(w, lane, at, sizeof(T), Access::kAtomic);
         const T x = get<T>(w.reg(with)[lane]);
         T old;
         std::memcpy(&old, p, sizeof old);
@@ -538,7 +540,7 @@ Effect make_async_copy(const Operands& op) {
     for_lanes(mask, [&](int lane) {
       const auto bytes = static_cast<uint32_t>(w.reg(size)[lane]);
       if (bytes > 16) m.fail_at(w, lane, "cp.async of more than 16 bytes");
-      const char* const p = bytes == 0 ? nullptr : m.global(w, lane, in[lane], 16);
+      const char* const p = bytes == 0 ? nullptr : m.global(w, lane, in[lane], 16, Access::kReadL2);
       m.start_copy(w, lane, {static_cast<uint32_t>(out[lane]), p, bytes});
     });
   };
@@ -697,7 +699,9 @@ Instruction make_instruction(const Operands& op) {
                     : name == "mma"  ? make_mma(op)
                                      : make_ldmatrix(op);
   } else if (name == "membar" || name == "fence") {
-    result.effect = [](PtxWarp&, uint32_t) {};  // blocks run one after the other
+    result.effect = [](PtxWarp& w, uint32_t mask) {
+      for_lanes(mask, [&](int lane) { w.machine->fence(w, lane); });
+    };
   } else if (name == "mov") {
     result.effect = make_move(op);
   } else if (name == "cvta") {

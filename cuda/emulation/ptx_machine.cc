@@ -95,11 +95,85 @@ char* Machine::atomic_shared(PtxWarp& warp, int lane, uint64_t offset, size_t by
   return p;
 }
 
-char* Machine::global(PtxWarp& warp, int lane, uint64_t address, size_t bytes) {
+char* Machine::global(PtxWarp& warp, int lane, uint64_t address, size_t bytes, Access access) {
   threadIdx = dim3(static_cast<unsigned>(warp.thread(lane)), 0, 0);
   char* const p = reinterpret_cast<char*>(address);
   check_global(p, bytes, bytes);
+  if (access == Access::kAtomic) {
+    release_and_acquire(warp, lane, address);
+    return p;
+  }
+  constexpr uint64_t kPage = 4096;
+  const bool is_write = access == Access::kWrite;
+  if (is_write) {
+    written_pages_.insert(address / kPage);
+  } else if (written_pages_.count(address / kPage) == 0) {
+    return p;
+  }
+  const auto me = static_cast<uint16_t>(warp.thread(lane));
+  for (uint64_t word = address / 4; word * 4 < address + bytes; ++word) {
+    const auto last = written_.find(word);
+    // Parts of a word may be several threads'.
+    if (last != written_.end() && bytes >= 4) check_global_order(warp, lane, last->second, access);
+    if (!is_write) continue;
+    written_[word] = GlobalWrite{block_, me, barriers, warp.epoch};
+    unfenced_[me].push_back(word);
+  }
   return p;
+}
+
+void Machine::check_global_order(PtxWarp& warp, int lane, const GlobalWrite& last, Access access) {
+  const std::string verb = access == Access::kWrite ? "writes where " : "reads what ";
+  if (last.block == block_) {
+    if (in_order(warp, lane, last.thread, last.barrier, last.epoch)) return;
+    fail_at(warp, lane,
+            verb + "thread " + std::to_string(last.thread) +
+                " wrote in global memory, and no barrier lies between");
+  }
+  const auto known = acquired_.find(last.atomic);
+  const auto fence = last_fence_.find(static_cast<uint16_t>(warp.thread(lane)));
+  if (last.released == 0 || known == acquired_.end() || known->second < last.released ||
+      fence == last_fence_.end() || fence->second < known->second) {
+    fail_at(warp, lane,
+            verb + "block " + std::to_string(last.block) +
+                " wrote, and fence, atomic and fence do not lie between");
+  }
+  if (access == Access::kRead) {
+    fail_at(warp, lane, "reads through L1 what block " + std::to_string(last.block) + " wrote");
+  }
+}
+
+void Machine::fence(PtxWarp& warp, int lane) {
+  const auto me = static_cast<uint16_t>(warp.thread(lane));
+  last_fence_[me] = ++clock_;
+  for (const uint64_t word : unfenced_[me]) fenced_.push_back({word, me, barriers});
+  unfenced_[me].clear();
+}
+
+void Machine::release_and_acquire(const PtxWarp& warp, int lane, uint64_t address) {
+  ++clock_;
+  std::vector<Fenced> left;
+  for (const Fenced& f : fenced_) {
+    if (f.barrier == barriers && f.thread != warp.thread(lane)) {
+      left.push_back(f);
+      continue;
+    }
+    GlobalWrite& last = written_.at(f.word);
+    if (last.block == block_ && last.thread == f.thread && last.released == 0) {
+      last.atomic = address;
+      last.released = clock_;
+    }
+  }
+  fenced_.swap(left);
+  acquired_[address] = ++clock_;
+}
+
+void Machine::start_block(int64_t index) {
+  block_ = index;
+  unfenced_.clear();
+  fenced_.clear();
+  acquired_.clear();
+  last_fence_.clear();
 }
 
 const char* Machine::param(PtxWarp& warp, int lane, uint64_t offset, size_t bytes) {
@@ -185,6 +259,7 @@ class Runner {
   Machine& machine() { return m_; }
 
   void run_block() {
+    m_.start_block(next_block_++);
     std::fill(m_.shared.begin(), m_.shared.end(), static_cast<char>(kPoison));
     std::fill(m_.shadow.begin(), m_.shadow.end(), Shadow());
     m_.barriers = 0;
@@ -369,6 +444,7 @@ class Runner {
 
   Machine m_;
   int64_t first_;  // number of instructions before this launch
+  int64_t next_block_ = 0;
 };
 
 }  // namespace

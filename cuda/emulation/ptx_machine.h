@@ -7,6 +7,8 @@
 #include <functional>
 #include <random>
 #include <string>
+#include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "cuda/emulation/ptx.h"
@@ -80,6 +82,19 @@ struct Shadow {
   uint32_t write_barrier = 0, write_epoch = 0, read_barrier = 0, read_epoch = 0;
 };
 
+// Who has last written four bytes of global memory in this launch, and whether others may know:
+// after a fence of the writer and an atomic of its block (by the writer, or with a barrier
+// between), those that have found the atomic's address changed, and then fenced.
+struct GlobalWrite {
+  int64_t block;
+  uint16_t thread;
+  uint32_t barrier, epoch;
+  uint64_t atomic = 0;   // its address
+  int64_t released = 0;  // when; 0: not yet
+};
+
+enum class Access { kRead, kReadL2, kWrite, kAtomic };
+
 struct Machine {
   const PtxKernel* kernel;
   PtxCounts* counts;
@@ -97,8 +112,10 @@ struct Machine {
   char* read_shared(PtxWarp& warp, int lane, uint64_t offset, size_t bytes);
   char* write_shared(PtxWarp& warp, int lane, uint64_t offset, size_t bytes);
   char* atomic_shared(PtxWarp& warp, int lane, uint64_t offset, size_t bytes);
-  // Global memory, likewise.
-  char* global(PtxWarp& warp, int lane, uint64_t address, size_t bytes);
+  // Global memory, likewise. What was there before the launch anybody may read, and write.
+  char* global(PtxWarp& warp, int lane, uint64_t address, size_t bytes, Access access);
+  void fence(PtxWarp& warp, int lane);
+  void start_block(int64_t index);
   const char* param(PtxWarp& warp, int lane, uint64_t offset, size_t bytes);
 
   void start_copy(PtxWarp& warp, int lane, PtxWarp::AsyncCopy copy);
@@ -108,6 +125,24 @@ struct Machine {
   void count_global(const uint64_t* addresses, uint32_t mask, int bytes);
 
  private:
+  struct Fenced {
+    uint64_t word;
+    uint16_t thread;
+    uint32_t barrier;
+  };
+  void check_global_order(PtxWarp& warp, int lane, const GlobalWrite& last, Access access);
+  void release_and_acquire(const PtxWarp& warp, int lane, uint64_t address);
+
+  int64_t block_ = 0;
+  int64_t clock_ = 0;
+  std::unordered_map<uint64_t, GlobalWrite> written_;  // by address / 4
+  std::unordered_set<uint64_t> written_pages_;
+  // Of the block that runs.
+  std::unordered_map<uint16_t, std::vector<uint64_t>> unfenced_;  // words, by thread
+  std::vector<Fenced> fenced_;
+  std::unordered_map<uint64_t, int64_t> acquired_;    // when, by the atomic's address
+  std::unordered_map<uint16_t, int64_t> last_fence_;  // when, by thread
+
   char* shared_at(PtxWarp& warp, int lane, uint64_t offset, size_t bytes);
   bool in_order(const PtxWarp& warp, int lane, uint16_t other, uint32_t barrier,
                 uint32_t epoch) const;
@@ -115,7 +150,6 @@ struct Machine {
 
 // Operands as they stand in the text; registers by name.
 struct Operands {
-  PtxKernel* kernel;
   std::vector<std::string> words;                  // of the operation's name
   std::vector<std::vector<std::string>> operands;  // vectors have several, others one
   // The register of an operand: of a name, a number, a symbol.

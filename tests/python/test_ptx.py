@@ -85,6 +85,7 @@ def spoil(cuda: Kernels, tmp_path: Path) -> Iterator[Any]:
     cuda.ops.load_ptx([str(path) for path in ptx_files()])
 
 
+SPLIT = replace(DECODE, new_tokens=[1], seq_lens=[600], num_multiprocessors=16)
 SPOILT = [
     ("decode_attention", r"\tbar\.warp\.sync.*\n", "", "no barrier lies between", DECODE),
     ("decode_attention", r"\tbar\.sync.*\n", "", "no barrier lies between", DECODE),
@@ -95,6 +96,8 @@ SPOILT = [
     ("decode_attention", r"(st\.shared\.v2\.f32 \s*\[%r\d+)\]", r"\1+4]", "misaligned", DECODE),
     ("decode_attention", r"(mov\.u32.*%r\d+), -1;", r"\1, 15;", "only whole warps", DECODE),
     ("decode_attention", r"membar\.gl", "griddepcontrol.wait", "no such instruction", DECODE),
+    ("decode_attention", r"\tmembar\.gl;\n", "", "fence, atomic and fence do not lie between", SPLIT),
+    ("decode_attention", r"(ld\.global)\.cg", r"\1", "reads through L1 what block", SPLIT),
 ]
 
 
