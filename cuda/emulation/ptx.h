@@ -5,10 +5,10 @@
 // any), and meet again only where an instruction says so (.sync).
 //
 // What a GPU would leave undefined ends the launch with an exception: accesses to shared memory by
-// two threads, at least one a write, without bar.sync (or, in a warp, bar.warp.sync) between them; to
-// what a cp.async is still bringing; to global memory that another thread of the launch has written,
-// without a barrier or, of another block, fence, atomic and fence between; misaligned ones; those
-// outside of all arguments.
+// two threads, at least one a write, without bar.sync (or, in a warp, bar.warp.sync) between them;
+// to what a cp.async is still bringing; to global memory that another thread of the launch has
+// written, without a barrier or, of another block, fence, atomic and fence between; misaligned
+// ones; those outside of all arguments.
 #pragma once
 
 #include <cstdint>
