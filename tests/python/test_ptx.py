@@ -96,7 +96,7 @@ SPOILT = [
     ("decode_attention", r"(st\.shared\.v2\.f32 \s*\[%r\d+)\]", r"\1+4]", "misaligned", DECODE),
     ("decode_attention", r"(mov\.u32.*%r\d+), -1;", r"\1, 15;", "only whole warps", DECODE),
     ("decode_attention", r"membar\.gl", "griddepcontrol.wait", "no such instruction", DECODE),
-    ("decode_attention", r"\tmembar\.gl;\n", "", "fence, atomic and fence do not lie between", SPLIT),
+    ("decode_attention", r"\tmembar\.gl;\n", "", "atomic and fence do not lie between", SPLIT),
     ("decode_attention", r"(ld\.global)\.cg", r"\1", "reads through L1 what block", SPLIT),
 ]
 
