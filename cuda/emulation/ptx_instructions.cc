@@ -415,6 +415,18 @@ Space space_of(const Operands& op) {
   unknown(op);
 }
 
+// Where each lane accesses `bytes`; counted.
+void locate(PtxWarp& w, uint32_t mask, Space space, Operands::Address where, int bytes,
+            uint64_t* at) {
+  const uint64_t* const base = w.reg(where.reg);
+  for_lanes(mask, [&](int lane) {
+    at[lane] = base[lane] + static_cast<uint64_t>(where.offset);
+    if (space == Space::kShared) at[lane] = static_cast<uint32_t>(at[lane]);
+  });
+  if (space == Space::kShared) w.machine->count_shared(at, mask, bytes);
+  if (space == Space::kGlobal) w.machine->count_global(at, mask, bytes);
+}
+
 Effect make_load(const Operands& op) {
   const Space space = space_of(op);
   const Operands::Address from = op.address(1);
@@ -427,14 +439,8 @@ Effect make_load(const Operands& op) {
     const int bytes = static_cast<int>(sizeof(T) * to.size());
     return [=](PtxWarp& w, uint32_t mask) {
       uint64_t at[kLanes];
-      const uint64_t* const base = w.reg(from.reg);
-      for_lanes(mask, [&](int lane) {
-        at[lane] = base[lane] + static_cast<uint64_t>(from.offset);
-        if (space == Space::kShared) at[lane] = static_cast<uint32_t>(at[lane]);
-      });
+      locate(w, mask, space, from, bytes, at);
       Machine& m = *w.machine;
-      if (space == Space::kShared) m.count_shared(at, mask, bytes);
-      if (space == Space::kGlobal) m.count_global(at, mask, bytes);
       for_lanes(mask, [&](int lane) {
         const char* const p = space == Space::kShared   ? m.read_shared(w, lane, at[lane], bytes)
                               : space == Space::kGlobal ? m.global(w, lane, at[lane], bytes, access)
@@ -458,14 +464,8 @@ Effect make_store(const Operands& op) {
     const int bytes = static_cast<int>(sizeof(T) * from.size());
     return [=](PtxWarp& w, uint32_t mask) {
       uint64_t at[kLanes];
-      const uint64_t* const base = w.reg(to.reg);
-      for_lanes(mask, [&](int lane) {
-        at[lane] = base[lane] + static_cast<uint64_t>(to.offset);
-        if (space == Space::kShared) at[lane] = static_cast<uint32_t>(at[lane]);
-      });
+      locate(w, mask, space, to, bytes, at);
       Machine& m = *w.machine;
-      if (space == Space::kShared) m.count_shared(at, mask, bytes);
-      if (space == Space::kGlobal) m.count_global(at, mask, bytes);
       for_lanes(mask, [&](int lane) {
         T values[4];
         for (size_t i = 0; i < from.size(); ++i) values[i] = get<T>(w.reg(from[i])[lane]);
