@@ -48,7 +48,8 @@ def load_emulation() -> ModuleType | None:
 class Kernels:
     """`ops` are the functions of fastpage._C.cuda, for tensors on `device`."""
 
-    def __init__(self) -> None:
+    def __init__(self, schedule: tuple[str, bool, int] | None = None) -> None:
+        """schedule: of emulated threads, until run() sets others."""
         self.is_gpu = bool(_C.cuda.is_available()) and torch.cuda.is_available()
         self.device = "cuda" if self.is_gpu else "cpu"
         self.ops: Any = _C.cuda
@@ -60,6 +61,8 @@ class Kernels:
             pytest.skip(
                 f"{_C.cuda.unavailable_reason()}, and there is no emulation in FASTPAGE_BUILD_DIR"
             )
+        if schedule is not None and not self.is_gpu:
+            self.ops.set_schedule(*schedule)
 
     def run(self, launch: Callable[[], Any], *outputs: torch.Tensor) -> None:
         """Calls `launch` again and again, on the emulation once for each schedule: no bit may

@@ -29,10 +29,7 @@ NUM_BLOCKS = 40
 
 @pytest.fixture(scope="module")
 def cuda() -> Kernels:
-    kernels = Kernels()
-    if not kernels.is_gpu:
-        kernels.ops.set_schedule("descending", True, 0)
-    return kernels
+    return Kernels(("descending", True, 0))
 
 
 @pytest.fixture(scope="module", autouse=True)

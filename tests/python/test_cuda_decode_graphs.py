@@ -23,10 +23,7 @@ SEQUENCES = [TOKENS[:37], TOKENS[20:70], TOKENS[60:90]]
 
 @pytest.fixture(scope="module")
 def cuda() -> Kernels:
-    kernels = Kernels()
-    if not kernels.is_gpu:
-        kernels.ops.set_schedule("random", True, 1)
-    return kernels
+    return Kernels(("random", True, 1))
 
 
 def warm(executor: Any, graph_sizes: list[int]) -> Any:

@@ -29,10 +29,7 @@ TOKENS = np.random.default_rng(1).integers(0, VOCAB, 100).tolist()
 
 @pytest.fixture(scope="module")
 def cuda() -> Kernels:
-    kernels = Kernels()
-    if not kernels.is_gpu:
-        kernels.ops.set_schedule("descending", True, 0)
-    return kernels
+    return Kernels(("descending", True, 0))
 
 
 def load(executor: Any, spec: DecoderSpec = SPEC) -> Any:

@@ -32,10 +32,7 @@ HEAD_DIM = 16
 
 @pytest.fixture(scope="module")
 def cuda() -> Kernels:
-    kernels = Kernels()
-    if not kernels.is_gpu:
-        kernels.ops.set_schedule("descending", True, 0)
-    return kernels
+    return Kernels(("descending", True, 0))
 
 
 def executor_of(cuda: Kernels, program: Any, **options: Any) -> CudaExecutor:

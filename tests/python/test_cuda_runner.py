@@ -34,10 +34,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def cuda() -> Kernels:
-    kernels = Kernels()
-    if not kernels.is_gpu:
-        kernels.ops.set_schedule("descending", True, 0)
-    return kernels
+    return Kernels(("descending", True, 0))
 
 
 @pytest.fixture

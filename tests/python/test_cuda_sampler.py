@@ -20,10 +20,7 @@ VOCAB, MAX_LEN, EOS = 150, 64, 149
 
 @pytest.fixture(scope="module")
 def cuda() -> Kernels:
-    kernels = Kernels()
-    if not kernels.is_gpu:
-        kernels.ops.set_schedule("random", True, 3)
-    return kernels
+    return Kernels(("random", True, 3))
 
 
 class BothSamplers(_C.ModelRunner):
